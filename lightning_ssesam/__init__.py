@@ -1,0 +1,27 @@
+"""Class-imbalanced, sharpness-aware training for PyTorch Lightning."""
+
+from lightning_ssesam.callbacks import StageSwitch
+from lightning_ssesam.data import DigitsLT
+from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
+from lightning_ssesam.mixin import SharpnessAwareMixin
+from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective, Term
+from lightning_ssesam.split import ClassSplit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ERM",
+    "SAM",
+    "SSESAM",
+    "ClassSplit",
+    "DigitsLT",
+    "HeadTailAccuracy",
+    "ImbSAM",
+    "LongTailClassifier",
+    "ManyMediumFewAccuracy",
+    "Objective",
+    "SharpnessAwareMixin",
+    "StageSwitch",
+    "Term",
+]

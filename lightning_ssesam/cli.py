@@ -1,0 +1,103 @@
+"""The command ``lightning-ssesam``."""
+
+import sys
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import lightning_ssesam
+
+_USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
+
+Train classifiers on long-tailed data with sharpness-aware methods.
+
+commands:
+  fit        train a LongTailClassifier
+  validate   evaluate it on the validation data
+  test       evaluate it on the test data
+  compare    train ERM, SAM, ImbSAM and SSESAM side by side; a table, a CSV file and a picture
+
+`lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
+line: give options one by one or in a YAML file with `--config`, where a name without a suffix is one of the shipped
+files: {configs}.
+
+examples:
+  lightning-ssesam compare
+  lightning-ssesam fit --config digits_lt
+  lightning-ssesam fit --config digits_lt --model.objective SAM --model.objective.rho 0.1
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Command and options; those the program was started with by default.
+
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE.format(configs=", ".join(sorted(_shipped_configs()))), end="")
+    elif args[0] == "--version":
+        print(f"lightning-ssesam {lightning_ssesam.__version__}")
+    elif args[0] == "compare":
+        _compare(args[1:])
+    else:
+        _lightning(_with_shipped_configs(args))
+
+
+def _compare(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from lightning_ssesam.compare import compare
+
+    auto_cli(compare, args=args, as_positional=False, prog="lightning-ssesam compare")
+
+
+def _lightning(args: list[str]) -> None:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from lightning_ssesam.data import LongTailDataModule
+    from lightning_ssesam.models import LongTailClassifier
+
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
+            parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            commands = LightningCLI.subcommands()
+            return {name: commands[name] for name in ("fit", "validate", "test")}
+
+    CLI(
+        LongTailClassifier,
+        LongTailDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "lightning-ssesam"},
+        args=args,
+    )
+
+
+def _shipped_configs() -> list[str]:
+    names = [resource.name for resource in files("lightning_ssesam.configs").iterdir()]
+    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+
+
+def _with_shipped_configs(args: list[str]) -> list[str]:
+    """Replace the names of shipped YAML files by their paths."""
+    shipped = _shipped_configs()
+    resolved = list(args)
+    for position, arg in enumerate(args):
+        option, equals, name = arg.partition("=")
+        value = name if equals else arg
+        follows_option = position > 0 and args[position - 1] in ("--config", "-c")
+        if (
+            value in shipped
+            and (follows_option or (equals and option in ("--config", "-c")))
+            and not Path(value).exists()
+        ):
+            with as_file(files("lightning_ssesam.configs") / f"{value}.yaml") as path:
+                resolved[position] = f"{option}={path}" if equals else str(path)
+    return resolved

@@ -1,0 +1,230 @@
+"""Train several methods with several seeds on one data set, and put them side by side."""
+
+import csv
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam.callbacks import StageSwitch
+from lightning_ssesam.data import DigitsLT, LongTailDataModule
+from lightning_ssesam.metrics import HeadTailAccuracy
+from lightning_ssesam.models import LongTailClassifier, SmallConvNet
+from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
+
+METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
+GROUPS = ("head", "tail", "many", "medium", "few", "all")
+
+
+class BackboneFactory(Protocol):
+    """Makes a new network."""
+
+    def __call__(self, num_classes: int) -> nn.Module:
+        """Return a network with ``num_classes`` logits."""
+
+
+@dataclass
+class Run:
+    """One training and what it came to.
+
+    Attributes:
+        method: Name of the method.
+        seed: Seed of the initial weights and the batch order.
+        accuracy: Test accuracy in [0, 1] of each of :data:`GROUPS`.
+        class_recalls: Test recall of each class in [0, 1], length C.
+        head_curve: Validation accuracy of the head after every epoch.
+        tail_curve: Validation accuracy of the tail after every epoch.
+
+    """
+
+    method: str
+    seed: int
+    accuracy: dict[str, float] = field(default_factory=dict)
+    class_recalls: list[float] = field(default_factory=list)
+    head_curve: list[float] = field(default_factory=list)
+    tail_curve: list[float] = field(default_factory=list)
+
+
+def compare(
+    methods: list[str] = list(METHODS),  # noqa: B006 (never changed; the command line shows it)
+    seeds: int = 5,
+    epochs: int = 60,
+    data: Callable[[], LongTailDataModule] = DigitsLT,
+    backbone: BackboneFactory = SmallConvNet,
+    optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(
+        params, lr=0.1, momentum=0.9, weight_decay=5e-4
+    ),
+    sam_rho: float = 0.1,
+    imbsam_rho: float = 0.1,
+    head_rho: float = 0.1,
+    tail_rho: float = 0.2,
+    gamma: float = 0.7,
+    tail_fraction: float = 0.2,
+    output: Path = Path("comparison"),
+) -> list[Run]:
+    """Train every method with every seed on one data set, then print a table and draw a picture.
+
+    With one seed every method gets the same initial weights, batch order and number of epochs; the learning rate falls
+    to 0 along a cosine. Writes to the output folder, replacing earlier files: results.csv (a row for each run,
+    written as soon as it ends) and comparison.png. Accuracies are on the test set, after the last epoch; the curves
+    are on the validation set.
+
+    Args:
+        methods: Any of ERM, SAM, ImbSAM, SSESAM.
+        seeds: How many seeds, counted from 0, for the initial weights and the batch order.
+        epochs: Length of each training.
+        data: Data module by class path, with its arguments.
+        backbone: Network by class path, with its arguments.
+        optimizer: Optimizer by class path, with its arguments.
+        sam_rho: Radius of SAM.
+        imbsam_rho: Radius of ImbSAM, for the tail.
+        head_rho: Radius of SSESAM for the head, in stage 1.
+        tail_rho: Radius of SSESAM for the tail.
+        gamma: Share of the training after which SSESAM's stage 2 begins.
+        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples.
+        output: Folder for the results.
+
+    Returns:
+        The runs, method by method.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: If matplotlib is not installed.
+
+    """
+    from lightning_ssesam.figures import draw_comparison
+
+    objectives: dict[str, Callable[[], Objective]] = {
+        "ERM": ERM,
+        "SAM": lambda: SAM(sam_rho),
+        "ImbSAM": lambda: ImbSAM(rho=imbsam_rho),
+        "SSESAM": lambda: SSESAM(head_rho=head_rho, tail_rho=tail_rho),
+    }
+    _check(methods, seeds, epochs, gamma, objectives)
+    module = data()
+    split = module.split(tail_fraction=tail_fraction)
+    output.mkdir(parents=True, exist_ok=True)
+    runs: list[Run] = []
+    jobs = [(method, seed) for seed in range(seeds) for method in methods]
+    with _quiet(), (output / "results.csv").open("w", newline="") as file:
+        results = csv.writer(file)
+        results.writerow(["method", "seed", *GROUPS, *(f"class_{k}" for k in range(split.num_classes))])
+        for method, seed in (progress := tqdm(jobs, unit="run")):
+            progress.set_description(f"{method}, seed {seed}")
+            run = Run(method, seed)
+            pl.seed_everything(seed, verbose=False)
+            model = LongTailClassifier(
+                module.class_counts,
+                backbone(num_classes=module.num_classes),
+                objectives[method](),
+                optimizer=optimizer,
+                scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
+                tail_fraction=tail_fraction,
+                many_above=split.many_above,
+                few_below=split.few_below,
+            )
+            _train(run, model, module, epochs, gamma)
+            runs.append(run)
+            results.writerow([method, seed, *(run.accuracy[group] for group in GROUPS), *run.class_recalls])
+            file.flush()
+    runs.sort(key=lambda run: methods.index(run.method))
+    print(format_table(runs))
+    switch = gamma * epochs if "SSESAM" in methods else None
+    picture = draw_comparison(runs, split, switch, output / "comparison.png")
+    print(f"\nWritten: {output / 'results.csv'}, {picture}")
+    return runs
+
+
+def format_table(runs: list[Run]) -> str:
+    """Return the accuracies of each method in percent, mean and standard deviation over seeds, as text."""
+    seeds = len({run.seed for run in runs})
+    width = max(len(method) for method in METHODS)
+    lines = [
+        f"Test accuracy in %, mean and standard deviation over {seeds} seed{'s' if seeds > 1 else ''}",
+        " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)]),
+    ]
+    for method in dict.fromkeys(run.method for run in runs):
+        cells = []
+        for group in GROUPS:
+            values = [100 * run.accuracy[group] for run in runs if run.method == method]
+            spread = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+            cells.append(f"{f'{statistics.mean(values):.1f}{spread}':>12}")
+        lines.append(" ".join([f"{method:{width}}", *cells]))
+    return "\n".join(lines)
+
+
+class _Recorder(Callback):
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after validation: note the curves."""
+        self.run.head_curve.append(trainer.callback_metrics["val/acc_head"].item())
+        self.run.tail_curve.append(trainer.callback_metrics["val/acc_tail"].item())
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the module resets its metrics: note the recalls."""
+        assert isinstance(pl_module, LongTailClassifier)
+        self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
+
+
+def _train(run: Run, model: LongTailClassifier, data: LongTailDataModule, epochs: int, gamma: float) -> None:
+    callbacks: list[Callback] = [_Recorder(run)]
+    if model.objective.num_stages > 1:
+        callbacks.append(StageSwitch(at=gamma))
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data)
+    (tested,) = trainer.test(model, datamodule=data, verbose=False)
+    run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
+
+
+def _check(
+    methods: list[str], seeds: int, epochs: int, gamma: float, objectives: dict[str, Callable[[], Objective]]
+) -> None:
+    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+    check_integer("seeds", seeds, minimum=1)
+    check_integer("epochs", epochs, minimum=1)
+    check_fraction("gamma", gamma)
+    for method in methods:
+        objectives[method]()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says of every single training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Configurations for ``lightning-ssesam fit --config NAME``."""

@@ -1,0 +1,87 @@
+"""Scikit-learn's handwritten digits, made long-tailed: real images that need no download."""
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from typing_extensions import override
+
+from lightning_ssesam._validation import check_integer
+from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.profiles import Profile, long_tailed_counts, long_tailed_indices
+
+# The rarest digit has 174 scans. They pay for the test and validation images of a class and its largest training set.
+_TEST_PER_CLASS = 50
+_VAL_PER_CLASS = 20
+_LARGEST_CLASS = 100
+
+
+class DigitsLT(LongTailDataModule):
+    """Long-tailed digits: 8x8 scans of ten classes from the UCI data set that comes with scikit-learn.
+
+    The training set has 100 images of the digit 0 and fewer of every further one. Validation and test set are
+    balanced, 20 and 50 images a class, and share no image with the training set. More than 50 training images make a
+    class many-shot, fewer than 10 few-shot. Batches are pairs of images
+    ``(N, 1, 8, 8)``, float32 with zero mean and unit variance over the whole set, and class indices ``(N,)``, int64.
+
+    Args:
+        imbalance_factor: Largest over smallest class size, from 1 to 100, or its inverse.
+        profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
+        batch_size: Samples in a training batch, an integer >= 1.
+        seed: Chooses which image goes into which set, an integer >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: From ``setup``, if scikit-learn is not installed.
+
+    """
+
+    many_above = 50
+    few_below = 10
+
+    def __init__(
+        self, imbalance_factor: float = 50.0, profile: Profile = "exponential", batch_size: int = 32, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.class_counts = long_tailed_counts(10, _LARGEST_CLASS, imbalance_factor, profile)
+        self.batch_size = check_integer("batch_size", batch_size, minimum=1)
+        self.seed = check_integer("seed", seed, minimum=0)
+        self._sets: dict[str, Dataset[tuple[torch.Tensor, ...]]] = {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Called when a run starts: choose the images of each set."""
+        if self._sets:
+            return
+        from sklearn.datasets import load_digits
+
+        pixels, digits = load_digits(return_X_y=True)
+        labels = torch.from_numpy(digits).long()
+        images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)
+        images = (images - images.mean()) / images.std()
+        generator = torch.Generator().manual_seed(self.seed)
+        left = torch.arange(len(labels))
+        for name, counts in {
+            "test": [_TEST_PER_CLASS] * 10,
+            "val": [_VAL_PER_CLASS] * 10,
+            "train": self.class_counts,
+        }.items():
+            picked = long_tailed_indices(labels[left], counts, generator)
+            chosen = left[picked]
+            self._sets[name] = TensorDataset(images[chosen], labels[chosen])
+            keep = torch.ones(len(left), dtype=torch.bool)
+            keep[picked] = False
+            left = left[keep]
+
+    @override
+    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        """Return the shuffled training batches."""
+        return DataLoader(self._sets["train"], batch_size=self.batch_size, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        """Return the validation set, in batches of up to 256."""
+        return DataLoader(self._sets["val"], batch_size=256)
+
+    @override
+    def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        """Return the test set, in batches of up to 256."""
+        return DataLoader(self._sets["test"], batch_size=256)

@@ -1,0 +1,86 @@
+"""How many training samples each class keeps in a long-tailed data set, and which ones."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+
+Profile = Literal["exponential", "step"]
+
+
+def long_tailed_counts(
+    num_classes: int, max_count: int, imbalance_factor: float, profile: Profile = "exponential"
+) -> list[int]:
+    """Return how many samples each class keeps, the largest class first.
+
+    The protocol of Cao et al., "LDAM", NeurIPS 2019: with r the smallest over the largest class size,
+    ``"exponential"`` gives class k ``floor(max_count * r ** (k / (C - 1)))`` samples, and ``"step"`` gives the first
+    half of the classes ``max_count`` and the others ``floor(max_count * r)``.
+
+    Args:
+        num_classes: C, an integer >= 1.
+        max_count: Samples of the largest class, an integer >= 1.
+        imbalance_factor: Largest over smallest class size, or its inverse: 100 and 0.01 mean the same; > 0.
+        profile: ``"exponential"`` or ``"step"``.
+
+    Raises:
+        ValueError: If an argument is out of range, or the smallest class would be left without a sample.
+
+    Example:
+        >>> long_tailed_counts(10, 5000, 100)
+        [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+    """
+    check_integer("num_classes", num_classes, minimum=1)
+    check_integer("max_count", max_count, minimum=1)
+    check_choice("profile", profile, ("exponential", "step"))
+    ratio = _smallest_over_largest(imbalance_factor)
+    if profile == "step":
+        kept = [1.0 if k < num_classes / 2 else ratio for k in range(num_classes)]
+    else:
+        kept = [ratio ** (k / max(num_classes - 1, 1)) for k in range(num_classes)]
+    # The slack keeps 5000 * 0.01 and the like from falling below the integer that they are.
+    counts = [math.floor(max_count * share * (1 + 1e-12)) for share in kept]
+    if min(counts) < 1:
+        largest = f"at most max_count = {max_count}, so that every class keeps a sample"
+        raise bad_argument("imbalance_factor", largest, imbalance_factor)
+    return counts
+
+
+def long_tailed_indices(
+    labels: Sequence[int] | Tensor, class_counts: Sequence[int], generator: torch.Generator
+) -> Tensor:
+    """Choose at random which samples make a long-tailed data set.
+
+    Args:
+        labels: The label of every sample at hand, shape ``(N,)``.
+        class_counts: Samples to keep of each class, shape ``(C,)``.
+        generator: Source of the random choice.
+
+    Returns:
+        Indices into ``labels``, in ascending order, int64.
+
+    Raises:
+        ValueError: If a class has fewer samples than it should keep.
+
+    """
+    labels = torch.as_tensor(labels)
+    chosen = []
+    for label, count in enumerate(class_counts):
+        members = (labels == label).nonzero().flatten()
+        if len(members) < count:
+            raise bad_argument("class_counts", f"at most the {len(members)} samples at hand of class {label}", count)
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def _smallest_over_largest(imbalance_factor: Any) -> float:
+    factor = imbalance_factor
+    if not isinstance(factor, Real) or isinstance(factor, bool) or not math.isfinite(factor) or factor <= 0:
+        raise bad_argument("imbalance_factor", "a finite number > 0, such as 100 or 0.01", factor)
+    return min(float(factor), 1 / float(factor))

@@ -1,0 +1,177 @@
+"""Accuracy of groups of classes: head and tail; many-, medium- and few-shot."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
+from typing_extensions import override
+
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.split import ClassSplit
+
+
+class _GroupAccuracy(Metric):
+    """Counts correct predictions per class; subclasses name the groups of classes."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update: bool = False
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(split, ClassSplit):
+            raise bad_argument("split", "a ClassSplit", split)
+        self.validate_args = validate_args
+        self.num_classes = split.num_classes
+        self._groups = {**self._class_groups(split), "all": torch.ones(split.num_classes, dtype=torch.bool)}
+        for state in ("correct", "total"):
+            self.add_state(state, torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    @staticmethod
+    @abstractmethod
+    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
+        """Return the mask ``(C,)`` of the classes of each group."""
+
+    @override
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            preds: Scores ``(N, C, ...)`` of any floating dtype (logits or probabilities), or predicted class indices
+                ``(N, ...)`` of an integer dtype.
+            target: Class indices ``(N, ...)``, an integer dtype, each in ``[0, C)``.
+
+        Raises:
+            ValueError: If ``validate_args`` is set and shapes, dtypes or class indices do not fit.
+
+        """
+        if self.validate_args:
+            _check_batch(preds, target, self.num_classes)
+        correct, total = _count(preds, target, self.num_classes)
+        self.correct += correct
+        self.total += total
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """Return the mean recall of each group's classes that occurred, in [0, 1]; NaN if none did."""
+        recalls = self.class_recalls()
+        return {name: recalls[mask.to(recalls.device)].nanmean() for name, mask in self._groups.items()}
+
+    def class_recalls(self) -> Tensor:
+        """Return the recall of every class on what this process has counted, ``(C,)``; NaN where none occurred."""
+        return self.correct / self.total
+
+    @override
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
+    ) -> _PLOT_OUT_TYPE:
+        """Plot one value, or several in the order of time.
+
+        Args:
+            val: What :meth:`compute` or ``forward`` returned, or a list of that; calls :meth:`compute` by default.
+            ax: Axes to draw on; a new figure by default.
+
+        Returns:
+            The figure, or None if ``ax`` was given, and the axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+
+        """
+        return self._plot(val, ax)  # type: ignore[arg-type]
+
+
+class HeadTailAccuracy(_GroupAccuracy):
+    """Mean per-class recall of the head classes, of the tail classes, and of all.
+
+    Every class of a group counts the same, however many samples it has; classes that did not occur are left out, and
+    a group of which no class occurred is NaN. On a balanced test set ``"all"`` is the plain accuracy.
+
+    Args:
+        split: Head and tail classes.
+        validate_args: Whether to check shapes and ranges of every batch; costs a synchronisation on a GPU.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Returns:
+        From ``forward`` and ``compute``: a dictionary of scalars ``{"head", "tail", "all"}``.
+
+    Example:
+        >>> from torch import tensor
+        >>> split = ClassSplit([100, 50, 5], tail=[2])
+        >>> metric = HeadTailAccuracy(split)
+        >>> metric.update(tensor([0, 0, 1, 1, 2]), tensor([0, 0, 1, 0, 2]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'head': 0.833, 'tail': 1.0, 'all': 0.889}
+
+    """
+
+    @staticmethod
+    @override
+    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
+        return {"head": split.head, "tail": split.tail}
+
+
+class ManyMediumFewAccuracy(_GroupAccuracy):
+    """Mean per-class recall of the many-, medium- and few-shot classes, and of all (Liu et al., CVPR 2019).
+
+    Counted like :class:`HeadTailAccuracy`.
+
+    Args:
+        split: The class split, whose ``many_above`` and ``few_below`` bound the groups.
+        validate_args: Whether to check shapes and ranges of every batch; costs a synchronisation on a GPU.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Returns:
+        From ``forward`` and ``compute``: a dictionary of scalars ``{"many", "medium", "few", "all"}``.
+
+    Example:
+        >>> from torch import tensor
+        >>> split = ClassSplit([500, 50, 5], tail=[2], many_above=100, few_below=20)
+        >>> metric = ManyMediumFewAccuracy(split)
+        >>> metric.update(tensor([0, 1, 1, 2, 0]), tensor([0, 1, 0, 2, 2]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'many': 0.5, 'medium': 1.0, 'few': 0.5, 'all': 0.667}
+
+    """
+
+    @staticmethod
+    @override
+    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
+        return {"many": split.many, "medium": split.medium, "few": split.few}
+
+
+def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
+    if target.is_floating_point():
+        raise bad_argument("target", "class indices of an integer dtype", str(target.dtype))
+    if preds.is_floating_point():
+        expected = (*target.shape[:1], num_classes, *target.shape[1:])
+        if preds.shape != expected:
+            raise bad_argument("preds", f"scores of shape {expected}", f"shape {tuple(preds.shape)}")
+        checked = {"target": target}
+    else:
+        if preds.shape != target.shape:
+            raise bad_argument("preds", f"class indices of shape {tuple(target.shape)}", f"shape {tuple(preds.shape)}")
+        checked = {"preds": preds, "target": target}
+    for name, indices in checked.items():
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_classes):
+            found = f"values from {int(indices.min())} to {int(indices.max())}"
+            raise bad_argument(name, f"class indices in [0, {num_classes})", found)
+
+
+def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return how many samples of each class were predicted right, and how many there were, both ``(C,)``."""
+    if preds.is_floating_point():
+        preds = preds.argmax(dim=1)
+    hits = target[preds == target]
+    return torch.bincount(hits.flatten(), minlength=num_classes), torch.bincount(
+        target.flatten(), minlength=num_classes
+    )

@@ -1,0 +1,143 @@
+"""A ready module for long-tailed classification, every part of it injected."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
+from lightning_ssesam.mixin import SharpnessAwareMixin
+from lightning_ssesam.objectives import SSESAM, Objective
+from lightning_ssesam.split import ClassSplit
+
+
+class LongTailClassifier(SharpnessAwareMixin):
+    """Image classifier for long-tailed data, trained on a sharpness-aware objective.
+
+    Makes the :class:`~lightning_ssesam.ClassSplit` from the class counts and hands it to the objective, to the loss
+    (if it has a method ``bind``) and to the metrics. Logs ``train/loss``; on validation and test data ``val/loss`` and
+    ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all`` (and ``test/...``).
+
+    Args:
+        class_counts: Training samples of each class, length C; the command line links them from the data.
+        backbone: Network from inputs ``(N, ...)`` to logits ``(N, C)``.
+        objective: What to optimize, bound to the split here; ``SSESAM()`` by default.
+        loss: Module ``(logits, targets) -> (N,)`` of unreduced losses; cross-entropy by default.
+        optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 and momentum 0.9 by default.
+        scheduler: Makes a learning-rate scheduler, stepped every epoch, from the optimizer; none by default.
+        tail_below: Tail classes have fewer training samples than this.
+        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples;
+            0.2 if ``tail_below`` is not given either.
+        many_above: Many-shot classes have more training samples than this.
+        few_below: Few-shot classes have fewer training samples than this.
+
+    Raises:
+        ValueError: If the counts or thresholds are out of range, or the loss is reduced.
+
+    """
+
+    def __init__(
+        self,
+        class_counts: Sequence[int],
+        backbone: nn.Module,
+        objective: Objective | None = None,
+        loss: nn.Module | None = None,
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(params, lr=0.1, momentum=0.9),
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        tail_below: int | None = None,
+        tail_fraction: float | None = None,
+        many_above: int = 100,
+        few_below: int = 20,
+    ) -> None:
+        super().__init__()
+        if tail_below is None and tail_fraction is None:
+            tail_fraction = 0.2
+        split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
+        self.backbone = backbone
+        self.objective = SSESAM() if objective is None else objective
+        self.objective.bind(split)
+        self.loss = _bound_loss(loss, split)
+        self.val_metrics = _metrics(split)
+        self.test_metrics = _metrics(split)
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits ``(N, C)`` of inputs ``(N, ...)``."""
+        logits: Tensor = self.backbone(inputs)
+        return logits
+
+    @override
+    def sample_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the loss of every sample, ``(N,)``."""
+        inputs, targets = batch
+        losses: Tensor = self.loss(self(inputs), targets)
+        return losses
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Called for every validation batch: count it."""
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Called for every test batch: count it."""
+        self._evaluate(batch, "test")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Called after the last validation batch: log the accuracies."""
+        self._log_accuracies("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Called after the last test batch: log the accuracies."""
+        self._log_accuracies("test")
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Called when a run starts: make the optimizer and the scheduler."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: Literal["val", "test"]) -> None:
+        inputs, targets = batch
+        logits = self(inputs)
+        self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(targets))
+        for metric in self._metrics(stage):
+            metric.update(logits, targets)
+
+    def _log_accuracies(self, stage: Literal["val", "test"]) -> None:
+        accuracies: dict[str, Tensor] = {}
+        for metric in self._metrics(stage):
+            accuracies.update(metric.compute())
+            metric.reset()
+        self.log_dict({f"{stage}/acc_{group}": value for group, value in accuracies.items()})
+
+    def _metrics(self, stage: Literal["val", "test"]) -> list[Metric]:
+        metrics = self.val_metrics if stage == "val" else self.test_metrics
+        return [metric for metric in metrics if isinstance(metric, Metric)]
+
+
+def _metrics(split: ClassSplit) -> nn.ModuleList:
+    return nn.ModuleList([HeadTailAccuracy(split), ManyMediumFewAccuracy(split)])
+
+
+def _bound_loss(loss: nn.Module | None, split: ClassSplit) -> nn.Module:
+    if loss is None:
+        return nn.CrossEntropyLoss(reduction="none")
+    reduction = getattr(loss, "reduction", "none")
+    if reduction != "none":
+        raise bad_argument("loss", "a module with reduction='none'", f"reduction={reduction!r}")
+    if callable(bind := getattr(loss, "bind", None)):
+        bind(split)
+    return loss

@@ -1,0 +1,268 @@
+"""Objectives: what a batch's targets say about which samples to perturb for, and how far."""
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
+from lightning_ssesam.split import ClassSplit
+
+
+class Term(NamedTuple):
+    r"""One summand of an objective: weighted samples and the radius of their perturbation.
+
+    The loss of a term is :math:`L_a(w) = \sum_i a_i l_i(w)`. It contributes its gradient at
+    :math:`w + \rho \, g / \|g\|` with :math:`g = \nabla L_a(w)`, or at :math:`w` where ``rho`` is 0 or :math:`g` is.
+
+    Args:
+        weights: Non-negative sample weights a, of the shape of the per-sample losses: ``(N,)`` or dense ``(N, ...)``.
+        rho: Radius >= 0 of the perturbation in the space of all trainable parameters together.
+
+    """
+
+    weights: Tensor
+    rho: float
+
+
+class Objective(ABC):
+    """Turns the targets of a batch into terms; the optimizer receives the sum of the terms' gradients.
+
+    Subclass it and implement :meth:`terms` for a method of your own.
+
+    Args:
+        split: Head and tail classes, for the objectives that tell them apart. May be given later with :meth:`bind`.
+
+    """
+
+    num_stages: int = 1
+    """How many stages the objective has; ``stage`` counts from 1 to this."""
+
+    needs_split: bool = False
+    """Whether :meth:`terms` needs to know head and tail."""
+
+    def __init__(self, split: ClassSplit | None = None) -> None:
+        self._stage = 1
+        self._split: ClassSplit | None = None
+        if split is not None:
+            self.bind(split)
+
+    @property
+    def stage(self) -> int:
+        """The stage of the training that :meth:`terms` answers for, 1 at first."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        if stage not in range(1, self.num_stages + 1):
+            raise bad_argument("stage", f"an integer from 1 to {self.num_stages}", stage)
+        self._stage = int(stage)
+
+    @property
+    def split(self) -> ClassSplit | None:
+        """The split this objective was built with or bound to."""
+        return self._split
+
+    def bind(self, split: ClassSplit) -> None:
+        """Set the head and tail classes.
+
+        Args:
+            split: The class split of the training set.
+
+        Raises:
+            ValueError: If ``split`` is no :class:`ClassSplit`, or has no use for this objective.
+
+        """
+        if not isinstance(split, ClassSplit):
+            raise bad_argument("split", "a ClassSplit", split)
+        self._split = split
+
+    def check_ready(self) -> None:
+        """Raise ``RuntimeError`` if :meth:`terms` cannot answer yet, for want of a split."""
+        name = type(self).__name__
+        if self.needs_split and self._split is None:
+            raise RuntimeError(
+                f"{name} does not know which classes are tail: build it with `{name}(split=...)`, or call"
+                " `bind(split)` before it is used."
+            )
+
+    @abstractmethod
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:
+        """Return the terms of a batch.
+
+        Args:
+            targets: Class indices ``(N,)`` or dense ``(N, ...)``, any integer dtype; or class probabilities
+                ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
+
+        """
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{type(self).__name__}({fields})"
+
+
+class ERM(Objective):
+    """Empirical risk minimization: the plain mean loss, no perturbation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+        return (Term(_mean_weights(targets), 0.0),)
+
+
+class SAM(Objective):
+    """Sharpness-aware minimization of the mean loss (Foret et al., ICLR 2021, eq. 2 and 3).
+
+    Args:
+        rho: Radius of the perturbation, a finite number >= 0.
+
+    """
+
+    def __init__(self, rho: float = 0.05) -> None:
+        super().__init__()
+        self.rho = check_radius("rho", rho)
+
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+        return (Term(_mean_weights(targets), self.rho),)
+
+
+class _HeadTailObjective(Objective):
+    """Shared by the objectives that weigh head and tail apart."""
+
+    needs_split = True
+
+    def bind(self, split: ClassSplit) -> None:
+        super().bind(split)
+        num_tail = int(split.tail.sum())
+        if num_tail in (0, split.num_classes):
+            raise bad_argument(
+                "split",
+                f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart",
+                f"one in which {num_tail} of {split.num_classes} classes are tail",
+            )
+
+    def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much of each sample is head and how much is tail, each in [0, 1]."""
+        self.check_ready()
+        assert self._split is not None
+        tail = self._split.tail_on(targets.device)
+        dtype = _weight_dtype(targets)
+        if not targets.is_floating_point():
+            _check_class_indices(targets, tail.numel())
+            tail_mass = tail[targets.long()].to(dtype)
+            return 1 - tail_mass, tail_mass
+        if targets.ndim < 2 or targets.shape[1] != tail.numel():
+            raise bad_argument(
+                "targets",
+                f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})",
+                f"shape {tuple(targets.shape)} of {targets.dtype}",
+            )
+        probabilities = targets.movedim(1, -1).to(dtype)
+        return probabilities @ (~tail).to(dtype), probabilities @ tail.to(dtype)
+
+
+class ImbSAM(_HeadTailObjective):
+    """Imbalanced SAM: perturb for the tail alone (Zhou et al., "ImbSAM", ICCV 2023, eq. 6 and algorithm 1).
+
+    Args:
+        split: Head and tail classes, both non-empty; may be bound later.
+        rho: Radius of the tail's perturbation, a finite number >= 0.
+        tail_weight: Factor on the tail's loss, a finite number > 0. ImbSAM's released code uses 2.
+        reduction: ``"batch"`` divides both sums by the batch size N; ``"group"`` takes the mean over the head samples
+            and the mean over the tail samples, as the SSE-SAM release does for its ImbSAM baseline.
+
+    Raises:
+        ValueError: If an argument is out of range, or the split has no head or no tail.
+
+    """
+
+    def __init__(
+        self,
+        split: ClassSplit | None = None,
+        rho: float = 0.05,
+        tail_weight: float = 1.0,
+        reduction: Literal["batch", "group"] = "batch",
+    ) -> None:
+        super().__init__(split)
+        self.rho = check_radius("rho", rho)
+        self.tail_weight = check_positive("tail_weight", tail_weight)
+        self.reduction = check_choice("reduction", reduction, ("batch", "group"))
+
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+        head, tail = self._masses(targets)
+        normalize = _over_batch if self.reduction == "batch" else _over_group
+        return Term(normalize(head), 0.0), Term(self.tail_weight * normalize(tail), self.rho)
+
+
+class SSESAM(_HeadTailObjective):
+    """Stage-wise saddle escaping SAM (Lyu et al., "SSE-SAM", AAAI 2025, algorithm 1).
+
+    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is.
+    :class:`~lightning_ssesam.StageSwitch` moves from one to the other.
+
+    Args:
+        split: Head and tail classes, both non-empty; may be bound later.
+        head_rho: Radius of the head's perturbation in stage 1, a finite number >= 0.
+        tail_rho: Radius of the tail's perturbation in both stages, a finite number >= 0.
+        first_stage: ``"grouped"`` is stage 1 as in the published code; ``"joint"`` is the plain reading of the
+            paper's abstract, one SAM perturbation of the whole batch's loss with radius ``head_rho``.
+
+    Raises:
+        ValueError: If an argument is out of range, or the split has no head or no tail.
+
+    """
+
+    num_stages = 2
+
+    def __init__(
+        self,
+        split: ClassSplit | None = None,
+        head_rho: float = 0.05,
+        tail_rho: float = 0.1,
+        first_stage: Literal["grouped", "joint"] = "grouped",
+    ) -> None:
+        super().__init__(split)
+        self.head_rho = check_radius("head_rho", head_rho)
+        self.tail_rho = check_radius("tail_rho", tail_rho)
+        self.first_stage = check_choice("first_stage", first_stage, ("grouped", "joint"))
+
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+        if self.stage == 1 and self.first_stage == "joint":
+            self.check_ready()
+            return (Term(_mean_weights(targets), self.head_rho),)
+        head, tail = self._masses(targets)
+        head_rho = self.head_rho if self.stage == 1 else 0.0
+        return Term(_over_batch(head), head_rho), Term(_over_batch(tail), self.tail_rho)
+
+
+def _weight_dtype(targets: Tensor) -> torch.dtype:
+    # 1/N rounded to float32 puts float64 losses off by 1e-9, so weights are as exact as the device allows and take
+    # the losses' dtype only when they meet them.
+    return torch.float32 if targets.device.type == "mps" else torch.float64
+
+
+def _check_class_indices(targets: Tensor, num_classes: int) -> None:
+    # On an accelerator looking at the values would wait for the device, and the loss checks them there itself.
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= num_classes:
+        raise bad_argument("targets", f"class indices in [0, {num_classes})", f"values from {low} to {high}")
+
+
+def _mean_weights(targets: Tensor) -> Tensor:
+    shape = targets.shape
+    if targets.is_floating_point():
+        shape = shape[:1] + shape[2:]
+    return _over_batch(torch.ones(shape, dtype=_weight_dtype(targets), device=targets.device))
+
+
+def _over_batch(mass: Tensor) -> Tensor:
+    return mass / max(mass.numel(), 1)
+
+
+def _over_group(mass: Tensor) -> Tensor:
+    total = mass.sum()
+    return mass / torch.where(total > 0, total, torch.ones_like(total))

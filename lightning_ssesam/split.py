@@ -1,0 +1,211 @@
+"""Which classes are head and tail, and which are many-, medium- and few-shot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSplit:
+    """Training samples per class, and the groups of classes that follow from them.
+
+    The single source of truth for objectives, metrics, losses and plots. Every class is either head or tail, and
+    independently many-, medium- or few-shot (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World",
+    CVPR 2019: more than 100, 20 to 100, fewer than 20 training samples).
+
+    Args:
+        class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+        tail: The tail classes: a boolean mask of shape ``(C,)`` or class indices, each in ``[0, C)``.
+        many_above: A class with more training samples than this is many-shot.
+        few_below: A class with fewer training samples than this is few-shot; at most ``many_above + 1``.
+
+    Raises:
+        ValueError: If a count is not an integer >= 1, or an argument has the wrong shape or range.
+
+    Example:
+        >>> split = ClassSplit.from_counts([500, 120, 40, 5], tail_below=100)
+        >>> split.tail.tolist()
+        [False, False, True, True]
+        >>> split.many.tolist(), split.few.tolist()
+        ([True, True, False, False], [False, False, False, True])
+
+    """
+
+    class_counts: Tensor
+    tail: Tensor
+    many_above: int = 100
+    few_below: int = 20
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        tail: Sequence[int] | Sequence[bool] | Tensor,
+        many_above: int = 100,
+        few_below: int = 20,
+    ) -> None:
+        counts = _as_counts(class_counts)
+        many_above = check_integer("many_above", many_above, minimum=0)
+        few_below = check_integer("few_below", few_below, minimum=0)
+        if few_below > many_above + 1:
+            raise bad_argument("few_below", f"at most many_above + 1 = {many_above + 1}", few_below)
+        for name, value in {
+            "class_counts": counts,
+            "tail": _as_mask(tail, counts.numel()),
+            "many_above": many_above,
+            "few_below": few_below,
+            "_moved": {},
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_counts(
+        cls,
+        class_counts: Sequence[int] | Tensor,
+        tail_below: int | None = None,
+        tail_fraction: float | None = None,
+        many_above: int = 100,
+        few_below: int = 20,
+    ) -> Self:
+        """Choose the tail by class size.
+
+        Args:
+            class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+            tail_below: Tail classes are those with fewer training samples than this (eta in ImbSAM, ICCV 2023).
+            tail_fraction: Tail classes are the rarest ones that together hold at most this fraction of the
+                training samples, in (0, 1). Among classes of equal size the higher class index counts as rarer.
+            many_above: See :class:`ClassSplit`.
+            few_below: See :class:`ClassSplit`.
+
+        Raises:
+            ValueError: If not exactly one of ``tail_below`` and ``tail_fraction`` is given, or one is out of range.
+
+        """
+        if (tail_below is None) == (tail_fraction is None):
+            raise ValueError(
+                "Expected exactly one of the arguments `tail_below` and `tail_fraction`,"
+                f" but got tail_below={tail_below!r}, tail_fraction={tail_fraction!r}."
+            )
+        counts = _as_counts(class_counts)
+        if tail_below is not None:
+            tail = counts < check_integer("tail_below", tail_below, minimum=1)
+        else:
+            tail = _rarest(counts, check_fraction("tail_fraction", tail_fraction))
+        return cls(counts, tail, many_above=many_above, few_below=few_below)
+
+    @classmethod
+    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int | None = None, **kwargs: Any) -> Self:
+        """Count the training labels, then split as :meth:`from_counts` or, with ``tail=...``, as the constructor.
+
+        Args:
+            labels: The label of every training sample, shape ``(N,)``, integers in ``[0, C)``.
+            num_classes: C; the largest label + 1 by default.
+            **kwargs: The arguments of :meth:`from_counts`, or ``tail`` and the thresholds of :class:`ClassSplit`.
+
+        Raises:
+            ValueError: If a label is out of range, or a class has no training sample.
+
+        """
+        values = torch.as_tensor(labels).detach().cpu()
+        if values.ndim != 1 or values.numel() == 0 or values.is_floating_point() or values.dtype == torch.bool:
+            raise bad_argument("labels", "a non-empty vector of class indices", labels)
+        largest = int(values.max())
+        if num_classes is not None:
+            check_integer("num_classes", num_classes, minimum=1)
+        if int(values.min()) < 0 or (num_classes is not None and largest >= num_classes):
+            expected = f"class indices in [0, {num_classes if num_classes is not None else 'C'})"
+            raise bad_argument("labels", expected, f"values from {int(values.min())} to {largest}")
+        counts = torch.bincount(values.long(), minlength=num_classes or 0)
+        return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self.class_counts.numel()
+
+    @cached_property
+    def head(self) -> Tensor:
+        """Mask of the classes that are not tail, shape ``(C,)``, bool."""
+        return ~self.tail
+
+    @cached_property
+    def many(self) -> Tensor:
+        """Mask of the many-shot classes, shape ``(C,)``, bool."""
+        return self.class_counts > self.many_above
+
+    @cached_property
+    def few(self) -> Tensor:
+        """Mask of the few-shot classes, shape ``(C,)``, bool."""
+        return self.class_counts < self.few_below
+
+    @cached_property
+    def medium(self) -> Tensor:
+        """Mask of the classes that are neither many- nor few-shot, shape ``(C,)``, bool."""
+        return ~(self.many | self.few)
+
+    def tail_on(self, device: torch.device) -> Tensor:
+        """Return the tail mask on ``device``; it is copied there once and kept."""
+        if device not in self._moved:
+            self._moved[device] = self.tail.to(device)
+        return self._moved[device]
+
+    def __repr__(self) -> str:
+        tail = self.tail.nonzero().flatten().tolist()
+        shown = tail if len(tail) <= 10 else f"<{len(tail)} classes>"
+        return f"ClassSplit(num_classes={self.num_classes}, samples={int(self.class_counts.sum())}, tail={shown})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_moved": {}}
+
+
+def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    try:
+        counts = torch.as_tensor(class_counts).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise bad_argument("class_counts", "a vector of integers >= 1", class_counts) from None
+    if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool:
+        raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)
+    if counts.is_floating_point() and not bool((counts == counts.floor()).all()):
+        raise bad_argument("class_counts", "a vector of integers >= 1", class_counts)
+    wrong = (counts < 1).nonzero().flatten()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise bad_argument("class_counts", "integers >= 1 for every class", f"{counts[first].item()} for class {first}")
+    return counts.to(torch.int64, copy=True)
+
+
+def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
+    values = torch.as_tensor(tail).detach().cpu()
+    if values.dtype == torch.bool:
+        if values.shape != (num_classes,):
+            raise bad_argument(
+                "tail", f"a mask of shape ({num_classes},), one per class", f"shape {tuple(values.shape)}"
+            )
+        return values.clone()
+    if values.numel() == 0:
+        return torch.zeros(num_classes, dtype=torch.bool)
+    if values.ndim != 1 or values.is_floating_point():
+        raise bad_argument("tail", "a boolean mask or a vector of class indices", tail)
+    if int(values.min()) < 0 or int(values.max()) >= num_classes:
+        raise bad_argument("tail", f"class indices in [0, {num_classes})", tail)
+    mask = torch.zeros(num_classes, dtype=torch.bool)
+    mask[values.long()] = True
+    return mask
+
+
+def _rarest(counts: Tensor, fraction: float) -> Tensor:
+    # Flipped before the stable sort, so that the higher index comes first among equal counts.
+    order = counts.numel() - 1 - counts.flip(0).argsort(stable=True)
+    held = counts[order].cumsum(0).double()
+    # The slack keeps 0.29 * 100 = 28.999... from losing a class that holds exactly the fraction.
+    fits = held <= fraction * float(counts.sum()) * (1 + 1e-12)
+    tail = torch.zeros_like(counts, dtype=torch.bool)
+    tail[order[fits]] = True
+    return tail

@@ -1,0 +1,63 @@
+"""One logged value a step from the several clean passes that split passes make."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_SIGNATURE = inspect.signature(pl.LightningModule.log)
+
+
+class _Call(NamedTuple):
+    value: Any
+    size: int
+    options: dict[str, Any]
+
+
+class SplitLogs:
+    """Collects the ``log`` calls of a step's clean passes and makes one of each.
+
+    Attributes:
+        samples: Samples in the current pass, or None where it forwards the whole batch and nothing is to be merged.
+
+    """
+
+    def __init__(self) -> None:
+        self.samples: int | None = None
+        self._calls: dict[str, list[_Call]] = {}
+
+    def add(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep one call of ``LightningModule.log`` for later."""
+        options = dict(_SIGNATURE.bind(None, name, value, *args, **kwargs).arguments)
+        for given in ("self", "name", "value"):
+            options.pop(given)
+        size = options.pop("batch_size", None) or self.samples or 1
+        self._calls.setdefault(name, []).append(_Call(value, size, options))
+
+    def flush(self, log: Callable[..., None]) -> None:
+        """Call ``log`` once for every name, and forget the calls."""
+        calls, self._calls = self._calls, {}
+        for name, same in calls.items():
+            size = sum(call.size for call in same)
+            log(name, _merge(same), batch_size=size, **same[-1].options)
+
+    def clear(self) -> None:
+        """Forget the calls of a step that was interrupted."""
+        self._calls = {}
+
+
+def _merge(calls: list[_Call]) -> Any:
+    if len(calls) == 1 or isinstance(calls[0].value, Metric):
+        return calls[-1].value
+    values = torch.stack([torch.as_tensor(call.value).detach() for call in calls])
+    reduce_fx = calls[-1].options.get("reduce_fx", "mean")
+    name = reduce_fx if isinstance(reduce_fx, str) else reduce_fx.__name__
+    if name == "mean":
+        sizes = torch.tensor([float(call.size) for call in calls]).to(values.device)
+        return (values * sizes).sum() / sizes.sum()
+    merged: Tensor = getattr(values, name)()
+    return merged
