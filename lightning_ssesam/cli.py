@@ -1,7 +1,9 @@
 """The command ``lightning-ssesam``."""
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -51,7 +53,8 @@ def _compare(args: list[str]) -> None:
 
     from lightning_ssesam.compare import compare
 
-    auto_cli(compare, args=args, as_positional=False, prog="lightning-ssesam compare")
+    with _one_line_errors():
+        auto_cli(compare, args=args, as_positional=False, prog="lightning-ssesam compare")
 
 
 def _lightning(args: list[str]) -> None:
@@ -63,21 +66,37 @@ def _lightning(args: list[str]) -> None:
     class CLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-            parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+
+        def instantiate_classes(self) -> None:
+            with _one_line_errors():
+                super().instantiate_classes()
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             commands = LightningCLI.subcommands()
             return {name: commands[name] for name in ("fit", "validate", "test")}
 
+    # Lightning warns of arguments that are not the program's own.
+    sys.argv = [sys.argv[0], *args]
     CLI(
         LongTailClassifier,
         LongTailDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         parser_kwargs={"prog": "lightning-ssesam"},
-        args=args,
     )
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the program where an argument is refused, with the line that says which and why."""
+    try:
+        yield
+    except ValueError as error:
+        refused = re.search(r"Expected (argument|exactly one|at most one).*", str(error))
+        if refused is None:
+            raise
+        sys.exit(f"error: {refused.group()}")
 
 
 def _shipped_configs() -> list[str]:

@@ -8,32 +8,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.metrics import HeadTailAccuracy
-from lightning_ssesam.models import LongTailClassifier, SmallConvNet
+from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
 
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
 GROUPS = ("head", "tail", "many", "medium", "few", "all")
-
-
-class BackboneFactory(Protocol):
-    """Makes a new network."""
-
-    def __call__(self, num_classes: int) -> nn.Module:
-        """Return a network with ``num_classes`` logits."""
 
 
 @dataclass
@@ -65,11 +57,11 @@ def compare(
     data: Callable[[], LongTailDataModule] = DigitsLT,
     backbone: BackboneFactory = SmallConvNet,
     optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(
-        params, lr=0.1, momentum=0.9, weight_decay=5e-4
+        params, lr=0.05, momentum=0.9, weight_decay=5e-4
     ),
-    sam_rho: float = 0.1,
-    imbsam_rho: float = 0.1,
-    head_rho: float = 0.1,
+    sam_rho: float = 0.2,
+    imbsam_rho: float = 0.2,
+    head_rho: float = 0.05,
     tail_rho: float = 0.2,
     gamma: float = 0.7,
     tail_fraction: float = 0.2,
@@ -107,15 +99,24 @@ def compare(
     """
     from lightning_ssesam.figures import draw_comparison
 
+    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+    check_integer("seeds", seeds, minimum=1)
+    check_integer("epochs", epochs, minimum=1)
+    check_fraction("gamma", gamma)
+    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
+    for name, radius in radii.items():
+        check_radius(name, radius)
     objectives: dict[str, Callable[[], Objective]] = {
         "ERM": ERM,
         "SAM": lambda: SAM(sam_rho),
         "ImbSAM": lambda: ImbSAM(rho=imbsam_rho),
         "SSESAM": lambda: SSESAM(head_rho=head_rho, tail_rho=tail_rho),
     }
-    _check(methods, seeds, epochs, gamma, objectives)
     module = data()
     split = module.split(tail_fraction=tail_fraction)
+    for method in methods:
+        objectives[method]().bind(split)
     output.mkdir(parents=True, exist_ok=True)
     runs: list[Run] = []
     jobs = [(method, seed) for seed in range(seeds) for method in methods]
@@ -128,7 +129,7 @@ def compare(
             pl.seed_everything(seed, verbose=False)
             model = LongTailClassifier(
                 module.class_counts,
-                backbone(num_classes=module.num_classes),
+                backbone,
                 objectives[method](),
                 optimizer=optimizer,
                 scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
@@ -199,18 +200,6 @@ def _train(run: Run, model: LongTailClassifier, data: LongTailDataModule, epochs
     trainer.fit(model, datamodule=data)
     (tested,) = trainer.test(model, datamodule=data, verbose=False)
     run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
-
-
-def _check(
-    methods: list[str], seeds: int, epochs: int, gamma: float, objectives: dict[str, Callable[[], Objective]]
-) -> None:
-    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
-        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
-    check_integer("seeds", seeds, minimum=1)
-    check_integer("epochs", epochs, minimum=1)
-    check_fraction("gamma", gamma)
-    for method in methods:
-        objectives[method]()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class ClassSplit:
             ValueError: If a label is out of range, or a class has no training sample.
 
         """
-        values = torch.as_tensor(labels).detach().cpu()
+        values = _as_tensor("labels", "a non-empty vector of class indices", labels)
         if values.ndim != 1 or values.numel() == 0 or values.is_floating_point() or values.dtype == torch.bool:
             raise bad_argument("labels", "a non-empty vector of class indices", labels)
         largest = int(values.max())
@@ -165,11 +165,15 @@ class ClassSplit:
         return {**self.__dict__, "_moved": {}}
 
 
-def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
     try:
-        counts = torch.as_tensor(class_counts).detach().cpu()
+        return torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise bad_argument("class_counts", "a vector of integers >= 1", class_counts) from None
+        raise bad_argument(name, expected, value) from None
+
+
+def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    counts = _as_tensor("class_counts", "a vector of integers >= 1", class_counts)
     if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool:
         raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)
     if counts.is_floating_point() and not bool((counts == counts.floor()).all()):
@@ -182,7 +186,7 @@ def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
 
 
 def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
-    values = torch.as_tensor(tail).detach().cpu()
+    values = _as_tensor("tail", "a boolean mask or a vector of class indices", tail)
     if values.dtype == torch.bool:
         if values.shape != (num_classes,):
             raise bad_argument(

@@ -1,11 +1,18 @@
 """Small networks for small images."""
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_choice, check_integer
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+
+
+class BackboneFactory(Protocol):
+    """Makes a network for a number of classes: a class such as :class:`SmallConvNet`, or a function."""
+
+    def __call__(self, num_classes: int) -> nn.Module:
+        """Return a network from inputs ``(N, ...)`` to logits ``(N, num_classes)``."""
 
 
 class SmallConvNet(nn.Module):
@@ -31,7 +38,8 @@ class SmallConvNet(nn.Module):
         super().__init__()
         check_integer("num_classes", num_classes, minimum=1)
         check_integer("in_channels", in_channels, minimum=1)
-        check_integer("width", width, minimum=8)
+        if check_integer("width", width, minimum=8) % 8:
+            raise bad_argument("width", "a multiple of 8", width)
         check_choice("norm", norm, ("group", "batch"))
         channels = [in_channels, width, 2 * width, 2 * width]
         layers: list[nn.Module] = []

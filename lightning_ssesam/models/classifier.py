@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
+from lightning_ssesam.models.backbones import BackboneFactory
 from lightning_ssesam.objectives import SSESAM, Objective
 from lightning_ssesam.split import ClassSplit
 
@@ -24,9 +25,13 @@ class LongTailClassifier(SharpnessAwareMixin):
     (if it has a method ``bind``) and to the metrics. Logs ``train/loss``; on validation and test data ``val/loss`` and
     ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all`` (and ``test/...``).
 
+    Attributes:
+        split: The class split made from the class counts.
+
     Args:
         class_counts: Training samples of each class, length C; the command line links them from the data.
-        backbone: Network from inputs ``(N, ...)`` to logits ``(N, C)``.
+        backbone: Makes the network from ``num_classes=C``, such as the class ``SmallConvNet``; or a ready network from
+            inputs ``(N, ...)`` to logits ``(N, C)``.
         objective: What to optimize, bound to the split here; ``SSESAM()`` by default.
         loss: Module ``(logits, targets) -> (N,)`` of unreduced losses; cross-entropy by default.
         optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 and momentum 0.9 by default.
@@ -45,7 +50,7 @@ class LongTailClassifier(SharpnessAwareMixin):
     def __init__(
         self,
         class_counts: Sequence[int],
-        backbone: nn.Module,
+        backbone: BackboneFactory,
         objective: Objective | None = None,
         loss: nn.Module | None = None,
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(params, lr=0.1, momentum=0.9),
@@ -58,13 +63,13 @@ class LongTailClassifier(SharpnessAwareMixin):
         super().__init__()
         if tail_below is None and tail_fraction is None:
             tail_fraction = 0.2
-        split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
-        self.backbone = backbone
+        self.split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
+        self.backbone = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
         self.objective = SSESAM() if objective is None else objective
-        self.objective.bind(split)
-        self.loss = _bound_loss(loss, split)
-        self.val_metrics = _metrics(split)
-        self.test_metrics = _metrics(split)
+        self.objective.bind(self.split)
+        self.loss = _bound_loss(loss, self.split)
+        self.val_metrics = _metrics(self.split)
+        self.test_metrics = _metrics(self.split)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 

@@ -1,0 +1,54 @@
+"""MixUp and CutMix from torchvision: targets become class probabilities, and a sample is tail by its share of tail.
+
+Run it from the root of the repository:
+
+    python examples/mixup.py
+
+It prints, on two CPU cores (AMD EPYC) with lightning 2.6.6 and torch 2.14.1, in about 15 seconds:
+
+PRINTED
+"""
+
+import lightning as L
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lightning_ssesam import SSESAM, DigitsLT, LongTailClassifier, StageSwitch
+from lightning_ssesam.models import SmallConvNet
+
+
+class MixedClassifier(LongTailClassifier):
+    """Mixes every training batch after it has come to the device."""
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Turn targets ``(N,)`` into probabilities ``(N, C)`` while training."""
+        if not self.trainer.training:
+            return batch
+        classes = self.split.num_classes
+        mix = v2.RandomChoice([v2.MixUp(num_classes=classes, alpha=0.2), v2.CutMix(num_classes=classes, alpha=0.2)])
+        images, targets = mix(*batch)
+        return images, targets
+
+
+def main() -> None:
+    """Train and test."""
+    L.seed_everything(0)
+    data = DigitsLT(imbalance_factor=50)
+    model = MixedClassifier(
+        data.class_counts, SmallConvNet, SSESAM(head_rho=0.05, tail_rho=0.2), many_above=50, few_below=10
+    )
+    trainer = L.Trainer(
+        max_epochs=30,
+        accelerator="cpu",
+        callbacks=[StageSwitch(at=0.7)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, datamodule=data)
+    (tested,) = trainer.test(model, datamodule=data, verbose=False)
+    print({name: round(value, 3) for name, value in tested.items()})
+
+
+if __name__ == "__main__":
+    main()

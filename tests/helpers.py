@@ -1,0 +1,186 @@
+"""Small models and the plain versions that the project is held against."""
+
+import copy
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, Term
+from lightning_ssesam.engine import SharpnessEngine
+
+REFERENCE = Path(__file__).parent / "reference"
+SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
+
+
+def convbn():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+
+
+def stage_2(objective):
+    objective.stage = 2
+    return objective
+
+
+class ThreeRadii(ERM):
+    """An objective of somebody's own: overlapping terms, two of them plain, two perturbed."""
+
+    def terms(self, targets):
+        n = max(targets.shape[0], 1)
+        weights = torch.linspace(0.0, 1.0, targets.shape[0]) / n
+        return Term(weights, 0.0), Term(1 / n - weights, 0.03), Term(weights.flip(0), 0.2), Term(weights / 2, 0.0)
+
+
+OBJECTIVES = {
+    "ERM": lambda: ERM(),
+    "SAM": lambda: SAM(0.05),
+    "ImbSAM": lambda: ImbSAM(SPLIT, 0.05),
+    "ImbSAM double": lambda: ImbSAM(SPLIT, 0.05, tail_weight=2.0),
+    "ImbSAM group": lambda: ImbSAM(SPLIT, 0.05, reduction="group"),
+    "SSESAM 1": lambda: SSESAM(SPLIT, 0.05, 0.1),
+    "SSESAM 2": lambda: stage_2(SSESAM(SPLIT, 0.05, 0.1)),
+    "SSESAM joint 1": lambda: SSESAM(SPLIT, 0.05, 0.1, first_stage="joint"),
+    "SSESAM joint 2": lambda: stage_2(SSESAM(SPLIT, 0.05, 0.1, first_stage="joint")),
+    "SSESAM head_rho=0": lambda: SSESAM(SPLIT, 0.0, 0.1),
+    "own": ThreeRadii,
+}
+
+
+def classification_batch(n=24, shape=(8,), classes=range(5)):
+    return torch.randn(n, *shape), torch.tensor(list(classes))[torch.randint(len(classes), (n,))]
+
+
+def sample_losses_of(net, inputs, targets):
+    """What the engine calls, for a plain network."""
+
+    def sample_losses(index, perturbed):
+        x, y = (inputs, targets) if index is None else (inputs[index], targets[index])
+        return F.cross_entropy(net(x), y, reduction="none")
+
+    return sample_losses
+
+
+def engine_gradient(net, terms, inputs, targets, passes="full"):
+    net = copy.deepcopy(net)
+    SharpnessEngine().compute(
+        sample_losses_of(net, inputs, targets), terms, net.parameters(), net.buffers(), passes=passes
+    )
+    return [p.grad for p in net.parameters()]
+
+
+def naive_gradient(net, terms, inputs, targets):
+    """The definition, one term after the other, with nothing shared."""
+    params = [p for p in net.parameters() if p.requires_grad]
+    clean = [p.detach().clone() for p in params]
+    total = [torch.zeros_like(p) for p in params]
+
+    def gradient(weights):
+        losses = F.cross_entropy(net(inputs), targets, reduction="none")
+        return torch.autograd.grad((weights.to(losses.dtype) * losses).sum(), params)
+
+    def put(values):
+        with torch.no_grad():
+            for p, value in zip(params, values, strict=True):
+                p.copy_(value)
+
+    for weights, rho in terms:
+        g = gradient(weights)
+        norm = torch.sqrt(sum((part**2).sum() for part in g))
+        if rho > 0 and norm > 0:
+            put([w + rho * part / norm for w, part in zip(clean, g, strict=True)])
+            g = gradient(weights)
+            put(clean)
+        total = [t + part for t, part in zip(total, g, strict=True)]
+    return total
+
+
+class Model(SharpnessAwareMixin, L.LightningModule):
+    """The module of the README, with the choices that tests need."""
+
+    def __init__(self, net=None, objective=None, passes="auto", optimizer=None, scheduler=None):
+        super().__init__()
+        self.net = mlp() if net is None else net
+        self.objective = ERM() if objective is None else objective
+        self.passes = passes
+        self.make_optimizer = optimizer or sgd
+        self.make_scheduler = scheduler
+
+    def sample_losses(self, batch):
+        inputs, targets = batch
+        return F.cross_entropy(self.net(inputs), targets, reduction="none")
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        return optimizer if self.make_scheduler is None else self.make_scheduler(optimizer)
+
+
+class Automatic(L.LightningModule):
+    """The same module under Lightning's automatic optimization."""
+
+    def __init__(self, net=None, optimizer=None, scheduler=None):
+        super().__init__()
+        self.net = mlp() if net is None else net
+        self.make_optimizer = optimizer or sgd
+        self.make_scheduler = scheduler
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        loss = F.cross_entropy(self.net(inputs), targets)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    configure_optimizers = Model.configure_optimizers
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def trainer(**kwargs):
+    options = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{**options, **kwargs})
+
+
+def batches_loader(batches):
+    """A loader that yields the given batches in their order."""
+    return DataLoader(batches, batch_size=None)
+
+
+def fit(model, batches, val=None, ckpt_path=None, **kwargs):
+    run = trainer(**kwargs)
+    run.fit(model, batches_loader(batches), val, ckpt_path=ckpt_path)
+    return run
+
+
+def clones(tensors):
+    return [None if t is None else t.detach().clone() for t in tensors]
+
+
+def assert_same_bits(actual, expected):
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            assert torch.equal(a, e)

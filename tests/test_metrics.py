@@ -1,0 +1,134 @@
+import copy
+
+import matplotlib as mpl
+import pytest
+import torch
+from torch import multiprocessing, tensor
+
+from lightning_ssesam import ClassSplit, HeadTailAccuracy, ManyMediumFewAccuracy
+
+SPLIT = ClassSplit([500, 300, 50, 30, 5, 4], tail=[3, 4, 5])
+
+
+def naive(preds, target, groups):
+    """Mean over the classes that occurred of their recall, one sample at a time."""
+    result = {}
+    for name, mask in groups.items():
+        recalls = []
+        for k in mask.nonzero().flatten().tolist():
+            hits = [int(p) == k for p, t in zip(preds, target, strict=True) if int(t) == k]
+            if hits:
+                recalls.append(sum(hits) / len(hits))
+        result[name] = sum(recalls) / len(recalls) if recalls else float("nan")
+    return result
+
+
+GROUPS = {
+    HeadTailAccuracy: {"head": SPLIT.head, "tail": SPLIT.tail, "all": SPLIT.head | SPLIT.tail},
+    ManyMediumFewAccuracy: {
+        "many": SPLIT.many,
+        "medium": SPLIT.medium,
+        "few": SPLIT.few,
+        "all": SPLIT.head | SPLIT.tail,
+    },
+}
+
+
+@pytest.mark.parametrize("metric_class", GROUPS)
+@pytest.mark.parametrize("classes", [6, 4, 2])
+@pytest.mark.parametrize("scores", [True, False])
+def test_equals_naive_twin_over_batches(metric_class, classes, scores):
+    target, logits = torch.randint(classes, (60,)), torch.randn(60, 6)
+    logits[torch.arange(60), target] += 1
+    metric = metric_class(SPLIT)
+    for batch in range(0, 60, 13):
+        chosen = logits[batch : batch + 13]
+        metric.update(chosen if scores else chosen.argmax(1), target[batch : batch + 13])
+    expected = naive(logits.argmax(1), target, GROUPS[metric_class])
+    value = metric.compute()
+    assert list(value) == list(expected)
+    assert {k: v.item() for k, v in value.items()} == pytest.approx(expected, nan_ok=True)
+
+
+def test_group_without_samples_is_nan():
+    metric = HeadTailAccuracy(SPLIT)
+    metric.update(tensor([0, 1]), tensor([0, 0]))
+    value = metric.compute()
+    assert value["head"] == 0.5
+    assert value["tail"].isnan()
+    assert value["all"] == 0.5
+    metric.reset()
+    metric.update(torch.empty(0, 6), torch.empty(0, dtype=torch.long))
+    assert all(v.isnan() for v in metric.compute().values())
+
+
+def test_dense_and_forward_and_reset():
+    metric = HeadTailAccuracy(SPLIT)
+    target = torch.randint(6, (2, 4, 4))
+    scores = torch.randn(2, 6, 4, 4)
+    value = metric(scores, target)
+    expected = naive(scores.argmax(1).flatten(), target.flatten(), GROUPS[HeadTailAccuracy])
+    assert {k: v.item() for k, v in value.items()} == pytest.approx(expected)
+    metric.reset()
+    metric.update(target, target)
+    assert metric.compute()["all"] == 1
+
+
+def _count_in_process(rank, port, results):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    metric = HeadTailAccuracy(SPLIT)
+    # Rank 0 sees head classes alone, rank 1 a tail class and an uneven number of samples.
+    target = tensor([0, 0, 1]) if rank == 0 else tensor([3, 3, 3, 3, 0])
+    preds = tensor([0, 2, 1]) if rank == 0 else tensor([3, 3, 3, 0, 0])
+    metric.update(preds, target)
+    results[rank] = {k: v.item() for k, v in metric.compute().items()}
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_that_see_different_classes(free_port):
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_count_in_process, (free_port, results), nprocs=2)
+        expected = {"head": (2 / 3 + 1) / 2, "tail": 0.75, "all": (2 / 3 + 1 + 0.75) / 3}
+        assert results[0] == pytest.approx(expected)
+        assert results[1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric_class", GROUPS)
+def test_plot(metric_class):
+    mpl.use("Agg")
+    metric = metric_class(SPLIT)
+    metric.update(tensor([0, 3, 4]), tensor([0, 3, 5]))
+    _, ax = metric.plot()
+    drawn = [line.get_ydata()[0] for line in ax.lines]
+    expected = [v.item() for v in metric.compute().values() if not v.isnan()]
+    assert all(any(abs(float(y) - value) < 1e-6 for y in drawn) for value in expected)
+    metric.plot([metric.compute(), metric.compute()], ax=ax)
+
+
+def test_copies():
+    metric = HeadTailAccuracy(SPLIT)
+    metric.update(tensor([0]), tensor([0]))
+    assert copy.deepcopy(metric).compute()["head"] == 1
+
+
+@pytest.mark.parametrize(
+    ("preds", "target", "message"),
+    [
+        (torch.rand(3, 5), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got 'shape \(3, 5\)'"),
+        (torch.rand(2, 6), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got 'shape \(2, 6\)'"),
+        (tensor([0, 1]), tensor([0, 1, 2]), r"`preds` to be class indices of shape \(3,\), but got 'shape \(2,\)'"),
+        (tensor([0, 6]), tensor([0, 1]), r"`preds` to be class indices in \[0, 6\), but got 'values from 0 to 6'"),
+        (tensor([0, 1]), tensor([0, 6]), r"`target` to be class indices in \[0, 6\), but got 'values from 0 to 6'"),
+        (tensor([0, 1]), tensor([0, -1]), r"`target` to be class indices in \[0, 6\), but got 'values from -1 to 0'"),
+        (tensor([0, 1]), tensor([0.0, 1.0]), "`target` to be class indices of an integer dtype"),
+    ],
+)
+def test_bad_batches(preds, target, message):
+    with pytest.raises(ValueError, match=message):
+        HeadTailAccuracy(SPLIT).update(preds, target)
+
+
+def test_bad_split():
+    with pytest.raises(ValueError, match=r"`split` to be a ClassSplit, but got \[1, 2\]"):
+        HeadTailAccuracy([1, 2])

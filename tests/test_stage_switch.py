@@ -1,0 +1,242 @@
+import csv
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SPLIT, Automatic, Model, assert_same_bits, batches_loader, classification_batch, fit, trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ssesam import SAM, SSESAM, StageSwitch
+
+
+class Stages(Model):
+    """Notes the stage in which every batch was trained."""
+
+    def __init__(self, objective=None, **kwargs):
+        super().__init__(objective=objective or SSESAM(SPLIT), **kwargs)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(self.objective.stage)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_start(self):
+        self.seen = []
+
+
+def batches(number=5):
+    torch.manual_seed(0)
+    return [classification_batch(6) for _ in range(number)]
+
+
+def stages(first, second):
+    return [1] * first + [2] * second
+
+
+@pytest.mark.parametrize(
+    ("switch", "options", "expected"),
+    [
+        ({}, {"max_epochs": 10}, stages(35, 15)),
+        ({"at": 0.7}, {"max_epochs": 2}, stages(7, 3)),
+        ({"at": 0.7}, {"max_epochs": 3}, stages(11, 4)),
+        ({"at": 0.01}, {"max_epochs": 2}, stages(1, 9)),
+        ({"at": 0.99}, {"max_epochs": 2}, stages(10, 0)),
+        ({"at": 0.5}, {"max_epochs": 100, "max_steps": 12}, stages(6, 6)),
+        ({"at": 0.5}, {"max_epochs": -1, "max_steps": 12}, stages(6, 6)),
+        ({"at": 0.5}, {"max_epochs": 2, "limit_train_batches": 3}, stages(3, 3)),
+        ({"at": 0.5}, {"max_epochs": 4, "overfit_batches": 1}, stages(2, 2)),
+        ({"epoch": 1}, {"max_epochs": 3}, stages(5, 10)),
+        ({"epoch": 2}, {"max_epochs": -1, "max_steps": 12}, stages(10, 2)),
+        ({"step": 7}, {"max_epochs": 3}, stages(7, 8)),
+        ({"step": 5}, {"max_epochs": 1}, stages(5, 0)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The training ended at step")
+def test_switches_at(switch, options, expected):
+    model = Stages()
+    fit(model, batches(), callbacks=[StageSwitch(**switch)], **options)
+    assert model.seen == expected
+
+
+def test_first_batch_of_epoch_140_of_200():
+    class Epochs(Callback):
+        switched = None
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.objective.stage == 2 and self.switched is None:
+                self.switched = trainer.current_epoch, batch_idx
+
+    epochs = Epochs()
+    fit(Stages(), batches(3), max_epochs=200, callbacks=[StageSwitch(at=0.7), epochs])
+    assert epochs.switched == (140, 0)
+
+
+@pytest.mark.parametrize("total", [10, 30, 50, 70, 90, 100, 200, 1000])
+def test_share_is_exact_in_decimals(total):
+    """0.7 * 10 is 7.000000000000001 or less than 7 with some factors; the first step of stage 2 is not off by one."""
+    for tenths in range(1, 10):
+        switch = StageSwitch(at=tenths / 10)
+        run = trainer(max_steps=total, max_epochs=-1)
+        model = Stages()
+        switch.on_train_start(_attached(run, model), model)
+        assert not switch.should_switch(total * tenths // 10 - 1, 0)
+        assert switch.should_switch(total * tenths // 10, 0)
+
+
+def _attached(run, model):
+    run.strategy.connect(model)
+    model.trainer = run
+    return run
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from batches(8)
+
+
+def test_data_without_length():
+    loader = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(MisconfigurationException, match=r"StageSwitch\(epoch=\.\.\.\), StageSwitch\(step=\.\.\.\)"):
+        trainer(callbacks=[StageSwitch(at=0.5)]).fit(Stages(), loader)
+    for switch, options in [
+        ({"at": 0.5}, {"max_steps": 6, "max_epochs": -1}),
+        ({"step": 3}, {"max_epochs": 1}),
+    ]:
+        model = Stages()
+        trainer(callbacks=[StageSwitch(**switch)], **options).fit(model, loader)
+        assert model.seen[:6] == stages(3, 3)
+
+
+def test_run_limited_by_time_alone():
+    with pytest.raises(MisconfigurationException, match="number of steps that the training will make"):
+        fit(Stages(), batches(), max_epochs=-1, max_time={"seconds": 60}, callbacks=[StageSwitch(at=0.5)])
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
+@pytest.mark.parametrize("switch", [{"at": 0.4}, {"epoch": 1}, {"step": 6}])
+def test_resume_continues_in_the_right_stage(switch, stop_at, tmp_path):
+    whole = Stages()
+    fit(whole, batches(), max_epochs=3, callbacks=[StageSwitch(**switch)])
+    every_step = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1, enable_version_counter=False)
+    callbacks = [StageSwitch(**switch), every_step, KillAt(stop_at)]
+    with pytest.raises(Killed):
+        fit(Stages(), batches(), max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == stop_at
+
+    resumed = Stages()
+    fit(resumed, batches(), max_epochs=3, callbacks=[StageSwitch(**switch)], ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.seen == whole.seen[stop_at:]
+
+
+def test_a_longer_run_does_not_fall_back_to_stage_1(tmp_path):
+    run = fit(Stages(), batches(), max_epochs=2, callbacks=[StageSwitch(at=0.5)])
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = Stages()
+    fit(resumed, batches(), max_epochs=10, callbacks=[StageSwitch(at=0.5)], ckpt_path=tmp_path / "end.ckpt")
+    assert resumed.seen == stages(0, 40)
+    run.fit_loop.max_epochs = 10
+    run.fit(run.lightning_module, batches_loader(batches()))
+    assert run.lightning_module.seen == stages(0, 40)
+
+
+def test_callback_and_objective_serve_several_runs():
+    switch, objective = StageSwitch(at=0.6), SSESAM(SPLIT)
+    models = [Stages(objective) for _ in range(3)]
+    for model, epochs in zip(models, (2, 1, 4), strict=True):
+        fit(model, batches(), max_epochs=epochs, callbacks=[switch])
+    assert [model.seen for model in models] == [stages(6, 4), stages(3, 2), stages(12, 8)]
+    assert switch.at == 0.6
+
+
+def test_same_weights_as_switching_by_hand():
+    class ByHand(Model):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.objective.stage = 1 if batch_idx < 3 else 2
+
+    torch.manual_seed(1)
+    model = Model(objective=SSESAM(SPLIT, 0.2, 0.4))
+    torch.manual_seed(1)
+    twin = ByHand(objective=SSESAM(SPLIT, 0.2, 0.4))
+    fit(model, batches(), callbacks=[StageSwitch(at=0.6)])
+    fit(twin, batches())
+    assert_same_bits(model.parameters(), twin.parameters())
+
+
+def test_logs_stage_and_says_so_once(tmp_path, caplog):
+    logger = CSVLogger(tmp_path)
+    with caplog.at_level("INFO"):
+        fit(Stages(), batches(), max_epochs=2, logger=logger, log_every_n_steps=1, callbacks=[StageSwitch(at=0.5)])
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        assert [float(row["stage"]) for row in csv.DictReader(file)] == stages(5, 5)
+    said = [record.getMessage() for record in caplog.records if "StageSwitch" in record.getMessage()]
+    assert said == ["StageSwitch: stage 2 from step 5 (epoch 1)."]
+
+
+def test_warns_where_it_never_switched():
+    with pytest.warns(UserWarning, match="training ended at step 5 without the second stage, .* set for step 9"):
+        fit(Stages(), batches(), callbacks=[StageSwitch(step=9)])
+    with pytest.warns(UserWarning, match="set for epoch 3"):
+        fit(Stages(), batches(), callbacks=[StageSwitch(epoch=3)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*second stage.*")
+        fit(Stages(), batches(), callbacks=[StageSwitch(at=0.7)], fast_dev_run=True)
+
+
+def test_objective_with_a_single_stage():
+    model = Stages(SAM(0.1))
+    with pytest.warns(UserWarning, match="StageSwitch has no effect: SAM has a single stage"):
+        fit(model, batches(), callbacks=[StageSwitch(at=0.5)])
+    assert model.seen == stages(5, 0)
+
+
+def test_own_policy():
+    class Early(StageSwitch):
+        def should_switch(self, step_idx, epoch_idx):
+            return step_idx >= 2
+
+    model = Stages()
+    fit(model, batches(), callbacks=[Early()])
+    assert model.seen == stages(2, 3)
+
+
+def test_module_without_objective():
+    with pytest.raises(MisconfigurationException, match="StageSwitch needs a module with an `objective`"):
+        fit(Automatic(), batches(), callbacks=[StageSwitch()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": 0}, "`at` to be a number strictly between 0 and 1, but got 0"),
+        ({"at": 1.0}, "`at` to be a number strictly between 0 and 1, but got 1.0"),
+        ({"at": -0.5}, "`at` to be a number strictly between 0 and 1"),
+        ({"at": float("nan")}, "`at` to be a number strictly between 0 and 1, but got nan"),
+        ({"at": "half"}, "`at` to be a number strictly between 0 and 1, but got 'half'"),
+        ({"epoch": 0}, "`epoch` to be an integer >= 1, but got 0"),
+        ({"epoch": 1.5}, "`epoch` to be an integer >= 1, but got 1.5"),
+        ({"step": -3}, "`step` to be an integer >= 1, but got -3"),
+        ({"step": True}, "`step` to be an integer >= 1, but got True"),
+        ({"at": 0.5, "epoch": 3}, "at most one of the arguments `at`, `epoch` and `step`, but got at=0.5, epoch=3"),
+        ({"epoch": 3, "step": 3}, "at most one of the arguments"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StageSwitch(**arguments)
