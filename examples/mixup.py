@@ -6,7 +6,9 @@ Run it from the root of the repository:
 
 It prints, on two CPU cores (AMD EPYC) with lightning 2.6.6 and torch 2.14.1, in about 15 seconds:
 
-PRINTED
+    head: 0.995
+    tail: 0.727
+    all: 0.834
 """
 
 import lightning as L
@@ -47,7 +49,8 @@ def main() -> None:
     )
     trainer.fit(model, datamodule=data)
     (tested,) = trainer.test(model, datamodule=data, verbose=False)
-    print({name: round(value, 3) for name, value in tested.items()})
+    for group in ("head", "tail", "all"):
+        print(f"{group}: {tested[f'test/acc_{group}']:.3f}")
 
 
 if __name__ == "__main__":

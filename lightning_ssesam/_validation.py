@@ -6,6 +6,13 @@ from numbers import Integral, Real
 from typing import Any
 
 
+class Phrase(str):
+    """Words about an argument, to be shown without quotes where its value itself would say little."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def bad_argument(name: str, expected: str, got: Any) -> ValueError:
     """Build the error for a refused argument: its name, what it must be, what it got."""
     return ValueError(f"Expected argument `{name}` to be {expected}, but got {got!r}.")

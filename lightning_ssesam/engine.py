@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ssesam._validation import bad_argument, check_choice
+from lightning_ssesam._validation import bad_argument, check_choice, check_radius
 from lightning_ssesam.objectives import Term
 
 SampleLosses = Callable[[Tensor | None, bool], Tensor]
 Gradients = list[Tensor | None]
+Buffers = dict[str, Tensor | None]
 
 
 class SharpnessEngine:
@@ -35,8 +36,9 @@ class SharpnessEngine:
     def release(self) -> None:
         """Free the scratch memory."""
         self._weights = _Snapshot()
-        self._buffers = _Snapshot()
-        self._clean_buffers = _Snapshot()
+        self._buffers = _BufferSnapshot()
+        self._clean_buffers = _BufferSnapshot()
+        self._forward_moves_buffers: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
@@ -46,9 +48,9 @@ class SharpnessEngine:
         sample_losses: SampleLosses,
         terms: Sequence[Term],
         parameters: Iterable[Tensor],
-        buffers: Iterable[Tensor] = (),
+        buffers: Iterable[Buffers] = (),
         backward: Callable[..., None] = Tensor.backward,
-        passes: Literal["full", "split"] = "full",
+        passes: Literal["auto", "full", "split"] = "full",
     ) -> Tensor:
         """Run the passes of one step.
 
@@ -57,87 +59,89 @@ class SharpnessEngine:
                 dense ``(N, ...)``, of the whole batch where ``index`` is None, else of the samples ``index`` ``(M,)``.
             terms: The objective's terms, each with weights of the shape of the whole batch's losses.
             parameters: The model's parameters. Those that do not require a gradient are left alone.
-            buffers: The model's buffers.
+            buffers: The dictionaries in which the model's layers keep their buffers.
             backward: Called as ``backward(loss, retain_graph=bool)``; accumulates into ``.grad``.
-            passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model; ``"split"``
-                only the samples that a term gives weight, which is the same to rounding where no layer mixes samples.
+            passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model. ``"split"``
+                forwards only the samples of each term, where the terms divide the batch among them; the same to
+                rounding if no layer mixes samples. ``"auto"`` is ``"split"``, unless a first step with full passes
+                shows that a forward changes buffers.
 
         Returns:
-            The mean loss at the unperturbed weights, a detached scalar; 0 for an empty batch.
+            The mean loss of the batch at the unperturbed weights, a detached scalar; 0 for an empty batch.
 
         Raises:
-            ValueError: If ``passes`` is unknown, or the losses do not have the shape of the weights.
+            ValueError: If ``passes`` or a radius is out of range, or the losses do not have the shape of the weights.
 
         """
-        check_choice("passes", passes, ("full", "split"))
+        check_choice("passes", passes, ("auto", "full", "split"))
+        terms, buffers = _merge_plain(terms), list(buffers)
         params = [p for p in parameters if p.requires_grad]
-        device = params[0].device if params else torch.device("cpu")
-        gradients, random_state = _gradients(params), _random_state(device)
-        state = [b for b in buffers if not _overlaps_itself(b)]
-        self._buffers.save(state)
+        model = _Model(sample_losses, params, backward, params[0].device if params else torch.device("cpu"))
+        gradients, random_state = _gradients(params), _random_state(model.device)
+        self._buffers.save(buffers)
         try:
             _set_gradients(params, None)
-            clean = _clean_passes(sample_losses, _plan(terms, passes), params, backward, device)
+            clean = _clean_passes(model, _split(terms) if self._splits(passes) else [_CleanPass(None, terms)])
+            if passes == "auto" and self._forward_moves_buffers is None:
+                self._forward_moves_buffers = self._buffers.differs()
             _set_gradients(params, clean.plain_gradient)
             if clean.ascents:
-                self._perturbed_passes(clean.ascents, sample_losses, params, state, backward, device)
+                self._perturbed_passes(model, clean.ascents, buffers)
         except BaseException:
             self._weights.restore()
             self._buffers.restore()
             _set_gradients(params, gradients)
-            _set_random_state(random_state, device)
+            _set_random_state(random_state, model.device)
             raise
         finally:
             self._weights.forget()
+            self._buffers.forget()
+            self._clean_buffers.forget()
         return clean.mean_loss
 
-    def _perturbed_passes(
-        self,
-        ascents: list["_Ascent"],
-        sample_losses: SampleLosses,
-        params: list[Tensor],
-        buffers: list[Tensor],
-        backward: Callable[..., None],
-        device: torch.device,
-    ) -> None:
-        random_state = _random_state(device)
+    def _splits(self, passes: Literal["auto", "full", "split"]) -> bool:
+        if passes == "auto":
+            return not self._buffers.any() or self._forward_moves_buffers is False
+        return passes == "split"
+
+    def _perturbed_passes(self, model: "_Model", ascents: list["_Ascent"], buffers: list[Buffers]) -> None:
+        random_state = _random_state(model.device)
         self._clean_buffers.save(buffers)
-        self._weights.save(params)
+        self._weights.save(model.params)
         while ascents:
             ascent = ascents.pop(0)
-            _ascend(params, ascent.gradient, ascent.rho)
-            _set_random_state(ascent.random_state, device)
-            losses = sample_losses(ascent.index, True)
-            loss = _weighted_sum(losses, ascent.weights)
+            _ascend(model.params, ascent.gradient, ascent.rho)
+            _set_random_state(ascent.random_state, model.device)
+            loss = _weighted_sum(model.sample_losses(ascent.index, True), ascent.weights)
             # The direction is not needed any more; the backward needs its memory.
-            del ascent, losses
-            backward(loss, retain_graph=False)
+            del ascent
+            model.backward(loss, retain_graph=False)
             self._weights.restore()
             self._clean_buffers.restore()
-        _set_random_state(random_state, device)
+        _set_random_state(random_state, model.device)
 
 
 @dataclass
-class _Share:
-    """One term in the plan: its weights in the clean pass that it shares, and its own perturbed pass."""
+class _Model:
+    """What the passes run on."""
 
-    rho: float
-    clean_weights: Tensor
-    index: Tensor | None
-    weights: Tensor
+    sample_losses: SampleLosses
+    params: list[Tensor]
+    backward: Callable[..., None]
+    device: torch.device
 
 
 @dataclass
 class _CleanPass:
-    """One clean forward, of the samples at ``index``, and the terms whose clean gradients come from it."""
+    """One clean forward, and the terms on its samples: the whole batch where ``index`` is None."""
 
     index: Tensor | None
-    shares: list[_Share]
+    terms: list[Term]
 
 
 @dataclass
 class _Ascent:
-    """A perturbed pass still to be run: the direction, and what it is the gradient of."""
+    """A perturbed pass still to be run: its direction, and what that is the gradient of."""
 
     gradient: Gradients
     rho: float
@@ -152,68 +156,54 @@ class _CleanResult(NamedTuple):
     ascents: list[_Ascent]
 
 
-def _clean_passes(
-    sample_losses: SampleLosses,
-    plan: list[_CleanPass],
-    params: list[Tensor],
-    backward: Callable[..., None],
-    device: torch.device,
-) -> _CleanResult:
+def _clean_passes(model: _Model, plan: list[_CleanPass]) -> _CleanResult:
     """Run every pass at the unperturbed weights; all of them end before the first weight is perturbed."""
     sums, count = [], 0
     plain_gradient: Gradients | None = None
     ascents = []
     for clean in plan:
-        random_state = _random_state(device)
-        losses = sample_losses(clean.index, False)
-        for number, share in enumerate(clean.shares, start=1):
-            backward(_weighted_sum(losses, share.clean_weights), retain_graph=number < len(clean.shares))
-            gradient = _gradients(params)
-            _set_gradients(params, None)
-            if share.rho == 0:
+        random_state = _random_state(model.device)
+        losses = model.sample_losses(clean.index, False)
+        for number, (weights, rho) in enumerate(clean.terms, start=1):
+            model.backward(_weighted_sum(losses, weights), retain_graph=number < len(clean.terms))
+            gradient = [_owned(g) for g in _gradients(model.params)]
+            _set_gradients(model.params, None)
+            if rho == 0:
                 plain_gradient = gradient
             else:
-                ascents.append(_Ascent(gradient, share.rho, share.index, share.weights, random_state))
+                ascents.append(_Ascent(gradient, rho, clean.index, weights, random_state))
         sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
         count += losses.numel()
     return _CleanResult(torch.stack(sums).sum() / max(count, 1), plain_gradient, ascents)
 
 
-def _plan(terms: Sequence[Term], passes: Literal["full", "split"]) -> list[_CleanPass]:
-    """Decide which samples go through which clean pass, and which through each perturbed one."""
-    terms = _merge_plain(terms)
-    if passes == "full" or terms[0].weights.numel() == 0:
-        return _plan_full(terms)
-    # One wait for the device, for all terms together.
-    support = torch.stack([term.weights.reshape(len(term.weights), -1).ne(0).any(1) for term in terms]).cpu()
-    used = [(term, _index(row, term.weights.device)) for term, row in zip(terms, support, strict=True) if row.any()]
-    if not used:
-        return _plan_full(terms)
-    if bool((support.sum(0) > 1).any()):
-        # Samples that several terms weigh (mixup) go through one shared clean pass, so that each counts once.
-        return [_CleanPass(None, [_Share(t.rho, t.weights, i, _select(t.weights, i)) for t, i in used])]
-    selected = [(t.rho, i, _select(t.weights, i)) for t, i in used]
-    return [_CleanPass(index, [_Share(rho, weights, index, weights)]) for rho, index, weights in selected]
-
-
-def _plan_full(terms: Sequence[Term]) -> list[_CleanPass]:
-    return [_CleanPass(None, [_Share(term.rho, term.weights, None, term.weights) for term in terms])]
-
-
 def _merge_plain(terms: Sequence[Term]) -> list[Term]:
     if not terms:
         raise bad_argument("terms", "at least one term", terms)
+    for term in terms:
+        check_radius("rho", term.rho)
     plain = [term.weights for term in terms if term.rho == 0]
     merged = [Term(torch.stack(plain).sum(0), 0.0)] if plain else []
     return merged + [term for term in terms if term.rho != 0]
 
 
-def _index(support: Tensor, device: torch.device) -> Tensor | None:
-    return None if bool(support.all()) else support.nonzero().flatten().to(device)
-
-
-def _select(weights: Tensor, index: Tensor | None) -> Tensor:
-    return weights if index is None else weights[index]
+def _split(terms: list[Term]) -> list[_CleanPass]:
+    """Give each term its own clean pass, if every sample has weight in exactly one of them."""
+    whole = [_CleanPass(None, terms)]
+    if terms[0].weights.numel() == 0:
+        return whole
+    # One wait for the device, for all terms together.
+    support = torch.stack([term.weights.reshape(len(term.weights), -1).ne(0).any(1) for term in terms]).cpu()
+    if bool((support.sum(0) != 1).any()):
+        # Samples that several terms weigh (mixup) or none does count once in what is logged all the same.
+        return whole
+    used = [(term, row) for term, row in zip(terms, support, strict=True) if bool(row.any())]
+    if len(used) == 1:
+        return [_CleanPass(None, [used[0][0]])]
+    indices = [row.nonzero().flatten().to(term.weights.device) for term, row in used]
+    return [
+        _CleanPass(index, [Term(term.weights[index], term.rho)]) for index, (term, _) in zip(indices, used, strict=True)
+    ]
 
 
 def _accumulation_dtype(losses: Tensor) -> torch.dtype:
@@ -260,6 +250,13 @@ def _set_gradients(params: list[Tensor], gradients: Gradients | None) -> None:
         p.grad = g
 
 
+def _owned(gradient: Tensor | None) -> Tensor | None:
+    # A view into a larger buffer (DDP's buckets) is overwritten by the next backward.
+    if gradient is None or gradient.untyped_storage().nbytes() == gradient.nbytes:
+        return gradient
+    return gradient.clone()
+
+
 class _Snapshot:
     """Copies of tensors, to be written back bit for bit. The storage is used again by the next ``save``."""
 
@@ -283,8 +280,41 @@ class _Snapshot:
             torch._foreach_copy_(self._tensors, self._copies)
             torch.clear_autocast_cache()
 
+    def differs(self) -> bool:
+        """Whether a tensor has another value than when it was saved."""
+        return not all(torch.equal(t, c) for t, c in zip(self._tensors, self._copies, strict=True))
+
     def forget(self) -> None:
         self._tensors = []
+
+
+class _BufferSnapshot(_Snapshot):
+    """The same for buffers, which a layer may also replace by other tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bindings: list[tuple[Buffers, Buffers]] = []
+
+    def save(self, tensors: list[Buffers]) -> None:  # type: ignore[override]
+        super().save([t for of in tensors for t in of.values() if t is not None and not _overlaps_itself(t)])
+        self._bindings = [(of, dict(of)) for of in tensors]
+
+    def restore(self) -> None:
+        for of, saved in self._bindings:
+            of.update(saved)
+        super().restore()
+
+    def differs(self) -> bool:
+        rebound = any(of[name] is not t for of, saved in self._bindings for name, t in saved.items())
+        return rebound or super().differs()
+
+    def any(self) -> bool:
+        """Whether there is any buffer."""
+        return bool(self._tensors)
+
+    def forget(self) -> None:
+        super().forget()
+        self._bindings = []
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

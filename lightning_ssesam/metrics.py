@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument
+from lightning_ssesam._validation import Phrase, bad_argument
 from lightning_ssesam.split import ClassSplit
 
 
@@ -151,19 +151,21 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
 
 def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
     if target.is_floating_point():
-        raise bad_argument("target", "class indices of an integer dtype", str(target.dtype))
+        raise bad_argument("target", "class indices of an integer dtype", target.dtype)
     if preds.is_floating_point():
         expected = (*target.shape[:1], num_classes, *target.shape[1:])
         if preds.shape != expected:
-            raise bad_argument("preds", f"scores of shape {expected}", f"shape {tuple(preds.shape)}")
+            raise bad_argument("preds", f"scores of shape {expected}", Phrase(f"shape {tuple(preds.shape)}"))
         checked = {"target": target}
     else:
         if preds.shape != target.shape:
-            raise bad_argument("preds", f"class indices of shape {tuple(target.shape)}", f"shape {tuple(preds.shape)}")
+            raise bad_argument(
+                "preds", f"class indices of shape {tuple(target.shape)}", Phrase(f"shape {tuple(preds.shape)}")
+            )
         checked = {"preds": preds, "target": target}
     for name, indices in checked.items():
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_classes):
-            found = f"values from {int(indices.min())} to {int(indices.max())}"
+            found = Phrase(f"values from {int(indices.min())} to {int(indices.max())}")
             raise bad_argument(name, f"class indices in [0, {num_classes})", found)
 
 
@@ -171,7 +173,8 @@ def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Ten
     """Return how many samples of each class were predicted right, and how many there were, both ``(C,)``."""
     if preds.is_floating_point():
         preds = preds.argmax(dim=1)
-    hits = target[preds == target]
-    return torch.bincount(hits.flatten(), minlength=num_classes), torch.bincount(
-        target.flatten(), minlength=num_classes
-    )
+    target = target.flatten().long()
+    hits = (preds.flatten() == target).long()
+    zeros = torch.zeros(num_classes, dtype=torch.long, device=target.device)
+    # Unlike bincount these do not wait for the device.
+    return zeros.scatter_add(0, target, hits), zeros.scatter_add(0, target, torch.ones_like(target))

@@ -1,6 +1,7 @@
 """The training step: batch to terms to gradient to optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,7 +12,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_choice
@@ -34,8 +34,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             :class:`~lightning_ssesam.Objective` of your own.
         passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model. ``"split"``
             forwards only the samples that a term gives weight: the same numbers for less work, where no layer mixes
-            samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode. Choose
-            ``"full"`` for a model that mixes the samples of a batch in some other way.
+            samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode, changes
+            other buffers in its forward, or trains in several processes. Choose ``"full"`` for a model that mixes the
+            samples of a batch in some other way.
 
     Example::
 
@@ -67,6 +68,9 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._sharpness_engine = SharpnessEngine()
         self._current_pass: Literal["clean", "perturbed"] | None = None
         self._split_logs = SplitLogs()
+        self._logged: set[str] = set()
+        self._is_supported = False
+        self._has_stepped = False
 
     # What the user defines.
 
@@ -99,15 +103,11 @@ class SharpnessAwareMixin(pl.LightningModule):
     def select_samples(self, batch: Any, index: Tensor) -> Any:
         """Return the batch with only the samples at ``index`` ``(M,)``; used by split passes.
 
-        By default picks the rows of every tensor in the batch, whatever its nesting, that has one row per sample.
-        Override it for batches that are no nested collection of tensors.
+        By default picks the rows of every tensor in the batch, whatever its nesting, that has one row per sample, and
+        the items of every list of plain values (file names) that has one per sample. Override it for batches of
+        another form, or with a tensor that happens to have as many rows as there are samples.
         """
-        size = self.sample_targets(batch).shape[0]
-
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor[index] if tensor.ndim > 0 and tensor.shape[0] == size else tensor
-
-        return apply_to_collection(batch, Tensor, pick)
+        return _pick(batch, index, len(self.sample_targets(batch)))
 
     @property
     def in_clean_pass(self) -> bool:
@@ -121,30 +121,38 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Make one update of the objective and log the clean loss as ``train/loss``.
+        """Make one update of the objective and log the clean loss as ``train/loss``, unless the user has logged that.
+
+        Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
 
         Returns:
             The mean loss of the batch at the unperturbed weights, a detached scalar.
 
         """
-        self._check_attached()
+        self._check_supported()
+        self._has_stepped = True
+        self._logged.clear()
         self._split_logs.clear()
         targets = self.sample_targets(batch)
-        loss = self._sharpness_engine.compute(
-            self._losses_of(batch),
-            self.objective.terms(targets),
-            self.parameters(),
-            self.buffers(),
-            self.manual_backward,
-            self._choose_passes(),
-        )
+        try:
+            loss = self._sharpness_engine.compute(
+                self._losses_of(batch),
+                self.objective.terms(targets),
+                self.parameters(),
+                [module._buffers for module in self.modules() if module._buffers],
+                self.manual_backward,
+                self._choose_passes(),
+            )
+        finally:
+            self._current_pass = None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
-        optimizer.zero_grad()
+        self.zero_grad()
         self._split_logs.flush(super().log)
-        self.log("train/loss", loss, prog_bar=True, batch_size=max(len(targets), 1))
+        if "train/loss" not in self._logged:
+            self.log("train/loss", loss, prog_bar=True, batch_size=max(len(targets), 1))
         return loss
 
     @override
@@ -152,10 +160,12 @@ class SharpnessAwareMixin(pl.LightningModule):
         """Log as ``LightningModule.log`` does, but each value once a step: from the clean pass.
 
         Silent in perturbed passes. With split passes a value that :meth:`sample_losses` logs for each group of
-        samples becomes one value for the batch, a mean over the samples unless ``reduce_fx`` says otherwise.
+        samples becomes one value for the batch, a mean over the samples unless ``reduce_fx`` says otherwise. Of a
+        ``Metric`` object the epoch's value is exact, the step's value is that of the last group.
         """
         if self._current_pass == "perturbed":
             return
+        self._logged.add(name)
         if self._current_pass == "clean" and self._split_logs.samples is not None:
             self._split_logs.add(name, value, *args, **kwargs)
         else:
@@ -167,31 +177,36 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         An override must return ``[*super().configure_callbacks(), ...]``.
         """
+        callbacks = super().configure_callbacks()
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         if self.trainer.state.fn != TrainerFn.FITTING:
-            return []
-        self._check_module()
-        return [] if self._is_attached() else [TrainerSupport()]
-
-    @override
-    def teardown(self, stage: str) -> None:
-        """Called when the run has ended: free the scratch memory."""
-        super().teardown(stage)
-        self._sharpness_engine.release()
+            return callbacks
+        self._check_class()
+        self._has_stepped = False
+        attached: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, TrainerSupport) and callback.module is self for callback in attached):
+            return callbacks
+        return [*callbacks, TrainerSupport(self)]
 
     def _losses_of(self, batch: Any) -> Callable[[Tensor | None, bool], Tensor]:
         def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:
             selected = batch if index is None else self.select_samples(batch, index)
+            # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
             self._current_pass = "perturbed" if perturbed else "clean"
             self._split_logs.samples = None if index is None else len(index)
-            try:
-                return self.sample_losses(selected)
-            finally:
-                self._current_pass = None
+            return self.sample_losses(selected)
 
         return sample_losses
 
-    def _choose_passes(self) -> Literal["full", "split"]:
+    def _choose_passes(self) -> Literal["auto", "full", "split"]:
         if self.passes == "full":
+            return "full"
+        if self.trainer.world_size > 1:
+            # Split passes differ from process to process, and their collectives with them.
+            if self.passes == "split":
+                raise MisconfigurationException(
+                    "`passes='split'` cannot work in several processes. Use 'auto' or 'full'."
+                )
             return "full"
         mixing = next((name for name, module in self.named_modules() if _mixes_samples(module)), None)
         if self.passes == "split" and mixing is not None:
@@ -199,20 +214,20 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`passes='split'` cannot work with `{mixing}`, whose batch statistics are those of the whole batch."
                 " Use `passes='auto'` or `passes='full'`, or put batch norm in evaluation mode."
             )
-        return "split" if mixing is None else "full"
+        if mixing is not None:
+            return "full"
+        # Of batch norm it is known when it changes its buffers; the engine finds out about others.
+        unknown = any(module._buffers and not isinstance(module, _BatchNorm) for module in self.modules())
+        return self.passes if unknown else "split"
 
-    def _is_attached(self) -> bool:
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(callback, TrainerSupport) for callback in callbacks)
-
-    def _check_attached(self) -> None:
-        if not self._is_attached():
+    def _check_supported(self) -> None:
+        if not self._is_supported:
             raise MisconfigurationException(
                 f"`{type(self).__name__}.configure_callbacks` overrides SharpnessAwareMixin's and drops what it"
                 " attaches. Return `[*super().configure_callbacks(), ...]` from it."
             )
 
-    def _check_module(self) -> None:
+    def _check_class(self) -> None:
         name = type(self).__name__
         if type(self).sample_losses is SharpnessAwareMixin.sample_losses:
             raise MisconfigurationException(
@@ -224,6 +239,9 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`{name}` uses SharpnessAwareMixin, which optimizes manually: call `super().__init__()` in its"
                 " `__init__`, and do not set `automatic_optimization`."
             )
+
+    def _check_objective(self) -> None:
+        name = type(self).__name__
         objective = getattr(self, "objective", None)
         if not isinstance(objective, Objective):
             raise MisconfigurationException(
@@ -238,10 +256,20 @@ class SharpnessAwareMixin(pl.LightningModule):
 
 
 def _mixes_samples(module: torch.nn.Module) -> bool:
-    """Whether a layer's output for a sample, or its state, depends on which other samples it is forwarded with."""
-    if isinstance(module, _BatchNorm):
-        return module.training or module.running_mean is None
-    return isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
+    """Whether a layer's output for a sample depends on which other samples it is forwarded with."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _pick(item: Any, index: Tensor, size: int) -> Any:
+    if isinstance(item, Tensor):
+        return item[index] if item.ndim > 0 and item.shape[0] == size else item
+    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+        if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
+            return type(item)(item[i] for i in index.tolist())
+        return type(item)(_pick(value, index, size) for value in item)
+    if isinstance(item, dict):
+        return {key: _pick(value, index, size) for key, value in item.items()}
+    return apply_to_collection(item, Tensor, partial(_pick, index=index, size=size))
 
 
 def _describe(batch: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
+from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_positive, check_radius
 from lightning_ssesam.split import ClassSplit
 
 
@@ -42,9 +42,10 @@ class Objective(ABC):
     needs_split: bool = False
     """Whether :meth:`terms` needs to know head and tail."""
 
+    _stage: int = 1
+    _split: ClassSplit | None = None
+
     def __init__(self, split: ClassSplit | None = None) -> None:
-        self._stage = 1
-        self._split: ClassSplit | None = None
         if split is not None:
             self.bind(split)
 
@@ -113,7 +114,7 @@ class ERM(Objective):
 
 
 class SAM(Objective):
-    """Sharpness-aware minimization of the mean loss (Foret et al., ICLR 2021, eq. 2 and 3).
+    """Sharpness-aware minimization of the mean loss (Foret et al., ICLR 2021, arXiv:2010.01412, eq. 2 and 3).
 
     Args:
         rho: Radius of the perturbation, a finite number >= 0.
@@ -140,13 +141,14 @@ class _HeadTailObjective(Objective):
             raise bad_argument(
                 "split",
                 f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart",
-                f"one in which {num_tail} of {split.num_classes} classes are tail",
+                Phrase(f"one in which {num_tail} of {split.num_classes} classes are tail"),
             )
 
     def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much of each sample is head and how much is tail, each in [0, 1]."""
         self.check_ready()
         assert self._split is not None
+        _check_tensor(targets)
         tail = self._split.tail_on(targets.device)
         dtype = _weight_dtype(targets)
         if not targets.is_floating_point():
@@ -157,14 +159,17 @@ class _HeadTailObjective(Objective):
             raise bad_argument(
                 "targets",
                 f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})",
-                f"shape {tuple(targets.shape)} of {targets.dtype}",
+                Phrase(f"shape {tuple(targets.shape)} of {targets.dtype}"),
             )
         probabilities = targets.movedim(1, -1).to(dtype)
+        _check_probabilities(probabilities)
         return probabilities @ (~tail).to(dtype), probabilities @ tail.to(dtype)
 
 
 class ImbSAM(_HeadTailObjective):
-    """Imbalanced SAM: perturb for the tail alone (Zhou et al., "ImbSAM", ICCV 2023, eq. 6 and algorithm 1).
+    """Imbalanced SAM: perturb for the tail alone (Zhou et al., ICCV 2023, arXiv:2308.07815).
+
+    Equation (4) of docs/method.md.
 
     Args:
         split: Head and tail classes, both non-empty; may be bound later.
@@ -197,9 +202,10 @@ class ImbSAM(_HeadTailObjective):
 
 
 class SSESAM(_HeadTailObjective):
-    """Stage-wise saddle escaping SAM (Lyu et al., "SSE-SAM", AAAI 2025, algorithm 1).
+    """Stage-wise saddle escaping SAM (Lyu et al., AAAI 2025, arXiv:2412.13715).
 
-    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is.
+    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is: equations (5)
+    and (6) of docs/method.md.
     :class:`~lightning_ssesam.StageSwitch` moves from one to the other.
 
     Args:
@@ -249,10 +255,24 @@ def _check_class_indices(targets: Tensor, num_classes: int) -> None:
         return
     low, high = (int(value) for value in targets.aminmax())
     if low < 0 or high >= num_classes:
-        raise bad_argument("targets", f"class indices in [0, {num_classes})", f"values from {low} to {high}")
+        raise bad_argument("targets", f"class indices in [0, {num_classes})", Phrase(f"values from {low} to {high}"))
+
+
+def _check_tensor(targets: Tensor) -> None:
+    if not isinstance(targets, Tensor) or targets.is_complex():
+        raise bad_argument("targets", "a tensor of class indices or class probabilities", targets)
+
+
+def _check_probabilities(probabilities: Tensor) -> None:
+    if probabilities.device.type != "cpu" or probabilities.numel() == 0:
+        return
+    # Probabilities in half precision add up to 1 within a hundredth.
+    if not bool(((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-2)).all()):
+        raise bad_argument("targets", "class probabilities that add up to 1", Phrase("some that do not"))
 
 
 def _mean_weights(targets: Tensor) -> Tensor:
+    _check_tensor(targets)
     shape = targets.shape
     if targets.is_floating_point():
         shape = shape[:1] + shape[2:]
@@ -266,3 +286,7 @@ def _over_batch(mass: Tensor) -> Tensor:
 def _over_group(mass: Tensor) -> Tensor:
     total = mass.sum()
     return mass / torch.where(total > 0, total, torch.ones_like(total))
+
+
+# So that a checkpoint that holds an objective as a hyperparameter loads with ``weights_only=True``.
+torch.serialization.add_safe_globals([ERM, SAM, ImbSAM, SSESAM])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +121,11 @@ class ClassSplit:
             check_integer("num_classes", num_classes, minimum=1)
         if int(values.min()) < 0 or (num_classes is not None and largest >= num_classes):
             expected = f"class indices in [0, {num_classes if num_classes is not None else 'C'})"
-            raise bad_argument("labels", expected, f"values from {int(values.min())} to {largest}")
+            raise bad_argument("labels", expected, Phrase(f"values from {int(values.min())} to {largest}"))
         counts = torch.bincount(values.long(), minlength=num_classes or 0)
+        if bool((counts == 0).any()):
+            missing = (counts == 0).nonzero().flatten().tolist()
+            raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing}"))
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
     @property
@@ -165,6 +168,10 @@ class ClassSplit:
         return {**self.__dict__, "_moved": {}}
 
 
+# So that a checkpoint that holds a split as a hyperparameter loads with ``weights_only=True``.
+torch.serialization.add_safe_globals([ClassSplit])
+
+
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value).detach().cpu()
@@ -174,23 +181,28 @@ def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
 
 def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     counts = _as_tensor("class_counts", "a vector of integers >= 1", class_counts)
-    if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool:
+    if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool or counts.is_complex():
         raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)
-    if counts.is_floating_point() and not bool((counts == counts.floor()).all()):
+    if counts.is_floating_point() and not bool((counts.isfinite() & (counts == counts.floor())).all()):
         raise bad_argument("class_counts", "a vector of integers >= 1", class_counts)
+    counts = counts.to(torch.int64, copy=True)
     wrong = (counts < 1).nonzero().flatten()
     if wrong.numel():
         first = int(wrong[0])
-        raise bad_argument("class_counts", "integers >= 1 for every class", f"{counts[first].item()} for class {first}")
-    return counts.to(torch.int64, copy=True)
+        raise bad_argument(
+            "class_counts", "integers >= 1 for every class", Phrase(f"{int(counts[first])} for class {first}")
+        )
+    return counts
 
 
 def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
+    if isinstance(tail, list | tuple) and len({isinstance(value, bool) for value in tail}) > 1:
+        raise bad_argument("tail", "a boolean mask or a vector of class indices", tail)
     values = _as_tensor("tail", "a boolean mask or a vector of class indices", tail)
     if values.dtype == torch.bool:
         if values.shape != (num_classes,):
             raise bad_argument(
-                "tail", f"a mask of shape ({num_classes},), one per class", f"shape {tuple(values.shape)}"
+                "tail", f"a mask of shape ({num_classes},), one per class", Phrase(f"shape {tuple(values.shape)}")
             )
         return values.clone()
     if values.numel() == 0:

@@ -51,13 +51,14 @@ class SplitLogs:
 
 
 def _merge(calls: list[_Call]) -> Any:
-    if len(calls) == 1 or isinstance(calls[0].value, Metric):
-        return calls[-1].value
-    values = torch.stack([torch.as_tensor(call.value).detach() for call in calls])
     reduce_fx = calls[-1].options.get("reduce_fx", "mean")
-    name = reduce_fx if isinstance(reduce_fx, str) else reduce_fx.__name__
-    if name == "mean":
-        sizes = torch.tensor([float(call.size) for call in calls]).to(values.device)
-        return (values * sizes).sum() / sizes.sum()
-    merged: Tensor = getattr(values, name)()
-    return merged
+    name = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", None)
+    if len(calls) == 1 or isinstance(calls[0].value, Metric) or name not in ("mean", "sum", "min", "max"):
+        # Lightning knows what to do with a metric, and what to say of another reduction.
+        return calls[-1].value
+    values = torch.stack([torch.as_tensor(call.value).detach().reshape(()) for call in calls])
+    if name != "mean":
+        merged: Tensor = getattr(values, name)()
+        return merged
+    sizes = torch.tensor([float(call.size) for call in calls]).to(values.device)
+    return (values * sizes).sum() / sizes.sum()

@@ -74,10 +74,14 @@ def sample_losses_of(net, inputs, targets):
     return sample_losses
 
 
+def buffers_of(net):
+    return [module._buffers for module in net.modules()]
+
+
 def engine_gradient(net, terms, inputs, targets, passes="full"):
     net = copy.deepcopy(net)
     SharpnessEngine().compute(
-        sample_losses_of(net, inputs, targets), terms, net.parameters(), net.buffers(), passes=passes
+        sample_losses_of(net, inputs, targets), terms, net.parameters(), buffers_of(net), passes=passes
     )
     return [p.grad for p in net.parameters()]
 

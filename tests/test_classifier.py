@@ -113,7 +113,11 @@ def test_small_conv_net(norm):
         ),
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), loss=nn.CrossEntropyLoss()),
-            "`loss` to be a module with reduction='none', but got \"reduction='mean'\"",
+            "`loss` to be a module with reduction='none', but got reduction='mean'",
+        ),
+        (
+            lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), SSESAM(ClassSplit([9, 1], tail=[1]))),
+            "`objective` to be without a split, .* but got ClassSplit",
         ),
         (lambda: SmallConvNet(0), "`num_classes` to be an integer >= 1, but got 0"),
         (lambda: SmallConvNet(2, norm="layer"), "`norm` to be one of 'group', 'batch', but got 'layer'"),
@@ -123,9 +127,3 @@ def test_small_conv_net(norm):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_split_of_another_number_of_classes_is_rebound():
-    objective = SSESAM(ClassSplit([2, 1], tail=[1]))
-    LongTailClassifier(COUNTS, nn.Linear(8, 5), objective)
-    assert objective.split.num_classes == 5

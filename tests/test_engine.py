@@ -10,6 +10,7 @@ from helpers import (
     OBJECTIVES,
     SPLIT,
     assert_same_bits,
+    buffers_of,
     classification_batch,
     clones,
     convbn,
@@ -154,18 +155,37 @@ class TestPasses:
         assert self.count(SSESAM(SPLIT), "split", torch.tensor([0, 1, 2, 0])) == (2, 2, 8)
         assert self.count(ImbSAM(SPLIT), "split", torch.tensor([3, 3, 4])) == (2, 2, 6)
 
-    def test_split_shares_the_clean_pass_of_mixed_samples(self):
-        targets = torch.full((6, 5), 0.2)
-        targets[0] = torch.tensor([1.0, 0, 0, 0, 0])
-        assert self.count(SSESAM(SPLIT), "split", targets) == (3, 4, 6 + 6 + 5)
+    def test_split_is_full_where_terms_share_or_leave_out_samples(self):
+        mixed = torch.full((6, 5), 0.2)
+        mixed[0] = torch.tensor([1.0, 0, 0, 0, 0])
+        assert self.count(SSESAM(SPLIT), "split", mixed) == (3, 4, 18)
+
+        class Half(ERM):
+            def terms(self, targets):
+                weights = (torch.arange(len(targets)) % 2) / len(targets)
+                return Term(weights, 0.1), Term(0 * weights, 0.2)
+
+        assert self.count(Half(), "split", torch.zeros(6).long()) == (3, 4, 18)
 
 
 class Fault(Exception):
     pass
 
 
+class Rebinding(nn.Module):
+    """Replaces its buffer instead of writing to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        return x
+
+
 def batch_norm_net():
-    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 5))
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), Rebinding(), nn.Linear(6, 5))
 
 
 @pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
@@ -202,7 +222,7 @@ def test_fault_in_any_pass_leaves_no_trace(error, where, passes, number):
     before = clones([*net.parameters(), *net.buffers(), *gradients, torch.get_rng_state()])
     with pytest.raises(error):
         SharpnessEngine().compute(
-            sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), net.buffers(), backward, passes
+            sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), backward, passes
         )
     assert calls[where] == number
     now = [p.grad for p in net.parameters()]
@@ -222,7 +242,7 @@ def test_weights_come_back_from_non_finite_gradients(value, passes):
         losses = sample_losses_of(net, x, y)(index, perturbed)
         return losses * value
 
-    engine.compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), net.buffers(), passes=passes)
+    engine.compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes=passes)
     assert_same_bits(net.parameters(), before)
     assert not all(p.grad.isfinite().all() for p in net.parameters())
 
@@ -231,7 +251,7 @@ def test_buffers_are_those_of_one_plain_forward():
     net, (x, y) = batch_norm_net(), classification_batch()
     twin = copy.deepcopy(net)
     twin(x)
-    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net.buffers())
+    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
     assert_same_bits(net.buffers(), twin.buffers())
     assert net[1].num_batches_tracked == 1
 
@@ -248,9 +268,44 @@ def test_any_buffer_moves_once_and_expanded_buffers_are_left_alone():
             return super().forward(x)
 
     net, (x, y) = Counting(), classification_batch()
-    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net.buffers())
+    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
     assert net.calls == 1
     assert torch.equal(net.expanded, torch.ones(4))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 5)
+            self.register_buffer("calls", torch.zeros(1))
+            self.forwards = 0
+
+        def forward(self, x):
+            self.forwards += 1
+            if self.training and in_place:
+                self.calls += 1
+            elif self.training:
+                self.calls = self.calls + 1
+            return super().forward(x)
+
+    net, (x, y), engine = Counting(), classification_batch(), SharpnessEngine()
+
+    def step():
+        engine.compute(
+            sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto"
+        )
+
+    for number in range(1, 4):
+        step()
+        assert net.calls == number
+    assert net.forwards == 3 * 3
+    engine.release()
+    net.eval()
+    step()
+    step()
+    # Full passes first, to see whether a buffer moves.
+    assert net.forwards == 9 + 3 + 4
 
 
 @pytest.mark.parametrize("passes", ["full", "split"])
@@ -363,8 +418,12 @@ def test_losses_must_be_per_sample(losses, passes):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"Expected argument `passes` to be one of 'full', 'split', but got 'half'\."):
+    with pytest.raises(
+        ValueError, match=r"Expected argument `passes` to be one of 'auto', 'full', 'split', but got 'half'\."
+    ):
         SharpnessEngine().compute(lambda *_: torch.ones(1), [Term(torch.ones(1), 0.0)], [], passes="half")
+    with pytest.raises(ValueError, match=r"Expected argument `rho` to be a finite number >= 0, but got -0\.1"):
+        SharpnessEngine().compute(lambda *_: torch.ones(1), [Term(torch.ones(1), -0.1)], [])
     with pytest.raises(ValueError, match="Expected argument `terms` to be at least one term"):
         SharpnessEngine().compute(lambda *_: torch.ones(1), [], [])
 

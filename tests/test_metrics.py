@@ -115,12 +115,12 @@ def test_copies():
 @pytest.mark.parametrize(
     ("preds", "target", "message"),
     [
-        (torch.rand(3, 5), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got 'shape \(3, 5\)'"),
-        (torch.rand(2, 6), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got 'shape \(2, 6\)'"),
-        (tensor([0, 1]), tensor([0, 1, 2]), r"`preds` to be class indices of shape \(3,\), but got 'shape \(2,\)'"),
-        (tensor([0, 6]), tensor([0, 1]), r"`preds` to be class indices in \[0, 6\), but got 'values from 0 to 6'"),
-        (tensor([0, 1]), tensor([0, 6]), r"`target` to be class indices in \[0, 6\), but got 'values from 0 to 6'"),
-        (tensor([0, 1]), tensor([0, -1]), r"`target` to be class indices in \[0, 6\), but got 'values from -1 to 0'"),
+        (torch.rand(3, 5), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got shape \(3, 5\)"),
+        (torch.rand(2, 6), tensor([0, 1, 2]), r"`preds` to be scores of shape \(3, 6\), but got shape \(2, 6\)"),
+        (tensor([0, 1]), tensor([0, 1, 2]), r"`preds` to be class indices of shape \(3,\), but got shape \(2,\)"),
+        (tensor([0, 6]), tensor([0, 1]), r"`preds` to be class indices in \[0, 6\), but got values from 0 to 6"),
+        (tensor([0, 1]), tensor([0, 6]), r"`target` to be class indices in \[0, 6\), but got values from 0 to 6"),
+        (tensor([0, 1]), tensor([0, -1]), r"`target` to be class indices in \[0, 6\), but got values from -1 to 0"),
         (tensor([0, 1]), tensor([0.0, 1.0]), "`target` to be class indices of an integer dtype"),
     ],
 )

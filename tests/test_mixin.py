@@ -27,12 +27,13 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Objective, SharpnessAwareMixin
+from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Objective, SharpnessAwareMixin, StageSwitch
 
 
 def logged(logger):
@@ -380,6 +381,7 @@ def test_forms_of_batches(form, passes):
                 x, y = batch["inputs"]["x"], batch["extra"][0]
                 assert batch["temperature"].shape == ()
                 assert batch["name"] == "digits"
+                assert batch["files"] == [f"{value}.png" for value in y.tolist()]
             else:
                 x, y = batch["inputs"]["x"], batch[form]
             return F.cross_entropy(self.net(x), y, reduction="none")
@@ -393,7 +395,9 @@ def test_forms_of_batches(form, passes):
         if form == "list":
             return [x, y]
         if form == "own":
-            return {"inputs": {"x": x}, "extra": (y, None), "temperature": torch.tensor(1.0), "name": "digits"}
+            files = [f"{value}.png" for value in y.tolist()]
+            extra = {"temperature": torch.tensor(1.0), "name": "digits", "files": files}
+            return {"inputs": {"x": x}, "extra": (y, None), **extra}
         return {"inputs": {"x": x}, form: y}
 
     data, net = batches(2), mlp()
@@ -461,6 +465,18 @@ class TestMisuse:
         model = Model(nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)), SAM(0.1), "split")
         self.refused(model, "`passes='split'` cannot work with `net.1`, .* or put batch norm in evaluation mode")
 
+    def test_lbfgs(self):
+        self.refused(Model(optimizer=torch.optim.LBFGS), "LBFGS evaluates the loss several times a step")
+
+    def test_training_step_left_in_the_class(self):
+        class Left(Model):
+            def training_step(self, batch, batch_idx):
+                return self.sample_losses(batch).mean()
+
+        model = Left()
+        with pytest.raises(MisconfigurationException, match=r"`Left.training_step` takes the place of Sharp"):
+            fit(model, batches(3))
+
     def test_several_optimizers(self):
         model = Model(scheduler=lambda optimizer: [optimizer, optimizer])
         self.refused(model, "`Model.configure_optimizers` must return one optimizer under SharpnessAwareMixin")
@@ -514,6 +530,132 @@ def test_own_callbacks_beside_the_mixins():
     run = fit(Own(), batches(1))
     assert counter.starts == 1
     assert run.global_step == 1
+
+
+def test_callbacks_of_the_class_it_is_put_in_front_of():
+    class Existing(Automatic):
+        def configure_callbacks(self):
+            return LearningRateMonitor()
+
+    class Sharp(SharpnessAwareMixin, Existing):
+        objective = ERM()
+        sample_losses = Model.sample_losses
+
+    run = fit(Sharp(), batches(1), logger=CSVLogger("logs"))
+    assert {"LearningRateMonitor", "TrainerSupport"} <= {type(callback).__name__ for callback in run.callbacks}
+
+
+def test_objective_may_be_bound_in_setup():
+    class Late(Model):
+        def setup(self, stage):
+            self.objective.bind(SPLIT)
+
+    assert fit(Late(objective=SSESAM()), batches(2), callbacks=[StageSwitch(step=1)]).global_step == 2
+
+
+def test_trainer_serves_other_modules_afterwards():
+    """What was put in place for one module is gone for the next."""
+    run = trainer(max_epochs=1)
+    run.fit(Model(scheduler=exponential()), batches_loader(batches(2)))
+    for number, model in enumerate([Automatic(scheduler=exponential()), Model(scheduler=exponential())], start=2):
+        before = clones(model.parameters())
+        run.fit_loop.max_epochs = number
+        run.fit(model, batches_loader(batches(2)))
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert model.automatic_optimization == isinstance(model, Automatic)
+        assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.09)
+
+
+def test_learning_rate_finder_and_batch_size_finder_as_under_automatic_optimization():
+    class Tunable:
+        lr, batch_size = 0.1, 2
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
+
+    class Ours(Tunable, Model):
+        pass
+
+    class Theirs(Tunable, Automatic):
+        pass
+
+    data, net, found = torch.utils.data.TensorDataset(*classification_batch(64)), mlp(), {}
+    for kind in (Ours, Theirs):
+        model = kind(copy.deepcopy(net))
+        rates = Tuner(trainer(max_epochs=5)).lr_find(model, num_training=20, update_attr=False).results
+        found[kind] = rates["lr"], rates["loss"], Tuner(trainer()).scale_batch_size(model, max_trials=3)
+    assert found[Ours][0] == found[Theirs][0]
+    assert found[Ours][1] == pytest.approx(found[Theirs][1], rel=1e-5)
+    assert found[Ours][2] == found[Theirs][2] == 8
+
+
+@pytest.mark.parametrize("passes", ["full", "split"])
+def test_own_train_loss_takes_the_place_of_the_mixins(passes):
+    class Own(Model):
+        def sample_losses(self, batch):
+            losses = super().sample_losses(batch)
+            self.log("train/loss", losses.mean() + 10, on_step=True, on_epoch=True)
+            return losses
+
+    run = fit(Own(objective=SSESAM(SPLIT), passes=passes), batches(3))
+    assert run.callback_metrics["train/loss_epoch"] > 10
+    assert run.callback_metrics["train/loss_step"] > 10
+
+
+def test_odd_values_are_logged_as_with_full_passes():
+    class Odd(Model):
+        def sample_losses(self, batch):
+            losses = super().sample_losses(batch)
+            self.log("one", torch.ones(1))
+            self.log("number", 3)
+            return losses
+
+    class Unknown(Model):
+        def sample_losses(self, batch):
+            self.log("x", 1.0, reduce_fx=lambda values: values[0], on_epoch=True)
+            return super().sample_losses(batch)
+
+    for passes in ("full", "split"):
+        run = fit(Odd(objective=SSESAM(SPLIT), passes=passes), batches(1))
+        assert run.callback_metrics["one"] == 1
+        assert run.callback_metrics["number"] == 3
+        with pytest.raises(MisconfigurationException, match="reduce_fx"):
+            fit(Unknown(objective=SSESAM(SPLIT), passes=passes), batches(1))
+
+
+def test_hyperparameters_may_hold_split_and_objective(tmp_path):
+    class Saved(Model):
+        def __init__(self, split, objective):
+            super().__init__(objective=objective)
+            self.save_hyperparameters()
+
+    model = Saved(SPLIT, SSESAM(SPLIT, 0.3, 0.4))
+    path = tmp_path / "model.ckpt"
+    fit(model, batches(2)).save_checkpoint(path)
+    loaded = Saved(**torch.load(path, weights_only=True)["hyper_parameters"])
+    assert loaded.objective.tail_rho == 0.4
+    assert loaded.hparams.split.tail.tolist() == SPLIT.tail.tolist()
+    assert fit(Saved(SPLIT, SAM(0.1)), batches(2), max_epochs=2, ckpt_path=path).global_step == 4
+
+
+def test_scratch_memory_is_freed_when_the_run_ends():
+    class Failing(Model):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.size = len(self._sharpness_engine._weights._copies)
+            if self.fail:
+                raise ConnectionError
+
+    model = Failing(objective=SAM(0.1))
+    model.fail = False
+    fit(model, batches(1))
+    assert (model.size, len(model._sharpness_engine._weights._copies)) == (4, 0)
+    model.fail = True
+    with pytest.raises(ConnectionError):
+        fit(model, batches(1))
+    assert (model.size, len(model._sharpness_engine._weights._copies)) == (4, 0)
 
 
 def test_evaluation_needs_nothing_of_the_training():

@@ -111,6 +111,11 @@ def test_bad_radius(make, name, value):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: SSESAM(SPLIT).terms([0, 1]), r"`targets` to be a tensor of class indices or .*, but got \[0, 1\]"),
+        (lambda: ERM().terms([0, 1]), "`targets` to be a tensor of class indices or class probabilities"),
+        (lambda: SSESAM(SPLIT).terms(torch.ones(2, 4)), "`targets` to be class probabilities that add up to 1, but"),
+        (lambda: SSESAM(SPLIT).terms(torch.tensor([[2.0, -1, 0, 0]])), "class probabilities that add up to 1"),
+        (lambda: SSESAM(SPLIT).terms(torch.full((1, 4), float("nan"))), "class probabilities that add up to 1"),
         (lambda: ImbSAM(SPLIT, 0.1, tail_weight=0), "`tail_weight` to be a finite number > 0, but got 0"),
         (lambda: ImbSAM(SPLIT, 0.1, reduction="mean"), "`reduction` to be one of 'batch', 'group', but got 'mean'"),
         (lambda: SSESAM(SPLIT, first_stage="both"), "`first_stage` to be one of 'grouped', 'joint', but got 'both'"),
@@ -129,7 +134,7 @@ def test_bad_radius(make, name, value):
         ),
         (
             lambda: SSESAM(SPLIT).terms(torch.rand(3, 5)),
-            r"class probabilities of shape \(N, 4\), but got 'shape \(3, 5\)",
+            r"class probabilities of shape \(N, 4\), but got shape \(3, 5\)",
         ),
     ],
 )

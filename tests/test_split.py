@@ -35,6 +35,11 @@ def test_tail_as_mask_or_indices(tail):
     assert ClassSplit([9, 2, 1], tail=tail).tail.tolist() == [False, True, True]
 
 
+def test_counts_of_any_integer_type():
+    assert ClassSplit(np.array([300, 2], dtype=np.uint16), tail=[1]).class_counts.tolist() == [300, 2]
+    assert ClassSplit(torch.tensor([3.0, 2.0]), tail=[1]).class_counts.tolist() == [3, 2]
+
+
 def test_empty_tail():
     assert not ClassSplit([3, 2], tail=[]).tail.any()
 
@@ -87,10 +92,12 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassSplit([3, 0], tail=[1]), "`class_counts` to be integers >= 1 for every class, but got '0 for"),
-        (lambda: ClassSplit([3, -2], tail=[1]), "`class_counts` to be integers >= 1 for every class, but got '-2 for"),
+        (lambda: ClassSplit([3, 0], tail=[1]), "`class_counts` to be integers >= 1 for every class, but got 0 for"),
+        (lambda: ClassSplit([3, -2], tail=[1]), "`class_counts` to be integers >= 1 for every class, but got -2 for"),
         (lambda: ClassSplit([3.5, 2], tail=[1]), "`class_counts` to be a vector of integers >= 1, but got"),
         (lambda: ClassSplit([float("nan"), 2], tail=[1]), "`class_counts` to be a vector of integers >= 1, but got"),
+        (lambda: ClassSplit([float("inf"), 2], tail=[1]), "`class_counts` to be a vector of integers >= 1, but got"),
+        (lambda: ClassSplit([3, 2], tail=[True, 0]), r"`tail` to be a boolean mask or .*, but got \[True, 0\]"),
         (lambda: ClassSplit([], tail=[]), "`class_counts` to be a non-empty vector"),
         (lambda: ClassSplit([[1, 2]], tail=[1]), "`class_counts` to be a non-empty vector"),
         (lambda: ClassSplit("many", tail=[1]), "`class_counts` to be a vector of integers >= 1, but got 'many'"),
@@ -105,7 +112,10 @@ def test_copies_and_pickles():
         (lambda: ClassSplit.from_counts([3, 2], 1, 0.5), "exactly one of the arguments"),
         (lambda: ClassSplit.from_counts([3, 2], tail_below=0), "`tail_below` to be an integer >= 1, but got 0"),
         (lambda: ClassSplit.from_counts([3, 2], tail_fraction=1.0), "`tail_fraction` to be a number strictly between"),
-        (lambda: ClassSplit.from_labels([0, 2], tail_below=3), "for every class, but got '0 for class 1'"),
+        (
+            lambda: ClassSplit.from_labels([0, 2], tail_below=3),
+            r"`labels` to be labels of every class, but got none of the classes \[1\]",
+        ),
         (
             lambda: ClassSplit.from_labels([0, 1], num_classes=1, tail_below=3),
             r"`labels` to be class indices in \[0, 1\)",

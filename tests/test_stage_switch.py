@@ -111,6 +111,13 @@ def test_data_without_length():
         assert model.seen[:6] == stages(3, 3)
 
 
+def test_data_without_length_and_two_limits():
+    with pytest.warns(UserWarning, match=r"takes max_steps=6 for the length .* max_epochs=3 ends it earlier"):
+        trainer(callbacks=[StageSwitch(at=0.5)], max_steps=6, max_epochs=3).fit(
+            Stages(), DataLoader(Endless(), batch_size=None)
+        )
+
+
 def test_run_limited_by_time_alone():
     with pytest.raises(MisconfigurationException, match="number of steps that the training will make"):
         fit(Stages(), batches(), max_epochs=-1, max_time={"seconds": 60}, callbacks=[StageSwitch(at=0.5)])

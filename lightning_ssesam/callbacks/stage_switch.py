@@ -66,13 +66,15 @@ class StageSwitch(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a run starts, before a checkpoint is loaded: begin anew in stage 1."""
-        if stage != "fit":
-            return
+        if stage == "fit" and trainer.global_step == 0:
+            self._switched_at = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when the module is set up: look at its objective."""
         objective = _objective(pl_module)
         if objective.num_stages < 2:
             rank_zero_warn(f"StageSwitch has no effect: {type(objective).__name__} has a single stage.")
-        if trainer.global_step == 0:
-            self._switched_at = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,6 +138,11 @@ def _share_of_steps(trainer: pl.Trainer, at: float) -> int:
             f"StageSwitch(at={at}) needs the number of steps that the training will make, which cannot be known here"
             " (a data set without length, or no limit on epochs and steps). Use StageSwitch(epoch=...),"
             " StageSwitch(step=...), or Trainer(max_steps=...)."
+        )
+    if trainer.num_training_batches == math.inf and (trainer.max_epochs or -1) != -1:
+        rank_zero_warn(
+            f"StageSwitch(at={at}) takes max_steps={trainer.max_steps} for the length of the training. If"
+            f" max_epochs={trainer.max_epochs} ends it earlier, use StageSwitch(epoch=...)."
         )
     # As the decimal that was written: 0.7 * 200 is 140.00000000000003 - or less - in floating point.
     return math.ceil(Fraction(repr(at)) * int(total))

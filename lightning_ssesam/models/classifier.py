@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument
+from lightning_ssesam._validation import Phrase, bad_argument
 from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
@@ -32,7 +32,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         class_counts: Training samples of each class, length C; the command line links them from the data.
         backbone: Makes the network from ``num_classes=C``, such as the class ``SmallConvNet``; or a ready network from
             inputs ``(N, ...)`` to logits ``(N, C)``.
-        objective: What to optimize, bound to the split here; ``SSESAM()`` by default.
+        objective: What to optimize, still without a split; ``SSESAM()`` by default.
         loss: Module ``(logits, targets) -> (N,)`` of unreduced losses; cross-entropy by default.
         optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 and momentum 0.9 by default.
         scheduler: Makes a learning-rate scheduler, stepped every epoch, from the optimizer; none by default.
@@ -66,6 +66,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
         self.backbone = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
         self.objective = SSESAM() if objective is None else objective
+        if self.objective.split is not None:
+            raise bad_argument("objective", "without a split, which the class counts make", self.objective.split)
         self.objective.bind(self.split)
         self.loss = _bound_loss(loss, self.split)
         self.val_metrics = _metrics(self.split)
@@ -142,7 +144,7 @@ def _bound_loss(loss: nn.Module | None, split: ClassSplit) -> nn.Module:
         return nn.CrossEntropyLoss(reduction="none")
     reduction = getattr(loss, "reduction", "none")
     if reduction != "none":
-        raise bad_argument("loss", "a module with reduction='none'", f"reduction={reduction!r}")
+        raise bad_argument("loss", "a module with reduction='none'", Phrase(f"reduction={reduction!r}"))
     if callable(bind := getattr(loss, "bind", None)):
         bind(split)
     return loss
