@@ -139,7 +139,8 @@ def compare(
             )
             _train(run, model, module, epochs, gamma)
             runs.append(run)
-            results.writerow([method, seed, *(run.accuracy[group] for group in GROUPS), *run.class_recalls])
+            values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
+            results.writerow([method, seed, *(round(value, 6) for value in values)])
             file.flush()
     runs.sort(key=lambda run: methods.index(run.method))
     print(format_table(runs))

@@ -1,6 +1,6 @@
 """Small networks for small images."""
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 
 
+@runtime_checkable
 class BackboneFactory(Protocol):
     """Makes a network for a number of classes: a class such as :class:`SmallConvNet`, or a function."""
 
