@@ -1,6 +1,6 @@
 """How the defaults of ``lightning-ssesam compare`` were chosen: on validation data, with seeds it does not use.
 
-Run it from the root of the repository (about 5 minutes on two CPU cores):
+Run it from the root of the repository (4 minutes on one CPU core):
 
     python benchmarks/tune_digits.py
 
@@ -16,6 +16,7 @@ import warnings
 from functools import partial
 
 import lightning as L
+import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -65,12 +66,13 @@ def best(candidates):
     for name, objective, lr in candidates:
         values = [validate(objective, lr, seed) for seed in SEEDS]
         means[name, objective, lr] = statistics.mean(values)
-        print(f"{name:45} {statistics.mean(values):5.1f} ± {statistics.stdev(values):.1f}", flush=True)
+        print(f"{name:60} {statistics.mean(values):5.1f} ± {statistics.stdev(values):.1f}", flush=True)
     return max(means, key=means.get)
 
 
 def main():
     """Choose."""
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -65,6 +66,7 @@ def compare(
     tail_rho: float = 0.2,
     gamma: float = 0.7,
     tail_fraction: float = 0.2,
+    threads: int = 1,
     output: Path = Path("comparison"),
 ) -> list[Run]:
     """Train every method with every seed on one data set, then print a table and draw a picture.
@@ -87,6 +89,7 @@ def compare(
         tail_rho: Radius of SSESAM for the tail.
         gamma: Share of the training after which SSESAM's stage 2 begins.
         tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples.
+        threads: CPU threads for an operation. More than one pays for large networks only.
         output: Folder for the results.
 
     Returns:
@@ -99,49 +102,34 @@ def compare(
     """
     from lightning_ssesam.figures import draw_comparison
 
-    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
-        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
     check_integer("seeds", seeds, minimum=1)
     check_integer("epochs", epochs, minimum=1)
+    check_integer("threads", threads, minimum=1)
     check_fraction("gamma", gamma)
-    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
-    for name, radius in radii.items():
-        check_radius(name, radius)
-    objectives: dict[str, Callable[[], Objective]] = {
-        "ERM": ERM,
-        "SAM": lambda: SAM(sam_rho),
-        "ImbSAM": lambda: ImbSAM(rho=imbsam_rho),
-        "SSESAM": lambda: SSESAM(head_rho=head_rho, tail_rho=tail_rho),
-    }
+    objectives = _objectives(methods, sam_rho, imbsam_rho, head_rho, tail_rho)
     module = data()
     split = module.split(tail_fraction=tail_fraction)
-    for method in methods:
-        objectives[method]().bind(split)
-    output.mkdir(parents=True, exist_ok=True)
-    runs: list[Run] = []
-    jobs = [(method, seed) for seed in range(seeds) for method in methods]
-    with _quiet(), (output / "results.csv").open("w", newline="") as file:
-        results = csv.writer(file)
-        results.writerow(["method", "seed", *GROUPS, *(f"class_{k}" for k in range(split.num_classes))])
-        for method, seed in (progress := tqdm(jobs, unit="run")):
-            progress.set_description(f"{method}, seed {seed}")
-            run = Run(method, seed)
-            pl.seed_everything(seed, verbose=False)
-            model = LongTailClassifier(
-                module.class_counts,
-                backbone,
-                objectives[method](),
-                optimizer=optimizer,
-                scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
-                tail_fraction=tail_fraction,
-                many_above=split.many_above,
-                few_below=split.few_below,
-            )
-            _train(run, model, module, epochs, gamma)
-            runs.append(run)
-            values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
-            results.writerow([method, seed, *(round(value, 6) for value in values)])
-            file.flush()
+    for make in objectives.values():
+        make().bind(split)
+    _make_folder(output)
+
+    def train(run: Run) -> None:
+        pl.seed_everything(run.seed, verbose=False)
+        model = LongTailClassifier(
+            module.class_counts,
+            backbone,
+            objectives[run.method](),
+            optimizer=optimizer,
+            scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
+            tail_fraction=tail_fraction,
+            many_above=split.many_above,
+            few_below=split.few_below,
+        )
+        _train(run, model, module, epochs, gamma)
+
+    runs = [Run(method, seed) for seed in range(seeds) for method in methods]
+    with _quiet(), _threads(threads):
+        _train_all(runs, train, output / "results.csv", split.num_classes)
     runs.sort(key=lambda run: methods.index(run.method))
     print(format_table(runs))
     switch = gamma * epochs if "SSESAM" in methods else None
@@ -166,6 +154,43 @@ def format_table(runs: list[Run]) -> str:
             cells.append(f"{f'{statistics.mean(values):.1f}{spread}':>12}")
         lines.append(" ".join([f"{method:{width}}", *cells]))
     return "\n".join(lines)
+
+
+def _objectives(
+    methods: list[str], sam_rho: float, imbsam_rho: float, head_rho: float, tail_rho: float
+) -> dict[str, Callable[[], Objective]]:
+    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
+    for name, radius in radii.items():
+        check_radius(name, radius)
+    makers: dict[str, Callable[[], Objective]] = {
+        "ERM": ERM,
+        "SAM": lambda: SAM(sam_rho),
+        "ImbSAM": lambda: ImbSAM(rho=imbsam_rho),
+        "SSESAM": lambda: SSESAM(head_rho=head_rho, tail_rho=tail_rho),
+    }
+    return {method: makers[method] for method in methods}
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(output)) from error
+
+
+def _train_all(runs: list[Run], train: Callable[[Run], None], path: Path, num_classes: int) -> None:
+    """Train one run after the other; each is in the file as soon as it has ended."""
+    with path.open("w", newline="") as file:
+        results = csv.writer(file)
+        results.writerow(["method", "seed", *GROUPS, *(f"class_{k}" for k in range(num_classes))])
+        for run in (progress := tqdm(runs, unit="run")):
+            progress.set_description(f"{run.method}, seed {run.seed}")
+            train(run)
+            values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
+            results.writerow([run.method, run.seed, *(round(value, 6) for value in values)])
+            file.flush()
 
 
 class _Recorder(Callback):
@@ -201,6 +226,16 @@ def _train(run: Run, model: LongTailClassifier, data: LongTailDataModule, epochs
     trainer.fit(model, datamodule=data)
     (tested,) = trainer.test(model, datamodule=data, verbose=False)
     run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -195,15 +195,18 @@ def test_table():
         (["--methods=[ERM, ERM]"], "`methods` to be some of"),
         (["--seeds=0"], "`seeds` to be an integer >= 1, but got 0"),
         (["--epochs=0"], "`epochs` to be an integer >= 1, but got 0"),
+        (["--threads=0"], "`threads` to be an integer >= 1, but got 0"),
         (["--gamma=1"], "`gamma` to be a number strictly between 0 and 1, but got 1.0"),
         (["--sam_rho=-1"], "`sam_rho` to be a finite number >= 0, but got -1.0"),
         (["--data.imbalance_factor=1000"], "`imbalance_factor` to be at most max_count = 100"),
         (["--tail_fraction=2"], "`tail_fraction` to be a number strictly between 0 and 1"),
+        (["--output=file/here"], "`output` to be a folder that can be made (Not a directory), but got 'file/here'"),
         (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
     ],
 )
 def test_compare_refuses_before_it_trains(arguments, message, monkeypatch):
     monkeypatch.setattr("lightning_ssesam.compare._train", lambda *args: pytest.fail("trained"))
+    Path("file").touch()
     with pytest.raises(SystemExit) as stop:
         main(["compare", *arguments])
     assert str(stop.value).startswith(f"error: Expected argument {message}")

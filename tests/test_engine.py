@@ -331,6 +331,40 @@ def test_perturbed_pass_sees_the_dropout_of_its_clean_pass(passes):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_gradients_that_share_a_buffer():
+    """DDP may leave gradients as views into buckets, which the next backward overwrites."""
+    net, (x, y) = mlp(), classification_batch()
+    params = list(net.parameters())
+    bucket = torch.zeros(sum(p.numel() for p in params))
+    views = [part.view_as(p) for part, p in zip(bucket.split([p.numel() for p in params]), params, strict=True)]
+
+    def backward(loss, retain_graph):
+        before = [0 if p.grad is None else p.grad.clone() for p in params]
+        gradients = torch.autograd.grad(loss, params, retain_graph=retain_graph)
+        for p, view, old, new in zip(params, views, before, gradients, strict=True):
+            p.grad = view.copy_(old + new)
+
+    terms = SSESAM(SPLIT).terms(y)
+    SharpnessEngine().compute(sample_losses_of(net, x, y), terms, params, backward=backward)
+    expected = naive_gradient(net, terms, x, y)
+    torch.testing.assert_close([p.grad for p in params], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_numbers_go_on_from_the_clean_pass():
+    weight, (_, y) = torch.ones(1, requires_grad=True), classification_batch()
+
+    def sample_losses(index, perturbed):
+        torch.rand(5 if perturbed else 3)
+        return weight.expand(24)
+
+    torch.manual_seed(3)
+    SharpnessEngine().compute(sample_losses, SAM(0.1).terms(y), [weight])
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("passes", ["full", "split"])
 def test_frozen_and_unused_parameters(passes):
     net, (x, y) = mlp(), classification_batch()
