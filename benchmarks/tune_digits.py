@@ -7,7 +7,19 @@ Run it from the root of the repository (4 minutes on one CPU core):
 First the learning rate, by what is best for ERM; with it the radii of each method. The best validation accuracy of the
 tail wins. It printed, with lightning 2.6.6 and torch 2.14.1:
 
-PRINTED
+    ERM, lr 0.05                                                  70.0 ± 2.8
+    ERM, lr 0.1                                                   68.1 ± 0.8
+    ERM, lr 0.2                                                   69.0 ± 2.1
+    SAM(rho=0.05)                                                 71.7 ± 2.3
+    SAM(rho=0.1)                                                  70.4 ± 1.7
+    SAM(rho=0.2)                                                  71.9 ± 1.3
+    ImbSAM(rho=0.1, tail_weight=1.0, reduction='batch')           74.8 ± 1.0
+    ImbSAM(rho=0.2, tail_weight=1.0, reduction='batch')           75.2 ± 1.8
+    ImbSAM(rho=0.3, tail_weight=1.0, reduction='batch')           74.4 ± 1.4
+    SSESAM(head_rho=0.05, tail_rho=0.1, first_stage='grouped')    72.7 ± 1.0
+    SSESAM(head_rho=0.05, tail_rho=0.2, first_stage='grouped')    75.2 ± 0.8
+    SSESAM(head_rho=0.05, tail_rho=0.3, first_stage='grouped')    74.6 ± 1.6
+    SSESAM(head_rho=0.1, tail_rho=0.2, first_stage='grouped')     74.6 ± 1.1
 """
 
 import logging
