@@ -144,5 +144,5 @@ def _share_of_steps(trainer: pl.Trainer, at: float) -> int:
             f"StageSwitch(at={at}) takes max_steps={trainer.max_steps} for the length of the training. If"
             f" max_epochs={trainer.max_epochs} ends it earlier, use StageSwitch(epoch=...)."
         )
-    # As the decimal that was written: 0.7 * 200 is 140.00000000000003 - or less - in floating point.
+    # The decimal number that was written: 0.07 * 100 is 7.000000000000001 in floating point.
     return math.ceil(Fraction(repr(at)) * int(total))
