@@ -20,6 +20,12 @@ def test_smallest_class_is_exact(factor):
     assert long_tailed_counts(10, 5000, factor, "step") == [5000] * 5 + [5000 // factor] * 5
 
 
+def test_smallest_class_is_exact_where_floating_point_is_not():
+    # 49 * (1 / 49) is 0.9999999999999999, and 100 * 0.57 is 56.99999999999999.
+    assert long_tailed_counts(2, 49, 49) == [49, 1]
+    assert long_tailed_counts(2, 100, 0.57) == [100, 57]
+
+
 def test_step_profile_and_no_imbalance():
     assert long_tailed_counts(5, 100, 10, "step") == [100, 100, 100, 10, 10]
     assert long_tailed_counts(3, 7, 1) == [7, 7, 7]
