@@ -1,6 +1,6 @@
 """MixUp and CutMix from torchvision: targets become class probabilities, and a sample is tail by its share of tail.
 
-Run it from the root of the repository:
+It needs torchvision (``pip install torchvision``). Run it from the root of the repository:
 
     python examples/mixup.py
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import lightning_ssesam
 
+_LIGHTNING_COMMANDS = ("fit", "validate", "test")
+
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
 Train classifiers on long-tailed data with sharpness-aware methods.
@@ -44,8 +46,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif args[0] == "compare":
         _compare(args[1:])
-    else:
+    elif args[0] in _LIGHTNING_COMMANDS:
         _lightning(_with_shipped_configs(args))
+    else:
+        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare"])
+        sys.exit(f"error: Expected a command, one of {commands}, but got {args[0]!r}.")
 
 
 def _compare(args: list[str]) -> None:
@@ -53,12 +58,13 @@ def _compare(args: list[str]) -> None:
 
     from lightning_ssesam.compare import compare
 
-    with _one_line_errors():
+    with _one_line_errors(), _quiet_interrupt():
         auto_cli(compare, args=args, as_positional=False, prog="lightning-ssesam compare")
 
 
 def _lightning(args: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_ssesam.data import LongTailDataModule
     from lightning_ssesam.models import LongTailClassifier
@@ -74,17 +80,28 @@ def _lightning(args: list[str]) -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             commands = LightningCLI.subcommands()
-            return {name: commands[name] for name in ("fit", "validate", "test")}
+            return {name: commands[name] for name in _LIGHTNING_COMMANDS}
 
     # Lightning warns of arguments that are not the program's own.
     sys.argv = [sys.argv[0], *args]
-    CLI(
-        LongTailClassifier,
-        LongTailDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "lightning-ssesam"},
-    )
+    try:
+        CLI(
+            LongTailClassifier,
+            LongTailDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lightning-ssesam"},
+        )
+    except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
+
+
+@contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager
@@ -109,14 +126,13 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
     shipped = _shipped_configs()
     resolved = list(args)
     for position, arg in enumerate(args):
-        option, equals, name = arg.partition("=")
-        value = name if equals else arg
-        follows_option = position > 0 and args[position - 1] in ("--config", "-c")
-        if (
-            value in shipped
-            and (follows_option or (equals and option in ("--config", "-c")))
-            and not Path(value).exists()
-        ):
-            with as_file(files("lightning_ssesam.configs") / f"{value}.yaml") as path:
-                resolved[position] = f"{option}={path}" if equals else str(path)
+        option, equals, value = arg.partition("=")
+        if not equals and position > 0:
+            option, value = args[position - 1], arg
+        if option not in ("--config", "-c") or Path(value).exists():
+            continue
+        if value not in shipped:
+            sys.exit(f"error: Expected `--config` to be a YAML file or one of {', '.join(shipped)}, but got {value!r}.")
+        with as_file(files("lightning_ssesam.configs") / f"{value}.yaml") as path:
+            resolved[position] = f"{option}={path}" if equals else str(path)
     return resolved

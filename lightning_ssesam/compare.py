@@ -26,6 +26,7 @@ from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallCo
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
 
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
+PICTURE = "comparison.png"
 GROUPS = ("head", "tail", "many", "medium", "few", "all")
 
 
@@ -40,6 +41,7 @@ class Run:
         class_recalls: Test recall of each class in [0, 1], length C.
         head_curve: Validation accuracy of the head after every epoch.
         tail_curve: Validation accuracy of the tail after every epoch.
+        diverged: Whether the last training loss was not finite.
 
     """
 
@@ -49,10 +51,11 @@ class Run:
     class_recalls: list[float] = field(default_factory=list)
     head_curve: list[float] = field(default_factory=list)
     tail_curve: list[float] = field(default_factory=list)
+    diverged: bool = False
 
 
 def compare(
-    methods: list[str] = list(METHODS),  # noqa: B006 (never changed; the command line shows it)
+    methods: str | list[str] = list(METHODS),  # noqa: B006 (never changed; the command line shows it)
     seeds: int = 5,
     epochs: int = 60,
     data: Callable[[], LongTailDataModule] = DigitsLT,
@@ -77,7 +80,7 @@ def compare(
     are on the validation set.
 
     Args:
-        methods: Any of ERM, SAM, ImbSAM, SSESAM.
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them.
         seeds: How many seeds, counted from 0, for the initial weights and the batch order.
         epochs: Length of each training.
         data: Data module by class path, with its arguments.
@@ -106,44 +109,50 @@ def compare(
     check_integer("epochs", epochs, minimum=1)
     check_integer("threads", threads, minimum=1)
     check_fraction("gamma", gamma)
+    if isinstance(methods, str):
+        methods = methods.split(",")
     objectives = _objectives(methods, sam_rho, imbsam_rho, head_rho, tail_rho)
     module = data()
     split = module.split(tail_fraction=tail_fraction)
     for make in objectives.values():
         make().bind(split)
-    _make_folder(output)
 
-    def train(run: Run) -> None:
-        pl.seed_everything(run.seed, verbose=False)
-        model = LongTailClassifier(
+    def make_model(method: str) -> LongTailClassifier:
+        return LongTailClassifier(
             module.class_counts,
             backbone,
-            objectives[run.method](),
+            objectives[method](),
             optimizer=optimizer,
             scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
             tail_fraction=tail_fraction,
             many_above=split.many_above,
             few_below=split.few_below,
         )
-        _train(run, model, module, epochs, gamma)
 
+    def train(run: Run) -> None:
+        pl.seed_everything(run.seed, verbose=False)
+        _train(run, make_model(run.method), module, epochs, gamma)
+
+    # Whatever cannot be built is refused before the results of an earlier comparison are replaced.
+    make_model(methods[0]).configure_optimizers()
+    _prepare_folder(output)
     runs = [Run(method, seed) for seed in range(seeds) for method in methods]
     with _quiet(), _threads(threads):
         _train_all(runs, train, output / "results.csv", split.num_classes)
     runs.sort(key=lambda run: methods.index(run.method))
     print(format_table(runs))
     switch = gamma * epochs if "SSESAM" in methods else None
-    picture = draw_comparison(runs, split, switch, output / "comparison.png")
+    title = f"{type(module).__name__}: mean over {_seeds(runs)}, with one standard deviation"
+    picture = draw_comparison(runs, split, switch, title, output / PICTURE)
     print(f"\nWritten: {output / 'results.csv'}, {picture}")
     return runs
 
 
 def format_table(runs: list[Run]) -> str:
     """Return the accuracies of each method in percent, mean and standard deviation over seeds, as text."""
-    seeds = len({run.seed for run in runs})
     width = max(len(method) for method in METHODS)
     lines = [
-        f"Test accuracy in %, mean and standard deviation over {seeds} seed{'s' if seeds > 1 else ''}",
+        f"Test accuracy in %, mean and standard deviation over {_seeds(runs)}",
         " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)]),
     ]
     for method in dict.fromkeys(run.method for run in runs):
@@ -153,7 +162,14 @@ def format_table(runs: list[Run]) -> str:
             spread = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
             cells.append(f"{f'{statistics.mean(values):.1f}{spread}':>12}")
         lines.append(" ".join([f"{method:{width}}", *cells]))
+    if diverged := [f"{run.method} with seed {run.seed}" for run in runs if run.diverged]:
+        lines.append(f"Diverged, with a loss that is not finite: {', '.join(diverged)}")
     return "\n".join(lines)
+
+
+def _seeds(runs: list[Run]) -> str:
+    number = len({run.seed for run in runs})
+    return f"{number} seed{'s' if number > 1 else ''}"
 
 
 def _objectives(
@@ -173,24 +189,34 @@ def _objectives(
     return {method: makers[method] for method in methods}
 
 
-def _make_folder(output: Path) -> None:
+def _prepare_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / PICTURE).unlink(missing_ok=True)
     except OSError as error:
         raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(output)) from error
 
 
 def _train_all(runs: list[Run], train: Callable[[Run], None], path: Path, num_classes: int) -> None:
     """Train one run after the other; each is in the file as soon as it has ended."""
+    finished: list[Run] = []
     with path.open("w", newline="") as file:
         results = csv.writer(file)
         results.writerow(["method", "seed", *GROUPS, *(f"class_{k}" for k in range(num_classes))])
-        for run in (progress := tqdm(runs, unit="run")):
-            progress.set_description(f"{run.method}, seed {run.seed}")
-            train(run)
-            values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
-            results.writerow([run.method, run.seed, *(round(value, 6) for value in values)])
-            file.flush()
+        try:
+            for run in (progress := tqdm(runs, unit="run")):
+                progress.set_description(f"{run.method}, seed {run.seed}")
+                train(run)
+                values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
+                results.writerow([run.method, run.seed, *(round(value, 6) for value in values)])
+                file.flush()
+                finished.append(run)
+        except (KeyboardInterrupt, SystemExit):
+            # Lightning turns the first into the second.
+            print(f"\nInterrupted after {len(finished)} of {len(runs)} runs, which are in {path}.")
+            if finished:
+                print(format_table(finished))
+            raise KeyboardInterrupt from None
 
 
 class _Recorder(Callback):
@@ -202,6 +228,11 @@ class _Recorder(Callback):
         """Called after validation: note the curves."""
         self.run.head_curve.append(trainer.callback_metrics["val/acc_head"].item())
         self.run.tail_curve.append(trainer.callback_metrics["val/acc_tail"].item())
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last epoch: note whether the training came to anything."""
+        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

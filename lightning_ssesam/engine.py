@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_radius
+from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_radius
 from lightning_ssesam.objectives import Term
 
 SampleLosses = Callable[[Tensor | None, bool], Tensor]
@@ -76,7 +76,9 @@ class SharpnessEngine:
         check_choice("passes", passes, ("auto", "full", "split"))
         terms, buffers = _merge_plain(terms), list(buffers)
         params = [p for p in parameters if p.requires_grad]
-        model = _Model(sample_losses, params, backward, params[0].device if params else torch.device("cpu"))
+        if not params:
+            raise bad_argument("parameters", "at least one that requires a gradient", Phrase("none"))
+        model = _Model(sample_losses, params, backward, params[0].device)
         gradients, random_state = _gradients(params), _random_state(model.device)
         self._buffers.save(buffers)
         try:

@@ -46,8 +46,8 @@ class _GroupAccuracy(Metric):
         """Count a batch.
 
         Args:
-            preds: Scores ``(N, C, ...)`` of any floating dtype (logits or probabilities), or predicted class indices
-                ``(N, ...)`` of an integer dtype.
+            preds: Scores ``(N, C, ...)`` of any floating dtype (logits or probabilities; wrong where one is NaN), or
+                predicted class indices ``(N, ...)`` of an integer dtype.
             target: Class indices ``(N, ...)``, an integer dtype, each in ``[0, C)``.
 
         Raises:
@@ -172,7 +172,8 @@ def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
 def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return how many samples of each class were predicted right, and how many there were, both ``(C,)``."""
     if preds.is_floating_point():
-        preds = preds.argmax(dim=1)
+        # argmax takes NaN for the largest score; -1 is no class, so that it counts as wrong.
+        preds = preds.argmax(dim=1).masked_fill(preds.isnan().any(dim=1), -1)
     target = target.flatten().long()
     hits = (preds.flatten() == target).long()
     zeros = torch.zeros(num_classes, dtype=torch.long, device=target.device)

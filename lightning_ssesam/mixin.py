@@ -120,6 +120,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     # What the mixin does.
 
     @override
+    # torch.compile(module) would compile the arithmetic too; a network that is compiled by itself stays compiled.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Make one update of the objective and log the clean loss as ``train/loss``, unless the user has logged that.
 
@@ -151,8 +153,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
         self.zero_grad()
         self._split_logs.flush(super().log)
-        if "train/loss" not in self._logged:
-            self.log("train/loss", loss, prog_bar=True, batch_size=max(len(targets), 1))
+        if "train/loss" not in self._logged and len(targets) > 0:
+            self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
         return loss
 
     @override

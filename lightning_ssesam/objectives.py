@@ -141,7 +141,11 @@ class _HeadTailObjective(Objective):
             raise bad_argument(
                 "split",
                 f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart",
-                Phrase(f"one in which {num_tail} of {split.num_classes} classes are tail"),
+                Phrase(
+                    f"one in which {num_tail} of {split.num_classes} classes are tail (class counts from"
+                    f" {int(split.class_counts.min())} to {int(split.class_counts.max())}); choose another"
+                    " `tail_below`, `tail_fraction` or `tail`"
+                ),
             )
 
     def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
+
+from lightning_ssesam.callbacks import StageSwitch
 
 if TYPE_CHECKING:
     from lightning_ssesam.mixin import SharpnessAwareMixin
@@ -55,6 +58,13 @@ class TrainerSupport(Callback):
         if pl_module is not self.module:
             return
         self.module._check_objective()
+        objective = self.module.objective
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if objective.num_stages > objective.stage and not any(isinstance(c, StageSwitch) for c in callbacks):
+            rank_zero_warn(
+                f"{type(objective).__name__} stays in stage {objective.stage}, since no StageSwitch is among the"
+                " callbacks of the Trainer."
+            )
         if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
             raise MisconfigurationException(
                 "LBFGS evaluates the loss several times a step, which SharpnessAwareMixin cannot serve. Use an"

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader
 
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, Term
 from lightning_ssesam.engine import SharpnessEngine
+
+# Warnings that the project raises are errors, but for one that most of these short runs do not mind.
+STRICT = pytest.mark.filterwarnings("error:::lightning_ssesam", "ignore:.*stays in stage 1")
 
 REFERENCE = Path(__file__).parent / "reference"
 SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])

@@ -1,11 +1,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import batches_loader, classification_batch, trainer
+from helpers import STRICT, batches_loader, classification_batch, trainer
 from torch import nn
 
 from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, ImbSAM, LongTailClassifier, StageSwitch
 from lightning_ssesam.models import SmallConvNet
+
+pytestmark = STRICT
 
 COUNTS = [50, 40, 30, 6, 5]
 
@@ -118,6 +120,17 @@ def test_small_conv_net(norm):
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), SSESAM(ClassSplit([9, 1], tail=[1]))),
             "`objective` to be without a split, .* but got ClassSplit",
+        ),
+        (lambda: LongTailClassifier([9, 1], SmallConvNet, "SAM"), "`objective` to be an Objective, but got 'SAM'"),
+        (
+            lambda: LongTailClassifier([9, 1], None),
+            "`backbone` to be a class or a function that makes it, but got None",
+        ),
+        (lambda: LongTailClassifier([9, 1], SmallConvNet, optimizer="sgd"), "`optimizer` to be a class or a function"),
+        (lambda: LongTailClassifier([9, 1], SmallConvNet, scheduler="cos"), "`scheduler` to be a class or a function"),
+        (
+            lambda: LongTailClassifier([9, 1], nn.Linear(8, 3))(torch.ones(2, 8)),
+            r"`backbone` to be a network with logits \(N, 2\), .* but got one with an output of shape \(2, 3\)",
         ),
         (lambda: SmallConvNet(0), "`num_classes` to be an integer >= 1, but got 0"),
         (lambda: SmallConvNet(2, norm="layer"), "`norm` to be one of 'group', 'batch', but got 'layer'"),

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import STRICT
 
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import GROUPS, Run, compare, format_table
+
+pytestmark = STRICT
 
 QUICK = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
@@ -27,7 +30,6 @@ def logged(column, version=0):
         return [row[column] for row in csv.DictReader(file) if row.get(column)]
 
 
-@pytest.mark.filterwarnings("ignore:The training ended at step")
 def test_fit_then_validate_and_test_from_the_saved_config(capsys):
     main(["fit", "--config", "digits_lt", *QUICK, "--trainer.max_epochs=2", "--data.imbalance_factor=10"])
     config = saved_config()
@@ -98,10 +100,25 @@ def test_bad_values_get_one_line(arguments, message):
     assert "\n" not in str(stop.value)
 
 
-def test_unknown_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["trian"])
-    assert "invalid choice: 'trian' (choose from 'fit', 'validate', 'test')" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "error: Expected a command, one of fit, validate, test, compare, but got 'trian'."),
+        (["fit", "--config=nope"], "error: Expected `--config` to be a YAML file or one of digits_lt, but got 'nope'."),
+        (
+            ["test", "-c", "nope.yaml"],
+            "error: Expected `--config` to be a YAML file or one of digits_lt, but got 'nope",
+        ),
+        (
+            ["fit", "--config=digits_lt", "--model.optimizer=torch.optim.LBFGS", *QUICK],
+            "error: LBFGS evaluates the loss several times",
+        ),
+    ],
+)
+def test_misuse_gets_one_line(arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert str(stop.value).startswith(message)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -130,7 +147,7 @@ def test_as_a_module_and_a_command():
 
 
 def test_compare(capsys):
-    main(["compare", "--epochs=2", "--seeds=2", "--methods=[ERM, SSESAM]", "--output=out/here", "--data.seed=4"])
+    main(["compare", "--epochs=2", "--seeds=2", "--methods=ERM,SSESAM", "--output=out/here", "--data.seed=4"])
     printed = capsys.readouterr().out
     assert "mean and standard deviation over 2 seeds" in printed
     with Path("out/here/results.csv").open() as file:
@@ -158,20 +175,42 @@ def test_compare_is_paired_and_repeatable():
     assert runs[0][0].tail_curve == runs[1][1].tail_curve
 
 
-def test_finished_runs_survive_a_crash(monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, capsys):
     calls = []
 
-    def crash(run, *args):
+    def interrupted(run, *args):
         calls.append(run)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise error
         run.accuracy, run.class_recalls = dict.fromkeys(GROUPS, 0.5), [0.5] * 10
 
-    monkeypatch.setattr("lightning_ssesam.compare._train", crash)
-    with pytest.raises(KeyboardInterrupt):
-        compare(seeds=1, output=Path("crash"))
+    monkeypatch.setattr("lightning_ssesam.compare._train", interrupted)
+    Path("crash").mkdir()
+    Path("crash/comparison.png").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--seeds=1", "--output=crash"])
+    assert stop.value.code == 130
     with Path("crash/results.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["ERM"]
+    assert not Path("crash/comparison.png").exists()
+    printed = capsys.readouterr().out
+    assert "Interrupted after 1 of 4 runs, which are in crash/results.csv" in printed
+    assert "over 1 seed\n" in printed
+
+
+def test_what_cannot_be_built_replaces_nothing():
+    Path("comparison").mkdir()
+    Path("comparison/results.csv").write_text("earlier")
+    for wrong in ("--backbone.width=9", "--optimizer.lr=-1"):
+        with pytest.raises((SystemExit, ValueError)):
+            main(["compare", wrong])
+    assert Path("comparison/results.csv").read_text() == "earlier"
+
+
+def test_divergence_is_reported(capsys):
+    compare("ERM", seeds=1, epochs=2, optimizer=lambda params: torch.optim.SGD(params, lr=1e20))
+    assert "Diverged, with a loss that is not finite: ERM with seed 0" in capsys.readouterr().out
 
 
 def test_table():

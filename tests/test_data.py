@@ -74,7 +74,6 @@ def everything(loader):
 def test_digits(profile):
     data = DigitsLT(imbalance_factor=20, profile=profile, batch_size=16, seed=3)
     assert data.num_classes == 10
-    data.setup("fit")
     sets = {name: everything(getattr(data, f"{name}_dataloader")()) for name in ("train", "val", "test")}
     counts = {name: torch.bincount(labels).tolist() for name, (_, labels) in sets.items()}
     assert counts == {"train": data.class_counts, "val": [20] * 10, "test": [50] * 10}

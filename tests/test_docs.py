@@ -22,10 +22,11 @@ def code_of(name):
 def test_readme():
     names = {}
     exec(code_of("README.md"), names)
-    model = names["Model"](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
+    model = names["Evaluated"](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
     trainer = names["trainer"]
     trainer.fit_loop.max_epochs = 10
-    trainer.fit(model, batches_loader([classification_batch()]))
+    trainer.fit(model, batches_loader([classification_batch()]), batches_loader([classification_batch()]))
+    assert 0 <= trainer.callback_metrics["val/acc_tail"] <= 1
     assert trainer.global_step == 10
     assert model.objective.stage == 2
     assert len(torch.where(model.objective.split.tail)[0]) == 2

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import (
     OBJECTIVES,
     SPLIT,
+    STRICT,
     assert_same_bits,
     buffers_of,
     classification_batch,
@@ -24,6 +25,8 @@ from torch import nn
 
 from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Term
 from lightning_ssesam.engine import SharpnessEngine
+
+pytestmark = STRICT
 
 BATCHES = {
     "mixed": range(5),

@@ -62,6 +62,12 @@ def test_group_without_samples_is_nan():
     assert all(v.isnan() for v in metric.compute().values())
 
 
+def test_nan_scores_are_wrong():
+    metric = HeadTailAccuracy(SPLIT)
+    metric.update(torch.full((3, 6), float("nan")), tensor([0, 1, 3]))
+    assert all(value == 0 for value in metric.compute().values())
+
+
 def test_dense_and_forward_and_reset():
     metric = HeadTailAccuracy(SPLIT)
     target = torch.randint(6, (2, 4, 4))

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import REFERENCE, Model, convbn, fit, mlp
+from helpers import REFERENCE, STRICT, Model, convbn, fit, mlp
 
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, StageSwitch
+
+pytestmark = STRICT
 
 METHODS = {
     "sgd": lambda split: ERM(),

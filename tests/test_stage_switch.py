@@ -4,13 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SPLIT, Automatic, Model, assert_same_bits, batches_loader, classification_batch, fit, trainer
+from helpers import (
+    SPLIT,
+    STRICT,
+    Automatic,
+    Model,
+    assert_same_bits,
+    batches_loader,
+    classification_batch,
+    fit,
+    trainer,
+)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ssesam import SAM, SSESAM, StageSwitch
+
+pytestmark = STRICT
 
 
 class Stages(Model):
@@ -55,10 +67,12 @@ def stages(first, second):
         ({"step": 5}, {"max_epochs": 1}, stages(5, 0)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The training ended at step")
 def test_switches_at(switch, options, expected):
     model = Stages()
-    fit(model, batches(), callbacks=[StageSwitch(**switch)], **options)
+    with warnings.catch_warnings():
+        # Where no step is left for stage 2, it says so.
+        warnings.filterwarnings("ignore", message="The training ended at step")
+        fit(model, batches(), callbacks=[StageSwitch(**switch)], **options)
     assert model.seen == expected
 
 

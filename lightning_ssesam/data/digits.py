@@ -74,14 +74,18 @@ class DigitsLT(LongTailDataModule):
     @override
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return the shuffled training batches."""
-        return DataLoader(self._sets["train"], batch_size=self.batch_size, shuffle=True)
+        return DataLoader(self._set("train"), batch_size=self.batch_size, shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return the validation set, in batches of up to 256."""
-        return DataLoader(self._sets["val"], batch_size=256)
+        return DataLoader(self._set("val"), batch_size=256)
 
     @override
     def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return the test set, in batches of up to 256."""
-        return DataLoader(self._sets["test"], batch_size=256)
+        return DataLoader(self._set("test"), batch_size=256)
+
+    def _set(self, name: str) -> Dataset[tuple[torch.Tensor, ...]]:
+        self.setup("fit")
+        return self._sets[name]

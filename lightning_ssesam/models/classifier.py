@@ -61,11 +61,16 @@ class LongTailClassifier(SharpnessAwareMixin):
         few_below: int = 20,
     ) -> None:
         super().__init__()
+        for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
+            if not callable(value) and not (name == "scheduler" and value is None):
+                raise bad_argument(name, "a class or a function that makes it", value)
         if tail_below is None and tail_fraction is None:
             tail_fraction = 0.2
         self.split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
         self.backbone = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
         self.objective = SSESAM() if objective is None else objective
+        if not isinstance(self.objective, Objective):
+            raise bad_argument("objective", "an Objective", objective)
         if self.objective.split is not None:
             raise bad_argument("objective", "without a split, which the class counts make", self.objective.split)
         self.objective.bind(self.split)
@@ -79,6 +84,9 @@ class LongTailClassifier(SharpnessAwareMixin):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(N, C)`` of inputs ``(N, ...)``."""
         logits: Tensor = self.backbone(inputs)
+        if logits.shape[1:2] != (self.split.num_classes,):
+            expected = f"a network with logits (N, {self.split.num_classes}), one for each class"
+            raise bad_argument("backbone", expected, Phrase(f"one with an output of shape {tuple(logits.shape)}"))
         return logits
 
     @override
@@ -128,7 +136,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         for metric in self._metrics(stage):
             accuracies.update(metric.compute())
             metric.reset()
-        self.log_dict({f"{stage}/acc_{group}": value for group, value in accuracies.items()})
+        for group, value in accuracies.items():
+            self.log(f"{stage}/acc_{group}", value, prog_bar=stage == "val" and group in ("head", "tail"))
 
     def _metrics(self, stage: Literal["val", "test"]) -> list[Metric]:
         metrics = self.val_metrics if stage == "val" else self.test_metrics
