@@ -43,6 +43,8 @@ class SharpnessEngine:
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
 
+    # torch.compile(module) would compile the arithmetic too; a network that is compiled by itself stays compiled.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(
         self,
         sample_losses: SampleLosses,

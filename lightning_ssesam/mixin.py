@@ -120,8 +120,6 @@ class SharpnessAwareMixin(pl.LightningModule):
     # What the mixin does.
 
     @override
-    # torch.compile(module) would compile the arithmetic too; a network that is compiled by itself stays compiled.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Make one update of the objective and log the clean loss as ``train/loss``, unless the user has logged that.
 
@@ -137,7 +135,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._split_logs.clear()
         targets = self.sample_targets(batch)
         try:
-            loss = self._sharpness_engine.compute(
+            loss: Tensor = self._sharpness_engine.compute(
                 self._losses_of(batch),
                 self.objective.terms(targets),
                 self.parameters(),
