@@ -292,32 +292,33 @@ class _Snapshot:
         self._tensors = []
 
 
-class _BufferSnapshot(_Snapshot):
+class _BufferSnapshot:
     """The same for buffers, which a layer may also replace by other tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._values = _Snapshot()
         self._bindings: list[tuple[Buffers, Buffers]] = []
 
-    def save(self, tensors: list[Buffers]) -> None:  # type: ignore[override]
-        super().save([t for of in tensors for t in of.values() if t is not None and not _overlaps_itself(t)])
-        self._bindings = [(of, dict(of)) for of in tensors]
+    def save(self, buffers: list[Buffers]) -> None:
+        self._values.save([t for of in buffers for t in of.values() if t is not None and not _overlaps_itself(t)])
+        self._bindings = [(of, dict(of)) for of in buffers]
 
     def restore(self) -> None:
         for of, saved in self._bindings:
             of.update(saved)
-        super().restore()
+        self._values.restore()
 
     def differs(self) -> bool:
+        """Whether a buffer is another tensor, or has another value, than when it was saved."""
         rebound = any(of[name] is not t for of, saved in self._bindings for name, t in saved.items())
-        return rebound or super().differs()
+        return rebound or self._values.differs()
 
     def any(self) -> bool:
         """Whether there is any buffer."""
-        return bool(self._tensors)
+        return any(saved for _, saved in self._bindings)
 
     def forget(self) -> None:
-        super().forget()
+        self._values.forget()
         self._bindings = []
 
 

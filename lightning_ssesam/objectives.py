@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_positive, check_radius
 from lightning_ssesam.split import ClassSplit
@@ -109,7 +110,8 @@ class ERM(Objective):
     def __init__(self) -> None:
         super().__init__()
 
-    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+    @override
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:
         return (Term(_mean_weights(targets), 0.0),)
 
 
@@ -125,7 +127,8 @@ class SAM(Objective):
         super().__init__()
         self.rho = check_radius("rho", rho)
 
-    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+    @override
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:
         return (Term(_mean_weights(targets), self.rho),)
 
 
@@ -134,6 +137,7 @@ class _HeadTailObjective(Objective):
 
     needs_split = True
 
+    @override
     def bind(self, split: ClassSplit) -> None:
         super().bind(split)
         num_tail = int(split.tail.sum())
@@ -199,7 +203,8 @@ class ImbSAM(_HeadTailObjective):
         self.tail_weight = check_positive("tail_weight", tail_weight)
         self.reduction = check_choice("reduction", reduction, ("batch", "group"))
 
-    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+    @override
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:
         head, tail = self._masses(targets)
         normalize = _over_batch if self.reduction == "batch" else _over_group
         return Term(normalize(head), 0.0), Term(self.tail_weight * normalize(tail), self.rho)
@@ -238,7 +243,8 @@ class SSESAM(_HeadTailObjective):
         self.tail_rho = check_radius("tail_rho", tail_rho)
         self.first_stage = check_choice("first_stage", first_stage, ("grouped", "joint"))
 
-    def terms(self, targets: Tensor) -> tuple[Term, ...]:  # noqa: D102
+    @override
+    def terms(self, targets: Tensor) -> tuple[Term, ...]:
         if self.stage == 1 and self.first_stage == "joint":
             self.check_ready()
             return (Term(_mean_weights(targets), self.head_rho),)
