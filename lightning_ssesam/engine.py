@@ -315,7 +315,7 @@ class _BufferSnapshot:
 
     def any(self) -> bool:
         """Whether there is any buffer."""
-        return any(saved for _, saved in self._bindings)
+        return any(t is not None for _, saved in self._bindings for t in saved.values())
 
     def forget(self) -> None:
         self._values.forget()

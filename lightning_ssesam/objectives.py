@@ -78,7 +78,12 @@ class Objective(ABC):
         """
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
+        self._check_split(split)
         self._split = split
+
+    def _check_split(self, split: ClassSplit) -> None:
+        """Raise ``ValueError`` if the objective has no use for ``split``; any will do by default."""
+        return
 
     def check_ready(self) -> None:
         """Raise ``RuntimeError`` if :meth:`terms` cannot answer yet, for want of a split."""
@@ -138,8 +143,7 @@ class _HeadTailObjective(Objective):
     needs_split = True
 
     @override
-    def bind(self, split: ClassSplit) -> None:
-        super().bind(split)
+    def _check_split(self, split: ClassSplit) -> None:
         num_tail = int(split.tail.sum())
         if num_tail in (0, split.num_classes):
             raise bad_argument(
@@ -213,9 +217,8 @@ class ImbSAM(_HeadTailObjective):
 class SSESAM(_HeadTailObjective):
     """Stage-wise saddle escaping SAM (Lyu et al., AAAI 2025, arXiv:2412.13715).
 
-    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is: equations (5)
-    and (6) of docs/method.md.
-    :class:`~lightning_ssesam.StageSwitch` moves from one to the other.
+    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is.
+    :class:`~lightning_ssesam.StageSwitch` moves from one to the other. Equations (5) to (7) of docs/method.md.
 
     Args:
         split: Head and tail classes, both non-empty; may be bound later.

@@ -311,6 +311,17 @@ def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
     assert net.forwards == 9 + 3 + 4
 
 
+def test_auto_passes_are_split_from_the_first_step_without_buffers():
+    # Instance norm names its buffers, but has none unless it tracks statistics.
+    net, samples = nn.Sequential(nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(8, 5)), []
+    net.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
+    x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 3, 4])
+    SharpnessEngine().compute(
+        sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto"
+    )
+    assert samples == [4, 2, 4, 2]
+
+
 @pytest.mark.parametrize("passes", ["full", "split"])
 def test_perturbed_pass_sees_the_dropout_of_its_clean_pass(passes):
     masks = {False: [], True: []}

@@ -79,6 +79,15 @@ def test_bind_later():
     assert objective.terms(TARGETS)[1].weights.tolist() == pytest.approx(TAIL)
 
 
+def test_a_refused_split_is_not_kept():
+    objective = SSESAM()
+    with pytest.raises(ValueError, match="both head and tail classes"):
+        objective.bind(ClassSplit([2, 1], []))
+    assert objective.split is None
+    with pytest.raises(RuntimeError, match="does not know which classes are tail"):
+        objective.check_ready()
+
+
 def test_stage():
     objective = SSESAM(SPLIT)
     assert objective.stage == 1

@@ -75,8 +75,8 @@ class LongTailClassifier(SharpnessAwareMixin):
             raise bad_argument("objective", "without a split, which the class counts make", self.objective.split)
         self.objective.bind(self.split)
         self.loss = _bound_loss(loss, self.split)
-        self.val_metrics = _metrics(self.split)
-        self.test_metrics = _metrics(self.split)
+        self.val_metrics = _make_metrics(self.split)
+        self.test_metrics = _make_metrics(self.split)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
@@ -144,7 +144,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         return [metric for metric in metrics if isinstance(metric, Metric)]
 
 
-def _metrics(split: ClassSplit) -> nn.ModuleList:
+def _make_metrics(split: ClassSplit) -> nn.ModuleList:
     return nn.ModuleList([HeadTailAccuracy(split), ManyMediumFewAccuracy(split)])
 
 
