@@ -1,7 +1,7 @@
 """Terms to gradient, in the fewest passes over the model. Needs torch only."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +13,44 @@ from lightning_ssesam.objectives import Term
 SampleLosses = Callable[[Tensor | None, bool], Tensor]
 Gradients = list[Tensor | None]
 Buffers = dict[str, Tensor | None]
+
+
+class MicroBatch(NamedTuple):
+    """A part of the batch that is forwarded at once; most often all of it.
+
+    Args:
+        sample_losses: Called as ``sample_losses(index, perturbed)``. Returns the unreduced losses, ``(N,)`` or dense
+            ``(N, ...)``, of the whole part where ``index`` is None, else of its samples ``index`` ``(M,)``.
+        terms: The objective's terms, each with weights of the shape of this part's losses. Every part of a batch has
+            the same number of terms, with the same radii.
+
+    """
+
+    sample_losses: SampleLosses
+    terms: Sequence[Term]
+
+
+class Outcome(NamedTuple):
+    """What a step has found out, as detached scalars on the model's device.
+
+    Args:
+        loss: Mean loss of the batch at the unperturbed weights; 0 for an empty batch.
+        gradient_norm: Norm of the gradient that it leaves, if asked for.
+        gradient_norms: Of each term, the norm of its gradient at the unperturbed weights, of all processes together
+            where they ascend together; None where it was not needed, or the term shares its backward with others.
+        sharpness: Of each term, its loss at the ascended weights minus its loss at the unperturbed ones, in this
+            process; None for a term of radius 0.
+
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor | None = None
+    gradient_norms: Sequence[Tensor | None] = ()
+    sharpness: Sequence[Tensor | None] = ()
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is infinite or not a number."""
 
 
 class SharpnessEngine:
@@ -47,50 +85,66 @@ class SharpnessEngine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(
         self,
-        sample_losses: SampleLosses,
-        terms: Sequence[Term],
+        batch: Sequence[MicroBatch],
         parameters: Iterable[Tensor],
         buffers: Iterable[Buffers] = (),
         backward: Callable[..., None] = Tensor.backward,
         passes: Literal["auto", "full", "split"] = "full",
-    ) -> Tensor:
+        synchronize: Callable[[], None] | None = None,
+        ascent: Literal["global", "local"] = "global",
+        check_finite: Callable[[bool], bool] | None = None,
+        report: bool = False,
+    ) -> Outcome:
         """Run the passes of one step.
 
         Args:
-            sample_losses: Called as ``sample_losses(index, perturbed)``. Returns the unreduced losses, ``(N,)`` or
-                dense ``(N, ...)``, of the whole batch where ``index`` is None, else of the samples ``index`` ``(M,)``.
-            terms: The objective's terms, each with weights of the shape of the whole batch's losses.
+            batch: The parts of the batch. All of them are forwarded at the unperturbed weights before the first
+                perturbed pass, and the result is that of their union (for layers that do not mix samples); in memory
+                are the activations of one part at a time.
             parameters: The model's parameters. Those that do not require a gradient are left alone.
             buffers: The dictionaries in which the model's layers keep their buffers.
             backward: Called as ``backward(loss, retain_graph=bool)``; accumulates into ``.grad``.
-            passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model. ``"split"``
+            passes: ``"full"`` forwards a whole part in every pass, which is exact for every model. ``"split"``
                 forwards only the samples of each term, where the terms divide the batch among them; the same to
                 rounding if no layer mixes samples. ``"auto"`` is ``"split"``, unless a first step with full passes
                 shows that a forward changes buffers.
+            synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes.
+                Called equally often in each: once at the end, and before that once per term of positive radius.
+            ascent: ``"local"`` leaves out the latter, so that each process perturbs for its own samples.
+            check_finite: Called at the end with whether the loss and the gradient are finite; returns whether they
+                are in every process.
+            report: Whether to find the norm of the final gradient, and of the terms of radius 0, too.
 
         Returns:
-            The mean loss of the batch at the unperturbed weights, a detached scalar; 0 for an empty batch.
+            The mean loss, gradient norms and sharpness.
 
         Raises:
             ValueError: If ``passes`` or a radius is out of range, or the losses do not have the shape of the weights.
+            NonFiniteError: If ``check_finite`` returns False.
 
         """
         check_choice("passes", passes, ("auto", "full", "split"))
-        terms, buffers = _merge_plain(terms), list(buffers)
+        check_choice("ascent", ascent, ("global", "local"))
+        summands, buffers = _summands(batch), list(buffers)
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", Phrase("none"))
-        model = _Model(sample_losses, params, backward, params[0].device)
+        model = _Model(params, backward, params[0].device)
         gradients, random_state = _gradients(params), _random_state(model.device)
         self._buffers.save(buffers)
         try:
             _set_gradients(params, None)
-            clean = _clean_passes(model, _split(terms) if self._splits(passes) else [_CleanPass(None, terms)])
+            loss = _clean_passes(model, batch, summands, split=self._splits(passes))
             if passes == "auto" and self._forward_moves_buffers is None:
                 self._forward_moves_buffers = self._buffers.differs()
-            _set_gradients(params, clean.plain_gradient)
-            if clean.ascents:
-                self._perturbed_passes(model, clean.ascents, buffers)
+            if synchronize is not None and ascent == "global":
+                _synchronize_directions(params, summands, synchronize)
+            self._perturbed_passes(model, summands, buffers, report)
+            if synchronize is not None:
+                synchronize()
+            norm = _norm(_gradients(params)) if report or check_finite else None
+            if check_finite is not None and not check_finite(_are_finite(loss, norm)):
+                raise NonFiniteError("The loss or the gradient is infinite or not a number.")
         except BaseException:
             self._weights.restore()
             self._buffers.restore()
@@ -101,27 +155,40 @@ class SharpnessEngine:
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
-        return clean.mean_loss
+        return _outcome(loss, norm, summands)
 
     def _splits(self, passes: Literal["auto", "full", "split"]) -> bool:
         if passes == "auto":
             return not self._buffers.any() or self._forward_moves_buffers is False
         return passes == "split"
 
-    def _perturbed_passes(self, model: "_Model", ascents: list["_Ascent"], buffers: list[Buffers]) -> None:
+    def _perturbed_passes(
+        self, model: "_Model", summands: list["_Summand"], buffers: list[Buffers], report: bool
+    ) -> None:
+        """Leave in ``.grad`` the sum of the summands' gradients."""
+        for summand in summands:
+            if summand.rho == 0:
+                _set_gradients(model.params, summand.gradient)
+            if summand.rho > 0 or report:
+                summand.norm = _norm(summand.gradient)
+        if not any(summand.rho > 0 for summand in summands):
+            return
         random_state = _random_state(model.device)
         self._clean_buffers.save(buffers)
-        self._weights.save(model.params)
-        while ascents:
-            ascent = ascents.pop(0)
-            _ascend(model.params, ascent.gradient, ascent.rho)
-            _set_random_state(ascent.random_state, model.device)
-            loss = _weighted_sum(model.sample_losses(ascent.index, True), ascent.weights)
-            # The direction is not needed any more; the backward needs its memory.
-            del ascent
-            model.backward(loss, retain_graph=False)
+        self._weights.save([_local(p) for p in model.params])
+        for summand in summands:
+            if summand.rho == 0 or not summand.passes:
+                continue
+            _ascend(model.params, summand)
+            # The direction is not needed any more; the passes need its memory.
+            summand.gradient = None
+            for one in summand.passes:
+                _set_random_state(one.random_state, model.device)
+                loss = _weighted_sum(one.sample_losses(one.index, True), one.weights)
+                model.backward(loss, retain_graph=False)
+                summand.sharpness = summand.sharpness + loss.detach()
+                self._clean_buffers.restore()
             self._weights.restore()
-            self._clean_buffers.restore()
         _set_random_state(random_state, model.device)
 
 
@@ -129,85 +196,116 @@ class SharpnessEngine:
 class _Model:
     """What the passes run on."""
 
-    sample_losses: SampleLosses
     params: list[Tensor]
     backward: Callable[..., None]
     device: torch.device
 
 
-@dataclass
-class _CleanPass:
-    """One clean forward, and the terms on its samples: the whole batch where ``index`` is None."""
+@dataclass(frozen=True)
+class _Pass:
+    """A clean forward, as a perturbed one must repeat it: the whole part where ``index`` is None."""
 
-    index: Tensor | None
-    terms: list[Term]
-
-
-@dataclass
-class _Ascent:
-    """A perturbed pass still to be run: its direction, and what that is the gradient of."""
-
-    gradient: Gradients
-    rho: float
+    sample_losses: SampleLosses
     index: Tensor | None
     weights: Tensor
     random_state: list[Tensor]
 
 
-class _CleanResult(NamedTuple):
-    mean_loss: Tensor
-    plain_gradient: Gradients | None
-    ascents: list[_Ascent]
+@dataclass
+class _Summand:
+    """A term of positive radius, or all terms of radius 0 together, and what is known of it so far."""
+
+    rho: float
+    terms: list[int]
+    passes: list[_Pass] = field(default_factory=list)
+    gradient: Gradients | None = None
+    norm: Tensor | None = None
+    sharpness: Tensor | float = 0.0
+
+    def weights(self, terms: Sequence[Term]) -> Tensor:
+        """Return the sample weights of this summand, given the terms of one part of the batch."""
+        own = [terms[number].weights for number in self.terms]
+        return own[0] if len(own) == 1 else torch.stack(own).sum(0)
 
 
-def _clean_passes(model: _Model, plan: list[_CleanPass]) -> _CleanResult:
-    """Run every pass at the unperturbed weights; all of them end before the first weight is perturbed."""
+def _summands(batch: Sequence[MicroBatch]) -> list[_Summand]:
+    if not batch:
+        raise bad_argument("batch", "at least one part", batch)
+    if not batch[0].terms:
+        raise bad_argument("terms", "at least one term", batch[0].terms)
+    radii = [check_radius("rho", term.rho) for term in batch[0].terms]
+    for part in batch[1:]:
+        if [term.rho for term in part.terms] != radii:
+            raise bad_argument("batch", "parts with the same radii", Phrase(f"{radii} and others"))
+    plain = [number for number, rho in enumerate(radii) if rho == 0]
+    summands = [_Summand(0.0, plain)] if plain else []
+    return summands + [_Summand(rho, [number]) for number, rho in enumerate(radii) if rho > 0]
+
+
+def _clean_passes(model: _Model, batch: Sequence[MicroBatch], summands: list[_Summand], split: bool) -> Tensor:
+    """Run every pass at the unperturbed weights; find the summands' gradients there. Return the mean loss."""
     sums, count = [], 0
-    plain_gradient: Gradients | None = None
-    ascents = []
-    for clean in plan:
-        random_state = _random_state(model.device)
-        losses = model.sample_losses(clean.index, False)
-        for number, (weights, rho) in enumerate(clean.terms, start=1):
-            model.backward(_weighted_sum(losses, weights), retain_graph=number < len(clean.terms))
-            gradient = [_owned(g) for g in _gradients(model.params)]
-            _set_gradients(model.params, None)
-            if rho == 0:
-                plain_gradient = gradient
-            else:
-                ascents.append(_Ascent(gradient, rho, clean.index, weights, random_state))
-        sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
-        count += losses.numel()
-    return _CleanResult(torch.stack(sums).sum() / max(count, 1), plain_gradient, ascents)
+    for part in batch:
+        for index, shares in _forwards([summand.weights(part.terms) for summand in summands], split):
+            random_state = _random_state(model.device)
+            losses = part.sample_losses(index, False)
+            for left, (number, weights) in zip(reversed(range(len(shares))), shares, strict=True):
+                summand = summands[number]
+                loss = _weighted_sum(losses, weights)
+                _set_gradients(model.params, summand.gradient)
+                model.backward(loss, retain_graph=left > 0)
+                summand.gradient = [_owned(g) for g in _gradients(model.params)]
+                _set_gradients(model.params, None)
+                summand.sharpness = summand.sharpness - loss.detach()
+                summand.passes.append(_Pass(part.sample_losses, index, weights, random_state))
+            sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
+            count += losses.numel()
+    return torch.stack(sums).sum() / max(count, 1)
 
 
-def _merge_plain(terms: Sequence[Term]) -> list[Term]:
-    if not terms:
-        raise bad_argument("terms", "at least one term", terms)
-    for term in terms:
-        check_radius("rho", term.rho)
-    plain = [term.weights for term in terms if term.rho == 0]
-    merged = [Term(torch.stack(plain).sum(0), 0.0)] if plain else []
-    return merged + [term for term in terms if term.rho != 0]
+def _forwards(weights: list[Tensor], split: bool) -> list[tuple[Tensor | None, list[tuple[int, Tensor]]]]:
+    """Return what to forward of a part of the batch, each with the summands (by number) that it serves.
 
-
-def _split(terms: list[Term]) -> list[_CleanPass]:
-    """Give each term its own clean pass, if every sample has weight in exactly one of them."""
-    whole = [_CleanPass(None, terms)]
-    if terms[0].weights.numel() == 0:
+    With ``split`` every summand has its own samples, if each sample has weight in exactly one summand.
+    """
+    whole: list[tuple[Tensor | None, list[tuple[int, Tensor]]]] = [(None, list(enumerate(weights)))]
+    if not split or weights[0].numel() == 0:
         return whole
-    # One wait for the device, for all terms together.
-    support = torch.stack([term.weights.reshape(len(term.weights), -1).ne(0).any(1) for term in terms]).cpu()
+    # One wait for the device, for all summands together.
+    support = torch.stack([w.reshape(len(w), -1).ne(0).any(1) for w in weights]).cpu()
     if bool((support.sum(0) != 1).any()):
         # Samples that several terms weigh (mixup) or none does count once in what is logged all the same.
         return whole
-    used = [(term, row) for term, row in zip(terms, support, strict=True) if bool(row.any())]
+    used = [number for number, row in enumerate(support) if bool(row.any())]
     if len(used) == 1:
-        return [_CleanPass(None, [used[0][0]])]
-    indices = [row.nonzero().flatten().to(term.weights.device) for term, row in used]
-    return [
-        _CleanPass(index, [Term(term.weights[index], term.rho)]) for index, (term, _) in zip(indices, used, strict=True)
-    ]
+        return [(None, [(used[0], weights[used[0]])])]
+    indices = [support[number].nonzero().flatten().to(weights[number].device) for number in used]
+    return [(index, [(number, weights[number][index])]) for number, index in zip(used, indices, strict=True)]
+
+
+def _synchronize_directions(params: list[Tensor], summands: list[_Summand], synchronize: Callable[[], None]) -> None:
+    for summand in summands:
+        if summand.rho > 0:
+            _set_gradients(params, summand.gradient)
+            synchronize()
+            summand.gradient = [_owned(g) for g in _gradients(params)]
+            _set_gradients(params, None)
+
+
+def _outcome(loss: Tensor, norm: Tensor | None, summands: list[_Summand]) -> Outcome:
+    number_of_terms = sum(len(summand.terms) for summand in summands)
+    norms: list[Tensor | None] = [None] * number_of_terms
+    sharpness: list[Tensor | None] = [None] * number_of_terms
+    for summand in summands:
+        if len(summand.terms) == 1:
+            norms[summand.terms[0]] = summand.norm
+        if summand.rho > 0:
+            sharpness[summand.terms[0]] = loss.new_zeros(()) + summand.sharpness
+    return Outcome(loss, norm, norms, sharpness)
+
+
+def _are_finite(loss: Tensor, norm: Tensor | None) -> bool:
+    return bool(loss.isfinite()) and (norm is None or bool(norm.isfinite()))
 
 
 def _accumulation_dtype(losses: Tensor) -> torch.dtype:
@@ -225,24 +323,39 @@ def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _ascend(params: list[Tensor], gradient: Gradients, rho: float) -> None:
-    """Add ``rho * g / ||g||`` to the parameters; overwrites ``gradient``."""
-    pairs = [(p, g) for p, g in zip(params, gradient, strict=True) if g is not None]
+def _ascend(params: list[Tensor], summand: _Summand) -> None:
+    """Add ``rho * g / ||g||`` to the parameters; overwrites ``g``."""
+    assert summand.gradient is not None
+    assert summand.norm is not None
+    pairs = [(_local(p), _local(g)) for p, g in zip(params, summand.gradient, strict=True) if g is not None]
     if not pairs:
         return
     ascended, direction = [p for p, _ in pairs], [g for _, g in pairs]
-    norm = _norm(direction)
-    scale = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
+    scale = torch.where(summand.norm > 0, summand.rho / summand.norm, torch.zeros_like(summand.norm))
     torch._foreach_mul_(direction, scale)
     torch._foreach_add_(ascended, direction)
     # Autocast keeps low-precision copies of the weights it has met.
     torch.clear_autocast_cache()
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+@torch.no_grad()
+def _norm(gradient: Gradients | None) -> Tensor:
+    tensors = [g for g in gradient or [] if g is not None]
+    if not tensors:
+        return torch.zeros(())
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
-    return norm
+    return norm.full_tensor() if _is_sharded(norm) else norm  # type: ignore[attr-defined]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process holds; shares its memory."""
+    return tensor.detach().to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # Importing torch.distributed.tensor to ask for its DTensor takes a second.
+    return hasattr(tensor, "to_local")
 
 
 def _gradients(params: list[Tensor]) -> Gradients:

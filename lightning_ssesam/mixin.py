@@ -1,24 +1,33 @@
 """The training step: batch to terms to gradient to optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_choice
-from lightning_ssesam.engine import SharpnessEngine
+from lightning_ssesam.batches import describe, pick_samples, terms_of_union
+from lightning_ssesam.distributed import Processes
+from lightning_ssesam.engine import Buffers, MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
 from lightning_ssesam.objectives import Objective
-from lightning_ssesam.split_logs import SplitLogs
-from lightning_ssesam.trainer_support import TrainerSupport
+from lightning_ssesam.step_logs import StepLogs
+from lightning_ssesam.trainer_support import (
+    TrainerSupport,
+    accumulates,
+    count_step,
+    has_scaler,
+    is_compiled,
+    skips_backward,
+    unscaled,
+    zero_grad,
+)
 
 
 class SharpnessAwareMixin(pl.LightningModule):
@@ -35,8 +44,22 @@ class SharpnessAwareMixin(pl.LightningModule):
         passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model. ``"split"``
             forwards only the samples that a term gives weight: the same numbers for less work, where no layer mixes
             samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode, changes
-            other buffers in its forward, or trains in several processes. Choose ``"full"`` for a model that mixes the
-            samples of a batch in some other way.
+            other buffers in its forward, is compiled (for one shape of batch) or sharded. Choose ``"full"`` for a model
+            that mixes the samples of a batch in some other way.
+        ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
+            would. ``"local"`` perturbs in each process for its own samples and saves that communication (Foret et al.,
+            ICLR 2021, section 4.1).
+        on_nonfinite: What happens where the loss or the gradient of a step is infinite or not a number.
+            ``"ignore"`` (default): what happens under automatic optimization; most optimizers then spoil the weights.
+            ``"skip"``: no update; it counts as a step, in :attr:`skipped_updates` and in the log as
+            ``train/skipped_updates``. ``"raise"``: :class:`~lightning_ssesam.engine.NonFiniteError`. Weights, buffers
+            (batch norm's statistics), random state and optimizer are then those from before the step. A GradScaler
+            (``precision="16-mixed"``) skips such steps by itself, and this is not used. ``"skip"`` and ``"raise"`` wait
+            for an accelerator once a step.
+        log_sharpness: Whether to log of every term the norm of its gradient as ``train/grad_norm_{term}``, and, if it
+            is perturbed, how far its loss rises as ``train/sharpness_{term}``; and the norm of the final gradient, not
+            yet clipped, as ``train/grad_norm``. The terms are ``all``, or ``head`` and ``tail``.
+        skipped_updates: How many updates ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
 
     Example::
 
@@ -55,20 +78,25 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     Raises:
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
-            lacks its split, ``passes`` is unknown, or ``configure_optimizers`` returns several optimizers.
+            lacks its split, ``passes``, ``ascent`` or ``on_nonfinite`` is unknown, ``configure_optimizers`` returns
+            several optimizers, or the Trainer's strategy is one that it cannot work with.
 
     """
 
     objective: Objective
     passes: Literal["auto", "full", "split"] = "auto"
+    ascent: Literal["global", "local"] = "global"
+    on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
+    log_sharpness: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         self._sharpness_engine = SharpnessEngine()
         self._current_pass: Literal["clean", "perturbed"] | None = None
-        self._split_logs = SplitLogs()
-        self._logged: set[str] = set()
+        self._step_logs = StepLogs()
+        self._pending: list[Any] = []
+        self.skipped_updates = 0
         self._is_supported = False
         self._has_stepped = False
 
@@ -96,7 +124,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             return batch[1]
         raise MisconfigurationException(
             "Expected a batch that is a pair (inputs, targets) or a mapping with the key 'target', 'label' or"
-            f" 'labels', but got {_describe(batch)}. Override `sample_targets(self, batch)` in"
+            f" 'labels', but got {describe(batch)}. Override `sample_targets(self, batch)` in"
             f" `{type(self).__name__}`."
         )
 
@@ -107,69 +135,141 @@ class SharpnessAwareMixin(pl.LightningModule):
         the items of every list of plain values (file names) that has one per sample. Override it for batches of
         another form, or with a tensor that happens to have as many rows as there are samples.
         """
-        return _pick(batch, index, len(self.sample_targets(batch)))
+        return pick_samples(batch, index, len(self.sample_targets(batch)))
 
     @property
     def in_clean_pass(self) -> bool:
         """Whether a training step is calling :meth:`sample_losses` at the unperturbed weights.
 
-        With split passes that is once per group of samples, so that each sample is seen once.
+        With split passes that is once per group of samples, and with accumulated batches once per batch, so that each
+        sample is seen once.
         """
         return self._current_pass == "clean"
 
     # What the mixin does.
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Make one update of the objective and log the clean loss as ``train/loss``, unless the user has logged that.
 
-        Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
+        With ``Trainer(accumulate_grad_batches=k)`` batches are kept, and the last of ``k`` makes the update of all of
+        them together. Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
 
         Returns:
-            The mean loss of the batch at the unperturbed weights, a detached scalar.
+            The mean loss of the samples at the unperturbed weights, a detached scalar; None where nothing was updated.
 
         """
         self._check_supported()
         self._has_stepped = True
-        self._logged.clear()
-        self._split_logs.clear()
-        targets = self.sample_targets(batch)
+        self._step_logs.clear()
+        if skips_backward(self.trainer):
+            return self._forward_only(batch)
+        self._pending.append(batch)
+        if accumulates(self.trainer):
+            return None
+        batches, self._pending = self._pending, []
+        targets = [self.sample_targets(batch) for batch in batches]
         try:
-            loss: Tensor = self._sharpness_engine.compute(
-                self._losses_of(batch),
-                self.objective.terms(targets),
-                self.parameters(),
-                [module._buffers for module in self.modules() if module._buffers],
-                self.manual_backward,
-                self._choose_passes(),
-            )
+            outcome = self._find_gradient(batches, targets)
+        except NonFiniteError:
+            self._skip_or_raise()
+            return None
         finally:
             self._current_pass = None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        optimizer.step()
+        self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
+        zero_grad(self.trainer, batch_idx)
         self.zero_grad()
-        self._split_logs.flush(super().log)
-        if "train/loss" not in self._logged and len(targets) > 0:
-            self.log("train/loss", loss, prog_bar=True, batch_size=len(targets))
+        self._log_outcome(outcome, sum(len(t) for t in targets))
+        return outcome.loss
+
+    def _find_gradient(self, batches: list[Any], targets: list[Tensor]) -> Outcome:
+        """Leave in ``.grad`` the gradient of the objective on several batches together."""
+        processes, layers = Processes(self.trainer.strategy), _survey(self)
+        gather = processes.gather if processes.size > 1 and self.ascent == "global" else None
+        parts = terms_of_union(self.objective, targets, gather)
+        checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
+        outcome: Outcome = self._sharpness_engine.compute(
+            [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
+            self.parameters(),
+            layers.buffers,
+            processes.backward(self.manual_backward),
+            self._choose_passes(layers, processes),
+            processes.synchronize,
+            self.ascent,
+            processes.all_agree if checks else None,
+            self.log_sharpness,
+        )
+        return outcome
+
+    def _losses_of(self, batch: Any) -> SampleLosses:
+        def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:
+            selected = batch if index is None else self.select_samples(batch, index)
+            # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
+            self._current_pass = "perturbed" if perturbed else "clean"
+            self._step_logs.samples = len(self.sample_targets(selected))
+            return self.sample_losses(selected)
+
+        return sample_losses
+
+    def _forward_only(self, batch: Any) -> Tensor:
+        try:
+            with torch.no_grad():
+                loss = self._losses_of(batch)(None, False).mean()
+        finally:
+            self._current_pass = None
+        self._log_outcome(Outcome(loss), len(self.sample_targets(batch)))
         return loss
+
+    def _skip_or_raise(self) -> None:
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"The loss or the gradient of step {self.global_step} is infinite or not a number. Weights, buffers and"
+                " optimizer are those from before the step. Look at the data of the step, lower the learning rate or"
+                " the radii, or set `on_nonfinite='skip'` to go on without such steps."
+            ) from None
+        self.skipped_updates += 1
+        count_step(self.trainer)
+        self.log("train/skipped_updates", float(self.skipped_updates))
+
+    # Logging.
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Log as ``LightningModule.log`` does, but each value once a step: from the clean pass.
+        """Log as ``LightningModule.log`` does, but each value once a step: from the clean passes.
 
-        Silent in perturbed passes. With split passes a value that :meth:`sample_losses` logs for each group of
-        samples becomes one value for the batch, a mean over the samples unless ``reduce_fx`` says otherwise. Of a
-        ``Metric`` object the epoch's value is exact, the step's value is that of the last group.
+        Silent in perturbed passes. What :meth:`sample_losses` logs for each group of samples (split passes) or each of
+        several batches (accumulation) becomes one value for all of them, a mean over the samples unless ``reduce_fx``
+        says otherwise. Of a ``Metric`` object the epoch's value is exact, the step's value is that of the last group.
         """
-        if self._current_pass == "perturbed":
-            return
-        self._logged.add(name)
-        if self._current_pass == "clean" and self._split_logs.samples is not None:
-            self._split_logs.add(name, value, *args, **kwargs)
-        else:
+        if self._current_pass == "clean":
+            self._step_logs.add(name, value, *args, **kwargs)
+        elif self._current_pass is None:
             super().log(name, value, *args, **kwargs)
+
+    def _log_outcome(self, outcome: Outcome, size: int) -> None:
+        names = self._step_logs.flush(super().log)
+        if "train/loss" not in names and size > 0:
+            self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
+        if self.on_nonfinite == "skip":
+            self.log("train/skipped_updates", float(self.skipped_updates))
+        if not self.log_sharpness or outcome.gradient_norm is None:
+            return
+        values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
+        for term, norm, rise in zip(self._term_names(outcome), outcome.gradient_norms, outcome.sharpness, strict=True):
+            if norm is not None:
+                values[f"train/grad_norm_{term}"] = unscaled(self.trainer, norm)
+            if rise is not None:
+                values[f"train/sharpness_{term}"] = rise
+        self.log_dict(values, batch_size=size, sync_dist=self.trainer.world_size > 1)
+
+    def _term_names(self, outcome: Outcome) -> Sequence[str]:
+        names, number = self.objective.term_names, len(outcome.sharpness)
+        return names if len(names) == number else [str(term) for term in range(number)]
+
+    # When a run starts.
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -183,45 +283,37 @@ class SharpnessAwareMixin(pl.LightningModule):
             return callbacks
         self._check_class()
         self._has_stepped = False
+        self._pending = []
         attached: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, TrainerSupport) and callback.module is self for callback in attached):
-            return callbacks
-        return [*callbacks, TrainerSupport(self)]
+        if not any(isinstance(callback, TrainerSupport) and callback.module is self for callback in attached):
+            callbacks.append(TrainerSupport(self))
+        # Until TrainerSupport is set up: Lightning's next check would refuse to clip or to accumulate.
+        self.automatic_optimization = True
+        return callbacks
 
-    def _losses_of(self, batch: Any) -> Callable[[Tensor | None, bool], Tensor]:
-        def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:
-            selected = batch if index is None else self.select_samples(batch, index)
-            # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
-            self._current_pass = "perturbed" if perturbed else "clean"
-            self._split_logs.samples = None if index is None else len(index)
-            return self.sample_losses(selected)
-
-        return sample_losses
-
-    def _choose_passes(self) -> Literal["auto", "full", "split"]:
+    def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split"]:
         if self.passes == "full":
             return "full"
-        if self.trainer.world_size > 1:
-            # Split passes differ from process to process, and their collectives with them.
-            if self.passes == "split":
-                raise MisconfigurationException(
-                    "`passes='split'` cannot work in several processes. Use 'auto' or 'full'."
-                )
-            return "full"
-        mixing = next((name for name, module in self.named_modules() if _mixes_samples(module)), None)
-        if self.passes == "split" and mixing is not None:
-            raise MisconfigurationException(
-                f"`passes='split'` cannot work with `{mixing}`, whose batch statistics are those of the whole batch."
-                " Use `passes='auto'` or `passes='full'`, or put batch norm in evaluation mode."
+        obstacle = None
+        if layers.mixing is not None:
+            obstacle = (
+                f"`{layers.mixing}`, whose batch statistics are those of the whole batch. Use `passes='auto'` or"
+                " `passes='full'`, or put batch norm in evaluation mode."
             )
-        if mixing is not None:
+        elif processes.is_sharded:
+            # Every process must make the same passes, and each has samples of its own.
+            obstacle = "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."
+        if self.passes == "split":
+            if obstacle is not None:
+                raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
+        elif obstacle is not None or layers.is_compiled:
             return "full"
         # Of batch norm it is known when it changes its buffers; the engine finds out about others.
-        unknown = any(module._buffers and not isinstance(module, _BatchNorm) for module in self.modules())
-        return self.passes if unknown else "split"
+        return self.passes if layers.has_unknown_buffers else "split"
 
     def _check_supported(self) -> None:
         if not self._is_supported:
+            self.automatic_optimization = False
             raise MisconfigurationException(
                 f"`{type(self).__name__}.configure_callbacks` overrides SharpnessAwareMixin's and drops what it"
                 " attaches. Return `[*super().configure_callbacks(), ...]` from it."
@@ -251,30 +343,29 @@ class SharpnessAwareMixin(pl.LightningModule):
         try:
             objective.check_ready()
             check_choice("passes", self.passes, ("auto", "full", "split"))
+            check_choice("ascent", self.ascent, ("global", "local"))
+            check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
         except (RuntimeError, ValueError) as error:
             raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
 
 
-def _mixes_samples(module: torch.nn.Module) -> bool:
-    """Whether a layer's output for a sample depends on which other samples it is forwarded with."""
-    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+class _Survey(NamedTuple):
+    """What the choice of passes depends on."""
+
+    buffers: list[Buffers]
+    mixing: str | None
+    has_unknown_buffers: bool
+    is_compiled: bool
 
 
-def _pick(item: Any, index: Tensor, size: int) -> Any:
-    if isinstance(item, Tensor):
-        return item[index] if item.ndim > 0 and item.shape[0] == size else item
-    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
-        if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
-            return type(item)(item[i] for i in index.tolist())
-        return type(item)(_pick(value, index, size) for value in item)
-    if isinstance(item, dict):
-        return {key: _pick(value, index, size) for key, value in item.items()}
-    return apply_to_collection(item, Tensor, partial(_pick, index=index, size=size))
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a mapping with the keys {sorted(map(str, batch))}"
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return f"a {type(batch).__name__} of {len(batch)} items"
-    return f"a {type(batch).__name__}"
+def _survey(module: torch.nn.Module) -> _Survey:
+    buffers, mixing, unknown, compiled = [], None, False, False
+    for name, layer in module.named_modules():
+        is_batch_norm = isinstance(layer, _BatchNorm)
+        if layer._buffers:
+            buffers.append(layer._buffers)
+            unknown = unknown or not is_batch_norm
+        if is_batch_norm and (layer.training or layer.running_mean is None):
+            mixing = mixing or name
+        compiled = compiled or is_compiled(layer)
+    return _Survey(buffers, mixing, unknown, compiled)

@@ -43,6 +43,9 @@ class Objective(ABC):
     needs_split: bool = False
     """Whether :meth:`terms` needs to know head and tail."""
 
+    term_names: tuple[str, ...] = ()
+    """What the terms are called in logs, in their order; they are numbered where this has another length."""
+
     _stage: int = 1
     _split: ClassSplit | None = None
 
@@ -112,6 +115,8 @@ class Objective(ABC):
 class ERM(Objective):
     """Empirical risk minimization: the plain mean loss, no perturbation."""
 
+    term_names = ("all",)
+
     def __init__(self) -> None:
         super().__init__()
 
@@ -128,6 +133,8 @@ class SAM(Objective):
 
     """
 
+    term_names = ("all",)
+
     def __init__(self, rho: float = 0.05) -> None:
         super().__init__()
         self.rho = check_radius("rho", rho)
@@ -141,6 +148,7 @@ class _HeadTailObjective(Objective):
     """Shared by the objectives that weigh head and tail apart."""
 
     needs_split = True
+    term_names = ("head", "tail")
 
     @override
     def _check_split(self, split: ClassSplit) -> None:
@@ -245,6 +253,11 @@ class SSESAM(_HeadTailObjective):
         self.head_rho = check_radius("head_rho", head_rho)
         self.tail_rho = check_radius("tail_rho", tail_rho)
         self.first_stage = check_choice("first_stage", first_stage, ("grouped", "joint"))
+
+    @property
+    def term_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What the terms are called in logs: ``("all",)`` in a joint first stage, else ``("head", "tail")``."""
+        return ("all",) if self.stage == 1 and self.first_stage == "joint" else ("head", "tail")
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:

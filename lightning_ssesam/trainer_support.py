@@ -1,7 +1,7 @@
 """What manual optimization takes away, put back.
 
-Every private Lightning name that the project touches is in this file; each is held by a test that compares with
-automatic optimization.
+With resume.py and distributed.py, this is where the project touches private Lightning names; each is held by a test
+that compares with automatic optimization.
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_ssesam.callbacks import StageSwitch
+from lightning_ssesam.distributed import Processes
+from lightning_ssesam.resume import Resumption
 
 if TYPE_CHECKING:
     from lightning_ssesam.mixin import SharpnessAwareMixin
 
 
 class TrainerSupport(Callback):
-    """Lets Lightning configure and step the learning-rate schedulers as under automatic optimization.
+    """Lets Lightning do what it does under automatic optimization only, and makes runs resume exactly.
 
-    Under manual optimization Lightning drops a scheduler's ``monitor``, ``strict`` and ``reduce_on_plateau``, and
-    steps none. :class:`~lightning_ssesam.SharpnessAwareMixin` attaches this callback by itself.
+    Lightning asks ``module.automatic_optimization`` before it configures and steps learning-rate schedulers, clips
+    gradients, accumulates, decides when to log and when to save. The answer is True while it runs those places.
+    :class:`~lightning_ssesam.SharpnessAwareMixin` attaches this callback by itself.
 
     Args:
         module: The module that it serves; it leaves others alone that the same Trainer trains.
@@ -36,20 +40,30 @@ class TrainerSupport(Callback):
 
     def __init__(self, module: SharpnessAwareMixin) -> None:
         self.module = module
-        self._replaced: list[tuple[object, str, Any]] = []
+        self._replaced: list[tuple[object, str, bool, Any]] = []
+        self._resumption = Resumption()
+        self._has_failed = False
+
+    # When a run starts.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called before the optimizers are made: hand the schedulers to Lightning."""
+        """Called before the optimizers are made: put everything in its place."""
         if stage != "fit" or pl_module is not self.module:
             return
         self._undo()
-        for owner, name in [
-            (trainer.strategy, "setup_optimizers"),
-            (trainer.fit_loop.epoch_loop, "_update_learning_rates"),
+        epoch_loop = trainer.fit_loop.epoch_loop
+        for owner, name in _asking_for_automatic_optimization(trainer):
+            self._replace(owner, name, _as_if_automatic(getattr(owner, name), pl_module))
+        _share_step_count(trainer)
+        for owner, name, resumable in [
+            (epoch_loop.manual_optimization, "run", self._then_mark),
+            (trainer.fit_loop, "_load_combined_loader_states", self._then_before_iterator),
         ]:
-            self._replaced.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, _as_if_automatic(getattr(owner, name), pl_module))
+            self._replace(owner, name, resumable(trainer, getattr(owner, name)))
+        if any(is_compiled(module) for module in pl_module.modules()):
+            # One step may make one backward from a forward, and the next step two; compiled code must bear both.
+            self._replace(torch._functorch.config, "donated_buffer", False)
         self.module._is_supported = True
 
     @override
@@ -58,6 +72,7 @@ class TrainerSupport(Callback):
         if pl_module is not self.module:
             return
         self.module._check_objective()
+        Processes.check_supported(trainer.strategy, self.module.ascent)
         objective = self.module.objective
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if objective.num_stages > objective.stage and not any(isinstance(c, StageSwitch) for c in callbacks):
@@ -72,6 +87,19 @@ class TrainerSupport(Callback):
             )
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when counters and checkpoints are in place: go on with the random numbers of the checkpoint."""
+        if pl_module is self.module:
+            self._resumption.on_train_start(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before an epoch's first batch: forget batches that an epoch before it has left over."""
+        if pl_module is self.module:
+            self.module._pending.clear()
+            self._resumption.on_train_epoch_start(trainer)
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -82,6 +110,65 @@ class TrainerSupport(Callback):
                 " is trained. Remove it and define `sample_losses`, or call `super().training_step(batch, batch_idx)`."
             )
 
+    def _then_mark(self, trainer: pl.Trainer, run: Callable[..., Any]) -> Callable[..., Any]:
+        def run_and_mark(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            if not self.module._pending:
+                self._resumption.mark(trainer)
+            return output
+
+        return run_and_mark
+
+    def _then_before_iterator(self, trainer: pl.Trainer, load: Callable[[], None]) -> Callable[[], None]:
+        def load_and_note() -> None:
+            load()
+            self._resumption.before_iterator(trainer)
+
+        return load_and_note
+
+    # Checkpoints.
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random state of every process, and how many updates were skipped."""
+        trainer = self.module.trainer
+        own = self._resumption.state_dict(trainer)
+        states: list[Any] = [own]
+        if trainer.world_size > 1 and not self._has_failed:
+            # Where one process has failed the others do not come here.
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own)
+        return {"random_states": states, "skipped_updates": self.module.skipped_updates}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.module.skipped_updates = int(state_dict["skipped_updates"])
+        states = state_dict["random_states"]
+        rank = self.module.trainer.global_rank
+        if rank < len(states):
+            self._resumption.load_state_dict(states[rank])
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when a checkpoint is written: one from within an update is dated before it."""
+        self._resumption.rewind(trainer, checkpoint)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called before a checkpoint's counters are restored: count the steps made without the mixin too."""
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
+        manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
+        if automatic and manual and manual["total"]["completed"] == 0:
+            loops["epoch_loop.manual_optimization.optim_step_progress"] = automatic["optimizer"]["step"]
+
+    # When a run ends.
+
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when the run has ended: undo what :meth:`setup` did."""
@@ -91,16 +178,85 @@ class TrainerSupport(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Called when the run is interrupted, after which Lightning does not call :meth:`teardown`."""
         self._undo()
+        self._has_failed = True
+
+    def _replace(self, owner: object, name: str, value: Any) -> None:
+        own = vars(owner)
+        self._replaced.append((owner, name, name in own, own.get(name)))
+        setattr(owner, name, value)
 
     def _undo(self) -> None:
-        for owner, name, before in self._replaced:
-            if before is None:
-                delattr(owner, name)
-            else:
+        for owner, name, was_own, before in reversed(self._replaced):
+            if was_own:
                 setattr(owner, name, before)
+            else:
+                delattr(owner, name)
         self._replaced = []
+        self._has_failed = False
+        self.module.automatic_optimization = False
         self.module._is_supported = False
         self.module._sharpness_engine.release()
+
+
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Whether the current batch waits for others before the next update."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Whether this epoch only forwards, as StochasticWeightAveraging's last one does for batch norm's statistics."""
+    return trainer.fit_loop._skip_backward
+
+
+def count_step(trainer: pl.Trainer) -> None:
+    """Count an update that is skipped as a step, as Lightning does where a GradScaler skips it."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def has_scaler(trainer: pl.Trainer) -> bool:
+    """Whether a GradScaler looks after non-finite gradients."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def unscaled(trainer: pl.Trainer, norm: torch.Tensor) -> torch.Tensor:
+    """Return a gradient's norm without the factor that a GradScaler has put into it."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+
+
+def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
+    """Free the gradients through the hooks that automatic optimization calls for it."""
+    optimizer = trainer.optimizers[0]
+    call._call_callback_hooks(trainer, "on_before_zero_grad", optimizer)
+    call._call_lightning_module_hook(trainer, "on_before_zero_grad", optimizer)
+    call._call_lightning_module_hook(trainer, "optimizer_zero_grad", trainer.current_epoch, batch_idx, optimizer)
+
+
+def _asking_for_automatic_optimization(trainer: pl.Trainer) -> list[tuple[Any, str]]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [
+        (trainer.strategy, "setup_optimizers"),
+        (trainer.fit_loop.epoch_loop, "_update_learning_rates"),
+        (trainer.precision_plugin, "_clip_gradients"),
+        (trainer._logger_connector, "update_train_step_metrics"),
+        *((callback, "on_train_batch_end") for callback in callbacks if isinstance(callback, ModelCheckpoint)),
+        *((c, "on_train_start") for c in callbacks if isinstance(c, GradientAccumulationScheduler)),
+    ]
+
+
+def _share_step_count(trainer: pl.Trainer) -> None:
+    """Let Lightning count the optimizer's steps once, whichever of its two counts it looks at or saves."""
+    loop = trainer.fit_loop.epoch_loop
+    automatic, manual = loop.automatic_optimization.optim_progress.optimizer, loop.manual_optimization
+    counts = automatic.step, manual.optim_step_progress
+    automatic.step = manual.optim_step_progress = max(counts, key=lambda count: count.total.completed)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether ``torch.compile`` has been called on a module."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _as_if_automatic(function: Callable[..., Any], pl_module: pl.LightningModule) -> Callable[..., Any]:
@@ -113,7 +269,7 @@ def _as_if_automatic(function: Callable[..., Any], pl_module: pl.LightningModule
 
 @contextmanager
 def _automatic(pl_module: pl.LightningModule) -> Iterator[None]:
-    pl_module.automatic_optimization = True
+    before, pl_module.automatic_optimization = pl_module.automatic_optimization, True
     try:
         yield
     except RuntimeError as error:
@@ -124,4 +280,4 @@ def _automatic(pl_module: pl.LightningModule) -> Iterator[None]:
             " but it returned several. Use one optimizer with several parameter groups."
         ) from None
     finally:
-        pl_module.automatic_optimization = False
+        pl_module.automatic_optimization = before

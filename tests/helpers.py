@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, Term
-from lightning_ssesam.engine import SharpnessEngine
+from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 
 # Warnings that the project raises are errors, but for one that most of these short runs do not mind.
 STRICT = pytest.mark.filterwarnings("error:::lightning_ssesam", "ignore:.*stays in stage 1")
@@ -82,11 +82,15 @@ def buffers_of(net):
     return [module._buffers for module in net.modules()]
 
 
+def compute(sample_losses, terms, parameters, *args, engine=None, **kwargs):
+    """One step of the engine with the whole batch at once; returns its mean loss."""
+    batch = [MicroBatch(sample_losses, terms)]
+    return (engine or SharpnessEngine()).compute(batch, parameters, *args, **kwargs).loss
+
+
 def engine_gradient(net, terms, inputs, targets, passes="full"):
     net = copy.deepcopy(net)
-    SharpnessEngine().compute(
-        sample_losses_of(net, inputs, targets), terms, net.parameters(), buffers_of(net), passes=passes
-    )
+    compute(sample_losses_of(net, inputs, targets), terms, net.parameters(), buffers_of(net), passes=passes)
     return [p.grad for p in net.parameters()]
 
 

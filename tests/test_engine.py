@@ -14,6 +14,7 @@ from helpers import (
     buffers_of,
     classification_batch,
     clones,
+    compute,
     convbn,
     engine_gradient,
     mlp,
@@ -78,15 +79,13 @@ class TestDefinition:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     def test_empty_batch_has_zero_gradient_and_loss(self, objective, passes):
         net, (x, y) = mlp(), classification_batch(n=0)
-        loss = SharpnessEngine().compute(
-            sample_losses_of(net, x, y), OBJECTIVES[objective]().terms(y), net.parameters(), passes=passes
-        )
+        loss = compute(sample_losses_of(net, x, y), OBJECTIVES[objective]().terms(y), net.parameters(), passes=passes)
         assert loss.item() == 0
         assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in net.parameters())
 
     def test_zero_gradient_is_not_perturbed(self):
         w = torch.zeros(3, requires_grad=True)
-        SharpnessEngine().compute(lambda index, perturbed: (w**2).sum().expand(2), [Term(torch.ones(2), 0.5)], [w])
+        compute(lambda index, perturbed: (w**2).sum().expand(2), [Term(torch.ones(2), 0.5)], [w])
         assert torch.equal(w.grad, torch.zeros(3))
 
     def test_returns_mean_clean_loss(self):
@@ -94,7 +93,7 @@ class TestDefinition:
         terms = ImbSAM(SPLIT, 0.05, tail_weight=2.0, reduction="group").terms(y)
         expected = F.cross_entropy(net(x), y)
         for passes in ("full", "split"):
-            loss = SharpnessEngine().compute(sample_losses_of(net, x, y), terms, net.parameters(), passes=passes)
+            loss = compute(sample_losses_of(net, x, y), terms, net.parameters(), passes=passes)
             torch.testing.assert_close(loss, expected.detach(), rtol=0, atol=1e-15)
 
     def test_several_steps_reuse_scratch(self):
@@ -102,7 +101,7 @@ class TestDefinition:
         for size in (24, 7, 24):
             terms = SSESAM(SPLIT).terms(y[:size])
             expected = naive_gradient(net, terms, x[:size], y[:size])
-            engine.compute(sample_losses_of(net, x[:size], y[:size]), terms, net.parameters(), passes="split")
+            compute(sample_losses_of(net, x[:size], y[:size]), terms, net.parameters(), passes="split", engine=engine)
             torch.testing.assert_close([p.grad for p in net.parameters()], expected, rtol=0, atol=1e-14)
             with torch.no_grad():
                 for p in net.parameters():
@@ -111,7 +110,7 @@ class TestDefinition:
         other = nn.Linear(8, 5)
         terms = SAM(0.1).terms(y)
         expected = naive_gradient(other, terms, x, y)
-        engine.compute(sample_losses_of(other, x, y), terms, other.parameters())
+        compute(sample_losses_of(other, x, y), terms, other.parameters(), engine=engine)
         torch.testing.assert_close([p.grad for p in other.parameters()], expected, rtol=0, atol=1e-14)
 
 
@@ -139,7 +138,7 @@ class TestPasses:
             calls["backward"] += 1
             loss.backward(retain_graph=retain_graph)
 
-        SharpnessEngine().compute(
+        compute(
             sample_losses_of(net, x, targets),
             objective.terms(targets),
             net.parameters(),
@@ -197,7 +196,7 @@ def batch_norm_net():
 def test_fault_in_any_pass_leaves_no_trace(error, where, passes, number):
     """The passes of stage 1: clean, clean, head perturbed, tail perturbed (full passes share one clean forward)."""
     net, (x, y) = batch_norm_net(), classification_batch()
-    SharpnessEngine().compute(sample_losses_of(net, x, y), ERM().terms(y), net.parameters())
+    compute(sample_losses_of(net, x, y), ERM().terms(y), net.parameters())
     if passes == "full" and where in ("forward", "loss"):
         number = min(number, 3)
     calls = {"forward": 0, "loss": 0, "backward": 0, "after backward": 0}
@@ -224,9 +223,7 @@ def test_fault_in_any_pass_leaves_no_trace(error, where, passes, number):
     gradients = [p.grad for p in net.parameters()]
     before = clones([*net.parameters(), *net.buffers(), *gradients, torch.get_rng_state()])
     with pytest.raises(error):
-        SharpnessEngine().compute(
-            sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), backward, passes
-        )
+        compute(sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), backward, passes)
     assert calls[where] == number
     now = [p.grad for p in net.parameters()]
     assert_same_bits([*net.parameters(), *net.buffers(), *now, torch.get_rng_state()], before)
@@ -245,7 +242,7 @@ def test_weights_come_back_from_non_finite_gradients(value, passes):
         losses = sample_losses_of(net, x, y)(index, perturbed)
         return losses * value
 
-    engine.compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes=passes)
+    compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes=passes, engine=engine)
     assert_same_bits(net.parameters(), before)
     assert not all(p.grad.isfinite().all() for p in net.parameters())
 
@@ -254,7 +251,7 @@ def test_buffers_are_those_of_one_plain_forward():
     net, (x, y) = batch_norm_net(), classification_batch()
     twin = copy.deepcopy(net)
     twin(x)
-    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
     assert_same_bits(net.buffers(), twin.buffers())
     assert net[1].num_batches_tracked == 1
 
@@ -271,7 +268,7 @@ def test_any_buffer_moves_once_and_expanded_buffers_are_left_alone():
             return super().forward(x)
 
     net, (x, y) = Counting(), classification_batch()
-    SharpnessEngine().compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
     assert net.calls == 1
     assert torch.equal(net.expanded, torch.ones(4))
 
@@ -295,9 +292,8 @@ def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
     net, (x, y), engine = Counting(), classification_batch(), SharpnessEngine()
 
     def step():
-        engine.compute(
-            sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto"
-        )
+        losses, terms = sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y)
+        compute(losses, terms, net.parameters(), buffers_of(net), passes="auto", engine=engine)
 
     for number in range(1, 4):
         step()
@@ -316,9 +312,7 @@ def test_auto_passes_are_split_from_the_first_step_without_buffers():
     net, samples = nn.Sequential(nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(8, 5)), []
     net.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
     x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 3, 4])
-    SharpnessEngine().compute(
-        sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto"
-    )
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto")
     assert samples == [4, 2, 4, 2]
 
 
@@ -334,7 +328,7 @@ def test_perturbed_pass_sees_the_dropout_of_its_clean_pass(passes):
         return (dropped * weight).sum(1)
 
     torch.manual_seed(3)
-    SharpnessEngine().compute(sample_losses, SSESAM(SPLIT).terms(y), [weight], passes=passes)
+    compute(sample_losses, SSESAM(SPLIT).terms(y), [weight], passes=passes)
     state = torch.get_rng_state()
     assert_same_bits(masks[True], masks[False] * (2 if passes == "full" else 1))
 
@@ -359,7 +353,7 @@ def test_gradients_that_share_a_buffer():
             p.grad = view.copy_(old + new)
 
     terms = SSESAM(SPLIT).terms(y)
-    SharpnessEngine().compute(sample_losses_of(net, x, y), terms, params, backward=backward)
+    compute(sample_losses_of(net, x, y), terms, params, backward=backward)
     expected = naive_gradient(net, terms, x, y)
     torch.testing.assert_close([p.grad for p in params], expected, rtol=1e-5, atol=1e-6)
 
@@ -372,7 +366,7 @@ def test_random_numbers_go_on_from_the_clean_pass():
         return weight.expand(24)
 
     torch.manual_seed(3)
-    SharpnessEngine().compute(sample_losses, SAM(0.1).terms(y), [weight])
+    compute(sample_losses, SAM(0.1).terms(y), [weight])
     state = torch.get_rng_state()
     torch.manual_seed(3)
     torch.rand(3)
@@ -388,7 +382,7 @@ def test_frozen_and_unused_parameters(passes):
     net[0].weight.grad = torch.full_like(net[0].weight, 7.0)
     terms = SSESAM(SPLIT).terms(y)
     before = clones(net.parameters())
-    SharpnessEngine().compute(
+    compute(
         lambda index, perturbed: sample_losses_of(nn.Sequential(*list(net)), x, y)(index, perturbed),
         terms,
         net.parameters(),
@@ -411,7 +405,7 @@ def test_part_of_the_model_that_only_one_term_uses():
         net = tail if bool((y[index] > 2).all()) else head
         return F.cross_entropy(net(x[index]), y[index], reduction="none")
 
-    SharpnessEngine().compute(sample_losses, SSESAM(SPLIT, 0.0, 0.1).terms(y), params, passes="split")
+    compute(sample_losses, SSESAM(SPLIT, 0.0, 0.1).terms(y), params, passes="split")
     tail_terms = [Term(SSESAM(SPLIT).terms(y)[1].weights[y > 2], 0.1)]
     torch.testing.assert_close(
         [p.grad for p in tail.parameters()], naive_gradient(tail, tail_terms, x[y > 2], y[y > 2]), rtol=1e-5, atol=1e-6
@@ -436,7 +430,7 @@ def test_autocast_sees_the_perturbed_weights():
 def test_half_precision_losses_are_summed_in_float32(dtype):
     weight = torch.ones(1, requires_grad=True)
     n = 4096
-    loss = SharpnessEngine().compute(
+    loss = compute(
         lambda index, perturbed: (weight * torch.full((n,), 3.0)).to(dtype),
         ERM().terms(torch.zeros(n).long()),
         [weight],
@@ -453,7 +447,7 @@ def test_norm_of_bfloat16_gradients_is_taken_in_float32():
         seen.append(weight.detach().clone())
         return weight.float().sum().reshape(1)
 
-    SharpnessEngine().compute(sample_losses, [Term(torch.ones(1), 1.0)], [weight])
+    compute(sample_losses, [Term(torch.ones(1), 1.0)], [weight])
     torch.testing.assert_close(seen[1].float().norm(), torch.tensor(1.0), rtol=4e-3, atol=0)
 
 
@@ -462,23 +456,23 @@ def test_norm_of_bfloat16_gradients_is_taken_in_float32():
 def test_losses_must_be_per_sample(losses, passes):
     _, y = classification_batch()
     with pytest.raises(ValueError, match=r"Expected `sample_losses` to return one unreduced loss .* shape \(24,\)"):
-        SharpnessEngine().compute(lambda *_: losses, ERM().terms(y), [torch.ones(1, requires_grad=True)], passes=passes)
+        compute(lambda *_: losses, ERM().terms(y), [torch.ones(1, requires_grad=True)], passes=passes)
 
 
 def test_bad_arguments():
     with pytest.raises(
         ValueError, match=r"Expected argument `passes` to be one of 'auto', 'full', 'split', but got 'half'\."
     ):
-        SharpnessEngine().compute(lambda *_: torch.ones(1), [Term(torch.ones(1), 0.0)], [], passes="half")
+        compute(lambda *_: torch.ones(1), [Term(torch.ones(1), 0.0)], [], passes="half")
     with pytest.raises(ValueError, match=r"Expected argument `rho` to be a finite number >= 0, but got -0\.1"):
-        SharpnessEngine().compute(lambda *_: torch.ones(1), [Term(torch.ones(1), -0.1)], [])
+        compute(lambda *_: torch.ones(1), [Term(torch.ones(1), -0.1)], [])
     with pytest.raises(ValueError, match="Expected argument `terms` to be at least one term"):
-        SharpnessEngine().compute(lambda *_: torch.ones(1), [], [])
+        compute(lambda *_: torch.ones(1), [], [])
 
 
 def test_scratch_is_neither_copied_nor_saved():
     engine, net, (x, y) = SharpnessEngine(), mlp(), classification_batch()
-    engine.compute(sample_losses_of(net, x, y), SAM(0.1).terms(y), net.parameters())
+    compute(sample_losses_of(net, x, y), SAM(0.1).terms(y), net.parameters(), engine=engine)
     fresh = len(pickle.dumps(SharpnessEngine()))
     assert len(pickle.dumps(engine)) == fresh
     assert len(pickle.dumps(copy.deepcopy(engine))) == fresh

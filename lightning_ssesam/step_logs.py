@@ -1,4 +1,4 @@
-"""One logged value a step from the several clean passes that split passes make."""
+"""One logged value a step from its several clean passes, when the step has succeeded."""
 
 import inspect
 from collections.abc import Callable
@@ -18,16 +18,16 @@ class _Call(NamedTuple):
     options: dict[str, Any]
 
 
-class SplitLogs:
+class StepLogs:
     """Collects the ``log`` calls of a step's clean passes and makes one of each.
 
     Attributes:
-        samples: Samples in the current pass, or None where it forwards the whole batch and nothing is to be merged.
+        samples: Number of samples in the current pass.
 
     """
 
     def __init__(self) -> None:
-        self.samples: int | None = None
+        self.samples = 0
         self._calls: dict[str, list[_Call]] = {}
 
     def add(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -36,14 +36,18 @@ class SplitLogs:
         for given in ("self", "name", "value"):
             options.pop(given)
         size = options.pop("batch_size", None) or self.samples or 1
+        if isinstance(value, Tensor) and not options.get("enable_graph"):
+            # The pass may end before it is logged, and its graph with it. A clone, as it may be overwritten till then.
+            value = value.detach().clone()
         self._calls.setdefault(name, []).append(_Call(value, size, options))
 
-    def flush(self, log: Callable[..., None]) -> None:
-        """Call ``log`` once for every name, and forget the calls."""
+    def flush(self, log: Callable[..., None]) -> set[str]:
+        """Call ``log`` once for every name, and forget the calls. Return the names."""
         calls, self._calls = self._calls, {}
         for name, same in calls.items():
             size = sum(call.size for call in same)
             log(name, _merge(same), batch_size=size, **same[-1].options)
+        return set(calls)
 
     def clear(self) -> None:
         """Forget the calls of a step that was interrupted."""

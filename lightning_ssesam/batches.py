@@ -1,0 +1,97 @@
+"""What a step needs to know of batches: their samples, and the objective's terms on several of them together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_ssesam.objectives import Objective, Term
+
+Gather = Callable[[Tensor], tuple[list[Tensor], int]]
+
+
+def pick_samples(item: Any, index: Tensor, size: int) -> Any:
+    """Return a batch of ``size`` samples with only those at ``index``, whatever its nesting."""
+    if isinstance(item, Tensor):
+        return item[index] if item.ndim > 0 and item.shape[0] == size else item
+    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+        if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
+            return type(item)(item[i] for i in index.tolist())
+        return type(item)(pick_samples(value, index, size) for value in item)
+    if isinstance(item, dict):
+        return {key: pick_samples(value, index, size) for key, value in item.items()}
+    return apply_to_collection(item, Tensor, partial(pick_samples, index=index, size=size))
+
+
+def describe(batch: Any) -> str:
+    """Say what a batch is, for an error message."""
+    if isinstance(batch, Mapping):
+        return f"a mapping with the keys {sorted(map(str, batch))}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"a {type(batch).__name__} of {len(batch)} items"
+    return f"a {type(batch).__name__}"
+
+
+def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gather | None = None) -> list[list[Term]]:
+    """Return the terms of the union of several batches, cut into those of each batch.
+
+    Args:
+        objective: Asked once, with the targets of all batches; dense ones come flattened, ``(M,)`` or ``(M, C)``,
+            unless there is only one batch in all.
+        targets: Of every batch, in the forms that :meth:`Objective.terms` takes.
+        gather: Called with the flattened targets of this process. Returns those of all processes, and the number of
+            this one. The weights are then multiplied by the number of processes, whose gradients are averaged.
+
+    """
+    if gather is None and len(targets) == 1:
+        return [list(objective.terms(targets[0]))]
+    flat = _alike([_flatten(t) for t in targets])
+    start, scale, union = 0, 1, torch.cat(flat)
+    if gather is not None:
+        everywhere, rank = gather(union)
+        start, scale, union = sum(len(t) for t in everywhere[:rank]), len(everywhere), torch.cat(everywhere)
+    terms = objective.terms(union)
+    parts = []
+    for target in targets:
+        shape = target.shape[:1] + target.shape[2:] if target.is_floating_point() else target.shape
+        stop = start + shape.numel()
+        parts.append([Term(scale * term.weights[start:stop].reshape(shape), term.rho) for term in terms])
+        start = stop
+    return parts
+
+
+def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
+    """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a process group, in their order.
+
+    The processes may have different numbers of them, and class indices in one and probabilities in another.
+    """
+    size = torch.distributed.get_world_size(group)
+    own = torch.tensor([len(targets), targets.shape[1] if targets.ndim > 1 else 0], device=targets.device)
+    headers = [torch.empty_like(own) for _ in range(size)]
+    torch.distributed.all_gather(headers, own, group=group)
+    lengths, classes = torch.stack(headers).t().tolist()
+    num_classes = max(classes)
+    targets = _one_hot(targets, num_classes) if num_classes > 0 else targets.long()
+    padded = targets.new_zeros(max(lengths), *targets.shape[1:])
+    padded[: len(targets)] = targets
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    torch.distributed.all_gather(gathered, padded, group=group)
+    return [t[:length] for t, length in zip(gathered, lengths, strict=True)]
+
+
+def _flatten(targets: Tensor) -> Tensor:
+    return targets.movedim(1, -1).flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+
+
+def _alike(targets: list[Tensor]) -> list[Tensor]:
+    """Bring class indices and class probabilities to one form."""
+    num_classes = max(t.shape[1] if t.ndim > 1 else 0 for t in targets)
+    return [_one_hot(t, num_classes) for t in targets] if num_classes > 0 else targets
+
+
+def _one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    return targets.double() if targets.is_floating_point() else F.one_hot(targets.long(), num_classes).double()

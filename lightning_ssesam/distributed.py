@@ -1,0 +1,106 @@
+"""What a step needs of the other processes of a run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.overrides.distributed import prepare_for_backward
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ssesam.batches import gather_targets
+
+
+class Processes:
+    """The processes that share a batch among them, under one of Lightning's strategies.
+
+    Under DDP no pass of the engine communicates by itself: what the passes of one process are depends on its samples,
+    and the sequence of collectives must not. :meth:`synchronize` sends gradients through DDP's own reducer (buckets,
+    communication hooks), a number of times that depends on the objective alone. Under FSDP2 every backward
+    communicates, and every process makes the same ones.
+
+    Args:
+        strategy: The Trainer's.
+
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._ddp = strategy.model if isinstance(strategy.model, DistributedDataParallel) else None
+        self._group: Any = None
+        self.size, self.rank = 1, 0
+        if isinstance(strategy, ModelParallelStrategy):
+            mesh = strategy.device_mesh["data_parallel"]
+            self.size, self.rank, self._group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+        elif self._ddp is not None:
+            self.size, self.rank = strategy.world_size, strategy.global_rank  # type: ignore[attr-defined]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameters are divided among the processes."""
+        return isinstance(self._strategy, ModelParallelStrategy)
+
+    @staticmethod
+    def check_supported(strategy: Strategy, ascent: str) -> None:
+        """Raise MisconfigurationException for a strategy, or an ascent under it, that cannot work."""
+        supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+        if not supported or isinstance(strategy, XLAStrategy):
+            raise MisconfigurationException(
+                f"SharpnessAwareMixin cannot work with {type(strategy).__name__}, which does not leave the gradients of"
+                " whole parameters to it. Use strategy='ddp', or ModelParallelStrategy (FSDP2) to shard the model."
+            )
+        if ascent == "local" and isinstance(strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "`ascent='local'` cannot work with ModelParallelStrategy, whose backward passes always communicate."
+                " Use `ascent='global'`, or strategy='ddp'."
+            )
+        if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise MisconfigurationException(
+                "SharpnessAwareMixin cannot work with DDPStrategy(static_graph=True), since its passes differ from"
+                " step to step. Leave `static_graph` out."
+            )
+
+    def gather(self, targets: Tensor) -> tuple[list[Tensor], int]:
+        """Return the flattened targets of all processes, and the number of this one."""
+        return gather_targets(targets, self._group), self.rank
+
+    def backward(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Return a backward that does not communicate, where this strategy can do without."""
+        if self._ddp is None:
+            return function
+
+        def backward(loss: Tensor, retain_graph: bool) -> None:
+            with self._strategy.block_backward_sync():  # type: ignore[attr-defined]
+                function(loss, retain_graph=retain_graph)
+
+        return backward
+
+    @property
+    def synchronize(self) -> Callable[[], None] | None:
+        """Replaces the gradients by their mean over the processes; None where a backward has done it."""
+        return None if self._ddp is None else self._synchronize
+
+    def _synchronize(self) -> None:
+        assert self._ddp is not None
+        params = [p for p in self._ddp.parameters() if p.requires_grad]
+        gradients = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        with torch.enable_grad():
+            if self._ddp.find_unused_parameters:
+                # DDP looks for the parameters that take part in what it is given, in all processes.
+                used = [(p * g).sum() for p, g in zip(params, gradients, strict=True) if g is not None]
+                total = torch.stack(used).sum() if used else torch.zeros((), device=params[0].device)
+                prepare_for_backward(self._ddp, total)
+                if used:
+                    torch.autograd.backward(total)
+            else:
+                prepare_for_backward(self._ddp, params)
+                whole = [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
+                torch.autograd.backward(params, whole)
+
+    def all_agree(self, decision: bool) -> bool:
+        """Return whether the decision of every process is True."""
+        return bool(self._strategy.reduce_boolean_decision(decision, all=True))

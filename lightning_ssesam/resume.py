@@ -1,0 +1,145 @@
+"""What makes a resumed run the same, bit for bit, as one that was never interrupted."""
+
+import random
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+State = dict[str, Any]
+
+
+class _Mark(NamedTuple):
+    """Where a run was when no update was under way."""
+
+    total_batches: int
+    batches_of_epoch: int
+    loaders: list[Any]
+    random_state: State
+
+
+class Resumption:
+    """Puts the random state into checkpoints and back, and dates checkpoints from within an update before it.
+
+    Lightning saves no random state. And a checkpoint that is written while batches are accumulated, or by an exception
+    within a step, counts batches as read that no update has seen; they would be lost. As nothing but counters, the
+    position of the loader and the random state has moved since the last update, such a checkpoint gets those of then.
+
+    Exact in the middle of an epoch if the loader is stateful, as ``torchdata.stateful_dataloader.StatefulDataLoader``
+    is; Lightning begins the data of the epoch anew with others, and says so.
+    """
+
+    def __init__(self) -> None:
+        self._mark: _Mark | None = None
+        self._before_iterator: State | None = None
+        self._to_restore: State | None = None
+
+    def mark(self, trainer: pl.Trainer) -> None:
+        """Take note that no update is under way."""
+        self._set_mark(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    def _mark_epoch(self, trainer: pl.Trainer) -> None:
+        loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        continued = loop.restarted_mid_epoch and not _ended_with_last_batch(trainer)
+        batches = epoch_loop.batch_progress.current.ready if continued else 0
+        self._set_mark(trainer, batches, self._before_iterator if _uses_first_iterator(trainer) else None)
+
+    def _set_mark(self, trainer: pl.Trainer, batches_of_epoch: int, random_state: State | None = None) -> None:
+        loader = trainer.fit_loop._combined_loader
+        self._mark = _Mark(
+            trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+            batches_of_epoch,
+            [] if loader is None else loader._state_dicts(),
+            random_state or get_random_state(trainer.strategy.root_device),
+        )
+
+    def before_iterator(self, trainer: pl.Trainer) -> None:
+        """Called before the run's first iterator over the data is made, which may draw random numbers."""
+        if self._to_restore is not None:
+            set_random_state(self._to_restore, trainer.strategy.root_device)
+        self._before_iterator = get_random_state(trainer.strategy.root_device)
+
+    def on_train_start(self, trainer: pl.Trainer) -> None:
+        """Called after that: in the middle of an epoch its iterator was made long ago."""
+        if self._to_restore is not None and not _uses_first_iterator(trainer):
+            set_random_state(self._to_restore, trainer.strategy.root_device)
+        self._to_restore = None
+        self._mark_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
+        """Called before an epoch's first batch."""
+        self._mark_epoch(trainer)
+
+    def state_dict(self, trainer: pl.Trainer) -> State:
+        """Return the random state, plain values and tensors."""
+        if self._mark is not None and self._is_under_way(trainer):
+            return _to_plain(self._mark.random_state)
+        return _to_plain(get_random_state(trainer.strategy.root_device))
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` returned, for when the run begins."""
+        self._to_restore = _from_plain(state)
+
+    def rewind(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Date a checkpoint before the update that is under way, if one is."""
+        if self._mark is None or not self._is_under_way(trainer):
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        for name in ("ready", "started", "processed", "completed"):
+            progress["total"][name] = self._mark.total_batches
+            progress["current"][name] = self._mark.batches_of_epoch
+        progress["is_last_batch"] = False
+        if self._mark.loaders:
+            loops["state_dict"]["combined_loader"] = self._mark.loaders
+        if self._mark.batches_of_epoch == 0:
+            # Lightning takes equal counters for the end of an epoch, and counts a step when it resumes otherwise.
+            progress["total"]["started"] += 1
+            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+    def _is_under_way(self, trainer: pl.Trainer) -> bool:
+        assert self._mark is not None
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready != self._mark.total_batches
+
+
+def _uses_first_iterator(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that begins takes the iterator that was made before the training started."""
+    loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+        return _ended_with_last_batch(trainer) or epoch_loop.batch_progress.current.ready == 0
+    return trainer.current_epoch == 0 or getattr(loop, "is_resuming", False) or epoch_loop.restarting
+
+
+def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the run is resumed from a checkpoint that was written after the last batch of an epoch."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return bool(epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch)
+
+
+def get_random_state(device: torch.device) -> State:
+    """Return the state of the random number generators of torch, Python and NumPy."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: State, device: torch.device) -> None:
+    """Put back what :func:`get_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _to_plain(state: State) -> State:
+    """Return a random state without NumPy arrays, which ``torch.load(weights_only=True)`` refuses."""
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def _from_plain(state: State) -> State:
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}
