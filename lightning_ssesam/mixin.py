@@ -1,6 +1,7 @@
 """The training step: batch to terms to gradient to optimizer."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -195,7 +196,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
             self.parameters(),
             layers.buffers,
-            processes.backward(self.manual_backward),
+            processes.backward(partial(self._backward, share=len(batches) / self.trainer.accumulate_grad_batches)),
             self._choose_passes(layers, processes),
             processes.synchronize,
             self.ascent,
@@ -203,6 +204,10 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.log_sharpness,
         )
         return outcome
+
+    def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
+        # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
+        self.manual_backward(loss if share == 1 else share * loss, retain_graph=retain_graph)
 
     def _losses_of(self, batch: Any) -> SampleLosses:
         def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:

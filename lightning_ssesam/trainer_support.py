@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -40,7 +41,7 @@ class TrainerSupport(Callback):
 
     def __init__(self, module: SharpnessAwareMixin) -> None:
         self.module = module
-        self._replaced: list[tuple[object, str, bool, Any]] = []
+        self._undo_steps: list[Callable[[], None]] = []
         self._resumption = Resumption()
         self._has_failed = False
 
@@ -56,14 +57,16 @@ class TrainerSupport(Callback):
         for owner, name in _asking_for_automatic_optimization(trainer):
             self._replace(owner, name, _as_if_automatic(getattr(owner, name), pl_module))
         _share_step_count(trainer)
-        for owner, name, resumable in [
-            (epoch_loop.manual_optimization, "run", self._then_mark),
-            (trainer.fit_loop, "_load_combined_loader_states", self._then_before_iterator),
+        for owner, name, afterwards in [
+            (epoch_loop.manual_optimization, "run", self._after_batch),
+            (trainer.fit_loop, "_load_combined_loader_states", self._resumption.before_iterator),
         ]:
-            self._replace(owner, name, resumable(trainer, getattr(owner, name)))
+            self._replace(owner, name, _followed_by(getattr(owner, name), partial(afterwards, trainer)))
         if any(is_compiled(module) for module in pl_module.modules()):
             # One step may make one backward from a forward, and the next step two; compiled code must bear both.
-            self._replace(torch._functorch.config, "donated_buffer", False)
+            config = torch._functorch.config
+            self._undo_steps.append(partial(setattr, config, "donated_buffer", config.donated_buffer))
+            config.donated_buffer = False
         self.module._is_supported = True
 
     @override
@@ -110,21 +113,9 @@ class TrainerSupport(Callback):
                 " is trained. Remove it and define `sample_losses`, or call `super().training_step(batch, batch_idx)`."
             )
 
-    def _then_mark(self, trainer: pl.Trainer, run: Callable[..., Any]) -> Callable[..., Any]:
-        def run_and_mark(*args: Any, **kwargs: Any) -> Any:
-            output = run(*args, **kwargs)
-            if not self.module._pending:
-                self._resumption.mark(trainer)
-            return output
-
-        return run_and_mark
-
-    def _then_before_iterator(self, trainer: pl.Trainer, load: Callable[[], None]) -> Callable[[], None]:
-        def load_and_note() -> None:
-            load()
-            self._resumption.before_iterator(trainer)
-
-        return load_and_note
+    def _after_batch(self, trainer: pl.Trainer) -> None:
+        if not self.module._pending:
+            self._resumption.mark(trainer)
 
     # Checkpoints.
 
@@ -182,16 +173,13 @@ class TrainerSupport(Callback):
 
     def _replace(self, owner: object, name: str, value: Any) -> None:
         own = vars(owner)
-        self._replaced.append((owner, name, name in own, own.get(name)))
+        undo = partial(setattr, owner, name, own[name]) if name in own else partial(delattr, owner, name)
+        self._undo_steps.append(undo)
         setattr(owner, name, value)
 
     def _undo(self) -> None:
-        for owner, name, was_own, before in reversed(self._replaced):
-            if was_own:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-        self._replaced = []
+        while self._undo_steps:
+            self._undo_steps.pop()()
         self._has_failed = False
         self.module.automatic_optimization = False
         self.module._is_supported = False
@@ -257,6 +245,15 @@ def _share_step_count(trainer: pl.Trainer) -> None:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether ``torch.compile`` has been called on a module."""
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _followed_by(function: Callable[..., Any], afterwards: Callable[[], None]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        afterwards()
+        return output
+
+    return call
 
 
 def _as_if_automatic(function: Callable[..., Any], pl_module: pl.LightningModule) -> Callable[..., Any]:
