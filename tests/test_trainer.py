@@ -3,10 +3,10 @@
 import copy
 import csv
 import math
+import time
 from datetime import timedelta
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,29 @@ from helpers import (
     sgd,
     trainer,
 )
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_ssesam import SAM, SSESAM, ImbSAM, StageSwitch, Term
 
@@ -230,8 +249,586 @@ class TestAccumulation:
             if isinstance(model, Logged):
                 seen = {name: value.item() for name, value in run.callback_metrics.items()}
         assert rows["Logged"] == rows["Automatic"] == [0, 1, 2, 3, 4, 5]
-        # Losses move little here: the epoch's mean is over its samples, the last step's is of the last batch alone.
-        net = model.net
+        # One value for the samples of a whole group.
         assert seen["train/loss"] == seen["mean_step"]
         assert seen["sum_epoch"] == pytest.approx(seen["mean_epoch"] * 7 * 24)
-        assert net is not None
+
+
+def rates_of(scheduler, **kwargs):
+    """Train both kinds; return the learning rates that each batch saw, of every parameter group."""
+
+    class Rates(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    class Validating:
+        def validation_step(self, batch, batch_idx):
+            self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    ours, theirs = type("Ours", (Validating, Model), {}), type("Theirs", (Validating, Automatic), {})
+    val, data, seen = batches_loader(batches(1)), batches(6), []
+    results = both(data, scheduler=scheduler, ours=ours, theirs=theirs, callbacks=lambda: [Rates()], val=val, **kwargs)
+    for _, run in results:
+        (rates,) = [callback for callback in run.callbacks if isinstance(callback, Rates)]
+        seen.append(rates.seen)
+    assert_same_training(results, atol=1e-5)
+    return seen
+
+
+def scheduled(make, **kwargs):
+    return lambda optimizer: {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), **kwargs}}
+
+
+def warm_up(optimizer):
+    schedulers = [LinearLR(optimizer, 0.1, total_iters=3), CosineAnnealingLR(optimizer, 8)]
+    return SequentialLR(optimizer, schedulers, milestones=[3])
+
+
+def plateau(optimizer):
+    return ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        scheduled(lambda o: ExponentialLR(o, 0.9)),
+        scheduled(lambda o: ExponentialLR(o, 0.9), interval="step"),
+        scheduled(lambda o: ExponentialLR(o, 0.9), interval="step", frequency=3),
+        scheduled(lambda o: ExponentialLR(o, 0.9), frequency=2),
+        lambda o: ([o], [CosineAnnealingLR(o, 4)]),
+        lambda o: ([o], [ExponentialLR(o, 0.9), {"scheduler": MultiStepLR(o, [3, 5]), "interval": "step"}]),
+        scheduled(plateau, monitor="val"),
+        scheduled(plateau, monitor="train/loss"),
+        scheduled(plateau, monitor="train/loss", interval="step", frequency=2),
+        scheduled(lambda o: OneCycleLR(o, 1.0, total_steps=30), interval="step"),
+        scheduled(warm_up, interval="step"),
+    ],
+    ids=[
+        "epoch",
+        "step",
+        "every 3 steps",
+        "every 2 epochs",
+        "cosine",
+        "two",
+        "plateau",
+        "plateau on training loss",
+        "plateau every 2 steps",
+        "one cycle",
+        "warm-up",
+    ],
+)
+def test_learning_rates_as_under_automatic_optimization(scheduler, accumulate):
+    ours, theirs = rates_of(scheduler, max_epochs=4, accumulate_grad_batches=accumulate)
+    assert ours == theirs
+    assert len({rate for rates in ours for rate in rates}) > 1
+
+
+def test_own_scheduler_and_optimizer_hooks_as_under_automatic_optimization():
+    """Warming up in `optimizer_step`, as Lightning's documentation shows, and `lr_scheduler_step` by the step."""
+
+    class Own:
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * min(1.0, (self.trainer.global_step + 1) / 5)
+            loss = optimizer.step(closure=optimizer_closure)
+            self.losses = [*getattr(self, "losses", []), float(loss)]
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.steps = [*getattr(self, "steps", []), self.trainer.global_step]
+
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            self.zeroed = [*getattr(self, "zeroed", []), batch_idx]
+            optimizer.zero_grad(set_to_none=False)
+
+        def on_before_zero_grad(self, optimizer):
+            self.before = getattr(self, "before", 0) + 1
+
+    ours, theirs = type("Ours", (Own, Model), {}), type("Theirs", (Own, Automatic), {})
+    scheduler = scheduled(lambda o: ExponentialLR(o, 0.9), interval="step")
+    results = both(batches(4), ours=ours, theirs=theirs, scheduler=scheduler, max_epochs=2)
+    assert_same_training(results, atol=1e-6)
+    one, other = (model for model, _ in results)
+    assert one.steps == other.steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert one.losses == pytest.approx(other.losses)
+    assert one.zeroed == other.zeroed
+    assert one.before == other.before == 8
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed", "32-true"])
+    def test_as_under_automatic_optimization(self, precision):
+        results = both(batches(4), precision=precision, max_epochs=2)
+        # The mean of bfloat16 losses is rounded, and our weighted sum of them is not.
+        assert_same_training(results, atol=1e-2 if precision == "bf16-true" else 1e-6)
+        assert results[0][0].net[0].weight.dtype == results[1][0].net[0].weight.dtype
+
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    def test_64_true_equals_float64(self, passes, float64):
+        data, net = batches(3), mlp()
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT), passes) for _ in range(2)]
+        fit(models[0], data)
+        models[1].float()
+        models[1].load_state_dict(Model(net).state_dict())
+        models[1].net.load_state_dict({k: v.float() for k, v in net.state_dict().items()})
+        fit(models[1], [(x.float(), y) for x, y in data], precision="64-true")
+        torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=1e-6)
+        assert models[1].net[0].weight.dtype == torch.float64
+
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+    def test_low_precision_is_near(self, precision):
+        data, net = batches(4), mlp()
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT, 0.05, 0.1)) for _ in range(2)]
+        fit(models[0], data)
+        fit(models[1], data, precision=precision)
+        moved = models[0].net[0].weight - net[0].weight
+        error = models[1].net[0].weight.float() - models[0].net[0].weight
+        assert 0 < error.norm() < 0.1 * moved.norm()
+
+    def test_scaled_gradients_give_the_same_training(self):
+        """A GradScaler as on a GPU; its factor is in every gradient and in no result."""
+        data, net = batches(4), mlp()
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
+        seen = []
+        models[1].on_before_optimizer_step = lambda optimizer: seen.append(models[1].net[0].weight.grad.norm())
+        models[1].log_sharpness = models[0].log_sharpness = True
+        runs = [fit(models[0], data, gradient_clip_val=0.1), fit(models[1], data, plugins=[scaling(1024.0)])]
+        plain = Model(copy.deepcopy(net), SSESAM(SPLIT))
+        plain_run = fit(plain, data, plugins=[scaling(1.0)])
+        torch.testing.assert_close(models[1].state_dict(), plain.state_dict(), rtol=0, atol=2e-4)
+        assert max(seen) < 10
+        assert runs[1].global_step == plain_run.global_step == 4
+        norm = runs[1].callback_metrics["train/grad_norm"]
+        assert 0 < norm < 10
+
+    def test_scaled_gradients_are_clipped_after_unscaling(self):
+        data, net = batches(1), mlp()
+        model = Model(net, SSESAM(SPLIT), optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+        before = clones(net.parameters())
+        fit(model, data, plugins=[scaling(1024.0)], gradient_clip_val=0.01)
+        moved = torch.sqrt(sum(((p - b) ** 2).sum() for p, b in zip(net.parameters(), before, strict=True)))
+        assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_overflow_in_any_pass_skips_one_update(self, passes, number):
+        class Overflowing(Model):
+            calls = 0
+
+            def sample_losses(self, batch):
+                losses = super().sample_losses(batch)
+                self.calls += 1
+                # Of the second step: a clean forward, the head's or the tail's perturbed one.
+                return losses * 1e38 if self.calls == self.bad else losses
+
+        data, plugin = batches(3), scaling(1024.0)
+        model = Overflowing(objective=SSESAM(SPLIT), passes=passes)
+        model.bad = {"full": 4, "split": 5}[passes] + number + (1 if passes == "split" and number else 0)
+        states = []
+        model.on_train_batch_end = lambda *args: states.append((clones(model.parameters()), plugin.scaler.get_scale()))
+        run = fit(model, data, plugins=[plugin])
+        (first, scale), (second, halved), (third, still) = states
+        assert_same_bits(first, second)
+        assert (scale, halved, still) == (1024.0, 512.0, 512.0)
+        assert not torch.equal(second[0], third[0])
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert run.global_step == 3
+
+
+def scaling(scale):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+class Validating:
+    def validation_step(self, batch, batch_idx):
+        self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+class Ours(Validating, Model):
+    pass
+
+
+class Theirs(Validating, Automatic):
+    pass
+
+
+class TestCallbacksAndFlags:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"every_n_train_steps": 2},
+            {"every_n_epochs": 1},
+            {"every_n_epochs": 2, "save_on_train_epoch_end": True},
+            {"train_time_interval": timedelta(0)},
+            {"monitor": "val", "save_top_k": 2},
+            {"monitor": "val", "mode": "max", "every_n_train_steps": 2},
+            {"monitor": "train/loss", "every_n_train_steps": 3},
+            {"save_last": True},
+        ],
+        ids=str,
+    )
+    def test_model_checkpoint(self, options, accumulate, tmp_path):
+        saved = []
+        val, net, data = batches_loader(batches(1)), mlp(), batches(5)
+        for kind in (Ours, Theirs):
+            model, folder = kind(copy.deepcopy(net)), tmp_path / kind.__name__
+            # Lightning takes these attributes of a manually optimized module for weights of its own tests.
+            model.layer, model.saved_models = nn.Linear(1, 1), {0: None}
+            checkpoint = ModelCheckpoint(folder, "{epoch}-{step}", **{"save_top_k": -1, **options})
+            fit(
+                model,
+                data,
+                val,
+                callbacks=[checkpoint],
+                enable_checkpointing=True,
+                max_epochs=3,
+                accumulate_grad_batches=accumulate,
+            )
+            files = sorted(folder.iterdir())
+            steps = [torch.load(file, weights_only=True)["global_step"] for file in files]
+            saved.append([(file.name, step) for file, step in zip(files, steps, strict=True)])
+        assert saved[0] == saved[1]
+        assert saved[0]
+
+    def test_model_checkpoint_does_not_speak_of_manual_optimization(self, recwarn, tmp_path):
+        checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+        fit(Model(), batches(2), callbacks=[checkpoint], enable_checkpointing=True)
+        assert not [w for w in recwarn if "manual optimization" in str(w.message)]
+
+    @pytest.mark.parametrize("has_batch_norm", [False, True])
+    def test_stochastic_weight_averaging(self, has_batch_norm):
+        class Weights(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                # Under automatic optimization Lightning ends the epoch that renews batch norm's statistics with a step
+                # that takes the gradient of the epoch before; the mixin leaves the average as it is.
+                if trainer.fit_loop._skip_backward and batch_idx == 0:
+                    pl_module.average = clones(pl_module.parameters())
+
+        results = both(
+            batches(4, shape=(3, 5, 5)),
+            convbn() if has_batch_norm else nn.Sequential(nn.Flatten(), nn.Linear(75, 5)),
+            callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=1), Weights()],
+            max_epochs=4,
+        )
+        (ours, run), (theirs, _) = results
+        assert run.global_step == 16
+        torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()), rtol=0, atol=1e-6)
+        expected = theirs.average if has_batch_norm else list(theirs.parameters())
+        torch.testing.assert_close(list(ours.parameters()), expected, rtol=0, atol=1e-6)
+        if has_batch_norm:
+            assert_same_bits(ours.parameters(), ours.average)
+
+    def test_weight_averaging(self):
+        # Lightning has them since 2.6.
+        kinds = [vars(callbacks).get(name) for name in ("WeightAveraging", "EMAWeightAveraging")]
+        for kind in [kind for kind in kinds if kind is not None]:
+            assert_same_training(both(batches(4), callbacks=lambda kind=kind: [kind()]), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            {"max_steps": 7, "max_epochs": -1},
+            {"max_steps": 3, "accumulate_grad_batches": 2, "max_epochs": -1},
+            {"limit_train_batches": 3},
+            {"limit_train_batches": 0.5, "accumulate_grad_batches": 2},
+            {"overfit_batches": 2},
+            {"fast_dev_run": True},
+            {"fast_dev_run": 3},
+            {"val_check_interval": 2},
+            {"val_check_interval": 0.5, "accumulate_grad_batches": 2},
+            {"val_check_interval": 3, "check_val_every_n_epoch": None},
+            {"min_epochs": 2, "max_epochs": 3},
+            {"detect_anomaly": True},
+            {"profiler": "simple"},
+            {"profiler": "advanced"},
+            {"deterministic": True},
+            {"inference_mode": False},
+            {"reload_dataloaders_every_n_epochs": 1},
+            {"num_sanity_val_steps": 1},
+            {"barebones": True},
+        ],
+        ids=str,
+    )
+    def test_flags(self, flags):
+        if flags.get("barebones"):
+            flags = {**flags, "logger": None, "enable_checkpointing": None, "enable_progress_bar": None}
+            flags["enable_model_summary"] = None
+        kwargs = {"max_epochs": 2, **flags}
+        results = both(batches(6), ours=Ours, theirs=Theirs, val=batches_loader(batches(1)), **kwargs)
+        assert_same_training(results, atol=1e-6)
+
+    def test_max_time_ends_the_training(self):
+        class Slow(Model):
+            def on_train_batch_start(self, batch, batch_idx):
+                time.sleep(0.05)
+
+        run = fit(Slow(), batches(6), max_time=timedelta(seconds=0.4), max_epochs=1000)
+        assert 1 <= run.global_step <= 8
+
+    def test_early_stopping(self):
+        callbacks = lambda: [EarlyStopping("val", patience=1, mode="max", min_delta=10.0)]  # noqa: E731
+        val = batches_loader(batches(1))
+        results = both(batches(3), ours=Ours, theirs=Theirs, callbacks=callbacks, val=val, max_epochs=9)
+        assert_same_training(results, atol=1e-6)
+        assert results[0][1].current_epoch == 2
+
+    def test_tuner_with_clipping_and_accumulation(self):
+        data, net, found = torch.utils.data.TensorDataset(*classification_batch(64)), mlp(), []
+
+        class Tunable:
+            lr, batch_size = 0.1, 2
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+            def train_dataloader(self):
+                return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
+
+        for kind in (type("A", (Tunable, Model), {}), type("B", (Tunable, Automatic), {})):
+            model = kind(copy.deepcopy(net))
+            run = trainer(max_epochs=5, gradient_clip_val=0.1, accumulate_grad_batches=2)
+            finder = Tuner(run).lr_find(model, num_training=20, update_attr=False)
+            found.append((finder.results["lr"], Tuner(run).scale_batch_size(model, max_trials=3)))
+            assert (run.gradient_clip_val, run.accumulate_grad_batches) == (0.1, 2)
+        assert found[0] == found[1]
+
+    def test_several_runs_with_flags(self):
+        """Nothing stays switched on or off from one run to the next, of either kind."""
+        run = trainer(gradient_clip_val=0.1, accumulate_grad_batches=2)
+        for number, model in enumerate([Model(), Automatic(), Model(objective=SAM(0.1)), Model()], start=1):
+            run.fit_loop.max_epochs = number
+            run.fit(model, batches_loader(batches(4)))
+            assert run.global_step == 2 * number
+            assert model.automatic_optimization is isinstance(model, Automatic)
+        assert (run.gradient_clip_val, run.accumulate_grad_batches) == (0.1, 2)
+
+
+class TestNonFinite:
+    """The third batch is bad: without `on_nonfinite` it would spoil everything."""
+
+    def data(self, kind):
+        data = batches(5, shape=(3, 5, 5))
+        data[2][0][0, 0, 0, 0] = kind
+        return data
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("kind", [math.nan, math.inf])
+    @pytest.mark.parametrize("objective", ["ERM", "SAM", "SSESAM 1"])
+    def test_skip(self, objective, kind, accumulate):
+        data = self.data(kind)
+        net = convbn()
+        model, twin = Model(copy.deepcopy(net), OBJECTIVES[objective]()), Model(net, OBJECTIVES[objective]())
+        model.on_nonfinite = "skip"
+        run = fit(model, data, accumulate_grad_batches=accumulate, logger=CSVLogger("logs"), log_every_n_steps=1)
+        good = [group for number, group in enumerate(grouped(data, accumulate)) if number != 2 // accumulate]
+        fit(twin, [batch for group in good for batch in group], accumulate_grad_batches=accumulate)
+        assert_same_bits(model.parameters(), twin.parameters())
+        assert_same_bits(model.buffers(), twin.buffers())
+        assert model.skipped_updates == 1
+        assert run.global_step == len(grouped(data, accumulate))
+        assert run.callback_metrics["train/skipped_updates"] == 1
+        assert run.callback_metrics["train/loss"].isfinite()
+
+    def test_skip_counts_over_a_resumed_run(self, tmp_path):
+        model = Model(convbn(), SAM(0.1))
+        model.on_nonfinite = "skip"
+        fit(model, self.data(math.nan)).save_checkpoint(tmp_path / "a.ckpt")
+        again = Model(convbn(), SAM(0.1))
+        again.on_nonfinite = "skip"
+        fit(again, self.data(math.nan), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+        assert again.skipped_updates == 2
+
+    def test_raise(self):
+        data = self.data(math.nan)
+        net = convbn()
+        model, twin = Model(copy.deepcopy(net), SSESAM(SPLIT)), Model(net, SSESAM(SPLIT))
+        model.on_nonfinite = "raise"
+        with pytest.raises(FloatingPointError, match="The loss or the gradient of step 2 is infinite or not a number"):
+            fit(model, data)
+        fit(twin, data[:2])
+        assert_same_bits(model.parameters(), twin.parameters())
+        assert_same_bits(model.buffers(), twin.buffers())
+
+    def test_gradient_alone(self):
+        """The loss is finite and its gradient is not, as of a square root at zero."""
+
+        class Root(Model):
+            def sample_losses(self, batch):
+                return super().sample_losses(batch) + self.net[0].weight.sum().mul(0).sqrt()
+
+        model, net = Root(), mlp()
+        model.on_nonfinite = "skip"
+        model.net.load_state_dict(net.state_dict())
+        fit(model, batches(2))
+        assert_same_bits(model.net.parameters(), net.parameters())
+        assert model.skipped_updates == 2
+
+    def test_ignored_by_default_as_under_automatic_optimization(self):
+        results = both(self.data(math.nan), convbn())
+        for model, _ in results:
+            assert not model.net[0].weight.isfinite().any()
+
+    def test_left_to_the_scaler(self):
+        model = Model(convbn(), SAM(0.1))
+        model.on_nonfinite = "raise"
+        run = fit(model, self.data(math.nan), plugins=[scaling(1024.0)])
+        assert run.global_step == 5
+        assert model.skipped_updates == 0
+
+    def test_training_ends_where_nothing_is_finite(self):
+        model = Model()
+        model.on_nonfinite = "skip"
+        data = [(torch.full((4, 8), math.nan), torch.zeros(4).long())]
+        assert fit(model, data, max_steps=3, max_epochs=-1).global_step == 3
+
+    def test_unknown(self):
+        model = Model()
+        model.on_nonfinite = "stop"
+        with pytest.raises(MisconfigurationException, match="`on_nonfinite` to be one of 'ignore', 'skip'"):
+            fit(model, batches(1))
+
+
+class TestLogging:
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    def test_sharpness_and_norms(self, passes, accumulate, float64):
+        data = batches(accumulate)
+        x, y = union(data)
+        net = mlp()
+        model = Model(copy.deepcopy(net), SSESAM(SPLIT, 0.3, 0.5), passes)
+        model.log_sharpness = True
+        run = fit(model, data, accumulate_grad_batches=accumulate)
+        seen = {name: value.item() for name, value in run.callback_metrics.items()}
+
+        def loss(weights):
+            return (weights * F.cross_entropy(net(x), y, reduction="none")).sum()
+
+        for name, (weights, rho) in zip(("head", "tail"), SSESAM(SPLIT, 0.3, 0.5).terms(y), strict=True):
+            gradient = torch.autograd.grad(loss(weights), list(net.parameters()))
+            norm = torch.sqrt(sum((g**2).sum() for g in gradient))
+            before, clean = loss(weights).item(), clones(net.parameters())
+            with torch.no_grad():
+                for p, g in zip(net.parameters(), gradient, strict=True):
+                    p.add_(rho * g / norm)
+            assert seen[f"train/sharpness_{name}"] == pytest.approx(loss(weights).item() - before, rel=1e-5)
+            assert seen[f"train/sharpness_{name}"] > 0
+            assert seen[f"train/grad_norm_{name}"] == pytest.approx(norm.item(), rel=1e-5)
+            with torch.no_grad():
+                for p, value in zip(net.parameters(), clean, strict=True):
+                    p.copy_(value)
+        total = naive_gradient(net, SSESAM(SPLIT, 0.3, 0.5).terms(y), x, y)
+        norm = torch.sqrt(sum((g**2).sum() for g in total)).item()
+        assert seen["train/grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+    def test_names(self):
+        def names(objective):
+            model = Model(objective=objective)
+            model.log_sharpness = True
+            seen = fit(model, batches(1)).callback_metrics
+            return sorted(name.removeprefix("train/") for name in seen if name != "train/loss")
+
+        assert names(OBJECTIVES["ERM"]()) == ["grad_norm", "grad_norm_all"]
+        assert names(SAM(0.1)) == ["grad_norm", "grad_norm_all", "sharpness_all"]
+        tail = ["grad_norm", "grad_norm_head", "grad_norm_tail", "sharpness_tail"]
+        assert names(ImbSAM(SPLIT)) == names(OBJECTIVES["SSESAM 2"]()) == tail
+        assert names(OBJECTIVES["SSESAM joint 1"]()) == ["grad_norm", "grad_norm_all", "sharpness_all"]
+        # Terms 0 and 3 are plain and share their backward.
+        assert names(OBJECTIVES["own"]()) == [
+            "grad_norm",
+            *(f"{v}_{t}" for v in ("grad_norm", "sharpness") for t in "12"),
+        ]
+
+    def test_off_by_default_and_changes_nothing(self):
+        data, net = batches(3), mlp()
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
+        models[1].log_sharpness = True
+        assert set(fit(models[0], data).callback_metrics) == {"train/loss"}
+        fit(models[1], data)
+        assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    def test_stage(self):
+        seen = []
+
+        class Stages(Model):
+            def on_train_batch_end(self, *args):
+                seen.append(self.trainer.callback_metrics["stage"].item())
+
+        fit(Stages(objective=SSESAM(SPLIT)), batches(4), callbacks=[StageSwitch(step=2)])
+        assert seen == [1, 1, 2, 2]
+
+
+class TestOptimizers:
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
+            lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+            lambda params: torch.optim.AdamW(params, lr=0.01, foreach=False),
+            lambda params: torch.optim.RMSprop(params, lr=0.01),
+            lambda params: torch.optim.SGD(params, lr=0.1, nesterov=True, momentum=0.9, fused=True),
+        ],
+        ids=["AdamW foreach", "AdamW fused", "AdamW", "RMSprop", "SGD fused"],
+    )
+    def test_as_under_automatic_optimization(self, optimizer):
+        assert_same_training(both(batches(5), optimizer=optimizer, max_epochs=2), atol=1e-5)
+
+    def test_schedule_free(self):
+        schedulefree = pytest.importorskip("schedulefree")
+
+        class Free:
+            def on_train_epoch_start(self):
+                self.optimizers().train()
+
+            def on_validation_epoch_start(self):
+                if self.trainer.optimizers:
+                    self.optimizers().eval()
+
+            on_train_end = on_validation_epoch_start
+
+        def optimizer(params):
+            return schedulefree.AdamWScheduleFree(params, lr=0.01)
+
+        ours, theirs = type("Free", (Free, Ours), {}), type("FreeAutomatic", (Free, Theirs), {})
+        results = both(batches(5), optimizer=optimizer, ours=ours, theirs=theirs, max_epochs=2)
+        assert_same_training(results, atol=1e-5)
+
+
+def recording(frames):
+    """A backend with the autograd of a compiled network and without a compiler, which a machine may lack."""
+
+    def backend(graph, example_inputs):
+        frames.append(graph)
+        return lookup_backend("aot_eager")(graph, example_inputs)
+
+    return backend
+
+
+class TestCompile:
+    @pytest.mark.parametrize("way", ["compile", "method"])
+    @pytest.mark.parametrize("first_stage", ["grouped", "joint"])
+    def test_one_graph_over_steps_and_stages(self, first_stage, way):
+        torch._dynamo.reset()
+        frames, data = [], [*batches(3), *batches(1, classes=[0, 1]), *batches(1, classes=[4])]
+        net = mlp()
+        plain = Model(copy.deepcopy(net), SSESAM(SPLIT, first_stage=first_stage), "full")
+        model = Model(copy.deepcopy(net), SSESAM(SPLIT, first_stage=first_stage))
+        fit(plain, data, callbacks=[StageSwitch(step=2)])
+        if way == "compile":
+            model.net = torch.compile(model.net, backend=recording(frames))
+        else:
+            model.net.compile(backend=recording(frames))
+        fit(model, data, callbacks=[StageSwitch(step=2)])
+        torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-5, atol=1e-6)
+        assert len(frames) == 1
+
+    def test_setting_is_put_back(self):
+        config = torch._functorch.config
+        before = getattr(config, "donated_buffer", None)
+        model = Model(objective=SAM(0.1))
+        model.net = torch.compile(model.net, backend=recording([]))
+        fit(model, batches(1))
+        assert getattr(config, "donated_buffer", None) == before
