@@ -34,6 +34,7 @@ class Resumption:
         self._mark: _Mark | None = None
         self._before_iterator: State | None = None
         self._to_restore: State | None = None
+        self._has_resumed = False
 
     def mark(self, trainer: pl.Trainer) -> None:
         """Take note that no update is under way."""
@@ -64,6 +65,7 @@ class Resumption:
         """Called after that: in the middle of an epoch its iterator was made long ago."""
         if self._to_restore is not None and not _uses_first_iterator(trainer):
             set_random_state(self._to_restore, trainer.strategy.root_device)
+        self._has_resumed = self._to_restore is not None
         self._to_restore = None
         self._mark_epoch(trainer)
 
@@ -81,11 +83,20 @@ class Resumption:
         """Take what :meth:`state_dict` returned, for when the run begins."""
         self._to_restore = _from_plain(state)
 
-    def rewind(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Date a checkpoint before the update that is under way, if one is."""
-        if self._mark is None or not self._is_under_way(trainer):
-            return
-        loops = checkpoint["loops"]["fit_loop"]
+    def amend(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint one that Lightning resumes from exactly."""
+        loops, batches = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
+        if self._mark is not None and self._is_under_way(trainer):
+            self._rewind(loops)
+        elif _awaits_validation(trainer):
+            # Lightning would leave it out.
+            _let_validation_run(loops)
+        if batches._num_ready_batches_reached() or loops["epoch_loop.batch_progress"]["current"]["ready"] == 0:
+            # The loader begins anew. It may hold more batches than the epoch has taken.
+            loops["state_dict"].pop("combined_loader", None)
+
+    def _rewind(self, loops: State) -> None:
+        assert self._mark is not None
         progress = loops["epoch_loop.batch_progress"]
         for name in ("ready", "started", "processed", "completed"):
             progress["total"][name] = self._mark.total_batches
@@ -93,10 +104,12 @@ class Resumption:
         progress["is_last_batch"] = False
         if self._mark.loaders:
             loops["state_dict"]["combined_loader"] = self._mark.loaders
-        if self._mark.batches_of_epoch == 0:
-            # Lightning takes equal counters for the end of an epoch, and counts a step when it resumes otherwise.
-            progress["total"]["started"] += 1
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer) -> None:
+        """Called before a batch: Lightning may have counted a step when it resumed, for what it logs."""
+        if self._has_resumed:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._has_resumed = False
 
     def _is_under_way(self, trainer: pl.Trainer) -> bool:
         assert self._mark is not None
@@ -115,6 +128,24 @@ def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
     """Whether the run is resumed from a checkpoint that was written after the last batch of an epoch."""
     epoch_loop = trainer.fit_loop.epoch_loop
     return bool(epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch)
+
+
+def _awaits_validation(trainer: pl.Trainer) -> bool:
+    """Whether a batch has been trained on that a validation follows, which has not begun."""
+    loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    batches: Any = epoch_loop.batch_progress.current
+    is_after_batch = batches.completed == batches.processed - 1
+    return is_after_batch and loop._data_fetcher is not None and epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _let_validation_run(loops: State) -> None:
+    """Put counters to where Lightning takes a checkpoint for one of a validation that has just begun."""
+    progress, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    for which in ("total", "current"):
+        progress[which]["completed"] = progress[which]["processed"]
+    for which, begun in (("total", 1), ("current", 0)):
+        done = validation[which]["completed"] if which == "total" else 0
+        validation[which] = {"ready": done + begun, "started": done + begun, "processed": done, "completed": done}
 
 
 def get_random_state(device: torch.device) -> State:

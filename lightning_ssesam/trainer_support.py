@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_ssesam.callbacks import StageSwitch
@@ -62,6 +63,9 @@ class TrainerSupport(Callback):
             (trainer.fit_loop, "_load_combined_loader_states", self._resumption.before_iterator),
         ]:
             self._replace(owner, name, _followed_by(getattr(owner, name), partial(afterwards, trainer)))
+        # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.
+        skip = epoch_loop.val_loop.increment_progress_to_evaluation_end
+        self._replace(epoch_loop.val_loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
         if any(is_compiled(module) for module in pl_module.modules()):
             # One step may make one backward from a forward, and the next step two; compiled code must bear both.
             config = torch._functorch.config
@@ -92,8 +96,14 @@ class TrainerSupport(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when counters and checkpoints are in place: go on with the random numbers of the checkpoint."""
-        if pl_module is self.module:
-            self._resumption.on_train_start(trainer)
+        if pl_module is not self.module:
+            return
+        self._resumption.on_train_start(trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                # Lightning asks it when an epoch starts, and not when it is resumed in the middle.
+                callback.on_train_epoch_start(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,6 +111,14 @@ class TrainerSupport(Callback):
         if pl_module is self.module:
             self.module._pending.clear()
             self._resumption.on_train_epoch_start(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before every batch: set right what Lightning miscounts when it resumes."""
+        if pl_module is self.module:
+            self._resumption.on_train_batch_start(trainer)
 
     @override
     def on_train_batch_end(
@@ -144,8 +162,8 @@ class TrainerSupport(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Called when a checkpoint is written: one from within an update is dated before it."""
-        self._resumption.rewind(trainer, checkpoint)
+        """Called when a checkpoint is written: make it one that resumes exactly."""
+        self._resumption.amend(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(

@@ -75,6 +75,9 @@ class StageSwitch(Callback):
         objective = _objective(pl_module)
         if objective.num_stages < 2:
             rank_zero_warn(f"StageSwitch has no effect: {type(objective).__name__} has a single stage.")
+        elif self._switched_at is not None:
+            # Resumed, perhaps from the end of the training, where no batch follows.
+            objective.stage = 2
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,0 +1,352 @@
+"""A run that was interrupted and resumed is, bit for bit, the run that was not."""
+
+import copy
+import csv
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    SPLIT,
+    STRICT,
+    Automatic,
+    Model,
+    assert_same_bits,
+    batches_loader,
+    classification_batch,
+    fit,
+    mlp,
+    trainer,
+)
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ssesam import SSESAM, StageSwitch
+
+# Lightning speaks of callbacks that a resumed run does without, which is what these tests are about.
+pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
+
+BATCHES, EPOCHS = 5, 3
+
+
+class Stateful:
+    """A loader that can go on from any batch, in another random order every epoch."""
+
+    def __init__(self, data):
+        self.data, self.state, self.resumed = data, {"seed": 0, "position": 0}, False
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        if not self.resumed:
+            self.state = {"seed": int(torch.randint(1 << 30, ())), "position": 0}
+        self.resumed = False
+        generator = torch.Generator().manual_seed(self.state["seed"])
+        for number in torch.randperm(len(self.data), generator=generator).tolist()[self.state["position"] :]:
+            self.state["position"] += 1
+            yield [t.clone() for t in self.data[number]]
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.state, self.resumed = dict(state), 0 < state["position"] < len(self.data)
+
+
+class Random(Model):
+    """Everything that a checkpoint could lose: momenta, dropout, batch norm, random augmentation of three kinds."""
+
+    def __init__(self):
+        net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 5))
+        super().__init__(net, SSESAM(SPLIT), optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
+        self.fault = None
+        self.calls = 0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        batch[0].add_(0.1 * torch.randn(()) + 0.1 * np.random.rand())
+
+    def sample_losses(self, batch):
+        losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        self.calls += 1
+        if self.calls == self.fault:
+            raise ConnectionError("injected")
+        return losses
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]) + torch.rand(()))
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, BATCHES * EPOCHS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def data():
+    torch.manual_seed(5)
+    return [classification_batch() for _ in range(BATCHES)]
+
+
+def run(ckpt_path=None, fault=None, callbacks=(), accumulate=1, loader=None, **kwargs):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    model = Random()
+    if ckpt_path is not None:
+        # A process of another day.
+        torch.manual_seed(99)
+        np.random.seed(99)
+    model.fault = fault
+    one = trainer(
+        **{"max_epochs": EPOCHS, **kwargs},
+        callbacks=[StageSwitch(at=0.5), *callbacks],
+        accumulate_grad_batches=accumulate,
+        enable_checkpointing=True,
+        default_root_dir="unused",
+    )
+    loader = Stateful(data()) if loader is None else loader
+    try:
+        one.fit(model, loader, batches_loader(data()[:1]), ckpt_path=ckpt_path)
+    except ConnectionError:
+        return None
+    return model
+
+
+def assert_same_end(model, uninterrupted):
+    assert_same_bits(model.state_dict().values(), uninterrupted.state_dict().values())
+    ours, theirs = (m.trainer.optimizers[0].state_dict() for m in (model, uninterrupted))
+    for key, state in theirs["state"].items():
+        assert_same_bits(ours["state"][key].values(), state.values())
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert model.trainer.global_step == uninterrupted.trainer.global_step
+    assert model.objective.stage == uninterrupted.objective.stage == 2
+
+
+def checkpoints(folder="checkpoints", **options):
+    return ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_from_the_checkpoint_of_every_step(accumulate):
+    uninterrupted = run(accumulate=accumulate)
+    run(callbacks=[checkpoints(every_n_train_steps=1)], accumulate=accumulate)
+    files = list(Path("checkpoints").iterdir())
+    assert len(files) == EPOCHS * -(-BATCHES // accumulate)
+    for file in files:
+        assert_same_end(run(file, accumulate=accumulate), uninterrupted)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_from_the_checkpoint_of_an_exception(accumulate):
+    """In any forward of any step: clean or perturbed, in an epoch's first batch, while batches are accumulated."""
+    uninterrupted = run(accumulate=accumulate)
+    for fault in range(1, uninterrupted.calls + 1):
+        run(fault=fault, callbacks=[OnExceptionCheckpoint(".", f"at-{fault}")], accumulate=accumulate)
+        assert_same_end(run(f"at-{fault}.ckpt", accumulate=accumulate), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"every_n_epochs": 1}, {}),
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {}),
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {"limit_val_batches": 0}),
+        ({"every_n_train_steps": 1}, {"limit_val_batches": 0}),
+        ({"every_n_train_steps": 1}, {"val_check_interval": 2}),
+        ({"train_time_interval": timedelta(0)}, {"val_check_interval": 2, "accumulate": 3}),
+        ({"monitor": "val"}, {"val_check_interval": 2, "accumulate": 3}),
+        ({"monitor": "val"}, {"val_check_interval": 1, "accumulate": 2}),
+        ({"every_n_train_steps": 1}, {"max_steps": 12}),
+        ({"every_n_train_steps": 1}, {"limit_train_batches": 4, "check_val_every_n_epoch": 2}),
+    ],
+    ids=str,
+)
+def test_from_checkpoints_of_all_kinds(options, flags):
+    uninterrupted = run(**flags)
+    run(callbacks=[checkpoints(**options)], **flags)
+    files = list(Path("checkpoints").iterdir())
+    assert len(files) >= 3
+    for file in files:
+        assert_same_end(run(file, **flags), uninterrupted)
+
+
+@pytest.mark.parametrize("batch_idx", [0, 2, 4])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+def test_from_the_checkpoint_of_a_fault_elsewhere(hook, batch_idx):
+    class Fault(Callback):
+        pass
+
+    def fail(self, trainer, *args):
+        if trainer.global_step == 5 + batch_idx:
+            raise ConnectionError
+
+    setattr(Fault, hook, fail)
+    uninterrupted = run(accumulate=1)
+    run(callbacks=[Fault(), OnExceptionCheckpoint(".", "fault")])
+    assert_same_end(run("fault.ckpt"), uninterrupted)
+
+
+def test_scheduler_of_accumulation_in_the_middle_of_an_epoch():
+    def scheduler():
+        return GradientAccumulationScheduler({0: 1, 1: 3})
+
+    uninterrupted = run(callbacks=[scheduler()])
+    run(callbacks=[scheduler(), checkpoints(every_n_train_steps=1)])
+    for file in Path("checkpoints").iterdir():
+        assert_same_end(run(file, callbacks=[scheduler()]), uninterrupted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_a_shuffled_loader_from_the_end_of_an_epoch(workers):
+    def loader():
+        x, y = classification_batch(40)
+        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(0)
+    examples = loader()
+    uninterrupted = run(loader=examples)
+    for options in ({"every_n_epochs": 1}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}):
+        run(callbacks=[checkpoints(f"workers-{workers}", **options)], loader=examples)
+    files = list(Path(f"workers-{workers}").iterdir())
+    assert len(files) == 6
+    for file in files:
+        assert_same_end(run(file, loader=examples), uninterrupted)
+
+
+def test_with_the_stateful_loader_of_torchdata():
+    stateful_dataloader = pytest.importorskip("torchdata.stateful_dataloader")
+    x, y = classification_batch(40)
+
+    def loader():
+        # It draws the seed of its order when it is made.
+        torch.manual_seed(7)
+        return stateful_dataloader.StatefulDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+
+    uninterrupted = run(loader=loader())
+    run(callbacks=[checkpoints(every_n_train_steps=1)], loader=loader())
+    for file in Path("checkpoints").iterdir():
+        assert_same_end(run(file, loader=loader()), uninterrupted)
+    run(fault=20, callbacks=[OnExceptionCheckpoint(".", "fault")], loader=loader())
+    assert_same_end(run("fault.ckpt", loader=loader()), uninterrupted)
+
+
+def test_killed_process(tmp_path):
+    """Not an exception: the process is gone at once, in the middle of a pass."""
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        torch.set_num_threads(1)
+        import test_resume
+
+        class Killed(test_resume.Random):
+            def sample_losses(self, batch):
+                if self.calls == 24:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().sample_losses(batch)
+
+        test_resume.Random = Killed
+        test_resume.run(callbacks=[test_resume.checkpoints(every_n_train_steps=2)], accumulate=2)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    newest = max(Path("checkpoints").iterdir(), key=os.path.getmtime)
+    assert_same_end(run(newest, accumulate=2), run(accumulate=2))
+
+
+class TestContents:
+    def checkpoint(self, model, path, **kwargs):
+        batches = [classification_batch() for _ in range(4)]
+        return fit(model, batches, **kwargs).save_checkpoint(path)
+
+    def test_nothing_private_but_plain_values(self):
+        self.checkpoint(Model(objective=SSESAM(SPLIT)), "mixin.ckpt")
+        self.checkpoint(Automatic(), "plain.ckpt")
+        ours, plain = (torch.load(f"{name}.ckpt", weights_only=True) for name in ("mixin", "plain"))
+        assert ours.keys() == plain.keys()
+        assert ours["state_dict"].keys() == plain["state_dict"].keys()
+        assert ours["callbacks"].keys() == {"TrainerSupport"}
+        assert ours["callbacks"]["TrainerSupport"].keys() == {"random_states", "skipped_updates"}
+        assert str(ours["optimizer_states"][0]["state"].keys()) == str(plain["optimizer_states"][0]["state"].keys())
+        size = Path("mixin.ckpt").stat().st_size - Path("plain.ckpt").stat().st_size
+        assert size < 20_000
+
+    @pytest.mark.parametrize("kinds", [(Model, Automatic), (Automatic, Model)])
+    def test_loads_with_and_without_the_mixin(self, kinds):
+        first, second = kinds
+        model = first()
+        self.checkpoint(model, "first.ckpt")
+        state = torch.load("first.ckpt", weights_only=True)["state_dict"]
+        other = second()
+        other.load_state_dict(state, strict=True)
+        assert_same_bits(other.state_dict().values(), model.state_dict().values())
+        assert_same_bits(second.load_from_checkpoint("first.ckpt", strict=True).parameters(), model.parameters())
+
+    @pytest.mark.parametrize("kinds", [(Model, Automatic), (Automatic, Model)])
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_training_goes_on_with_and_without_the_mixin(self, kinds, accumulate):
+        """Momentum, counters and learning rates too."""
+
+        def scheduler(optimizer):
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        torch.manual_seed(0)
+        net, batches = mlp(), [classification_batch() for _ in range(4)]
+        first, second = (kind(copy.deepcopy(net), scheduler=scheduler) for kind in kinds)
+        options = {"accumulate_grad_batches": accumulate}
+        fit(first, batches, max_epochs=2, **options).save_checkpoint("first.ckpt")
+        resumed = fit(second, batches, max_epochs=3, ckpt_path="first.ckpt", **options)
+        whole = Automatic(net, scheduler=scheduler)
+        expected = fit(whole, batches, max_epochs=3, **options)
+        torch.testing.assert_close(second.net.state_dict(), whole.net.state_dict(), rtol=0, atol=1e-6)
+        assert resumed.global_step == expected.global_step
+        assert resumed.optimizers[0].param_groups[0]["lr"] == expected.optimizers[0].param_groups[0]["lr"]
+
+    def test_weights_of_an_exception_in_a_perturbed_pass_are_clean(self):
+        class Faulty(Model):
+            def sample_losses(self, batch):
+                if self.global_step == 2 and not self.in_clean_pass:
+                    raise ConnectionError
+                return super().sample_losses(batch)
+
+        batches = [classification_batch() for _ in range(4)]
+        net = mlp()
+        model, twin = Faulty(copy.deepcopy(net), SSESAM(SPLIT, 5.0, 5.0)), Model(net, SSESAM(SPLIT, 5.0, 5.0))
+        with pytest.raises(ConnectionError):
+            fit(model, batches, callbacks=[OnExceptionCheckpoint(".", "fault")], enable_checkpointing=True)
+        fit(twin, batches[:2])
+        saved = torch.load("fault.ckpt", weights_only=True)
+        assert_same_bits(saved["state_dict"].values(), twin.state_dict().values())
+        assert saved["global_step"] == 2
+
+
+def test_logged_steps_go_on():
+    def rows(logger):
+        with Path(logger.log_dir, "metrics.csv").open() as file:
+            return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+    for options in ({"callbacks": [checkpoints(every_n_train_steps=1)]}, {"fault": 16}, {"fault": 20}):
+        if "fault" in options:
+            options["callbacks"] = [OnExceptionCheckpoint("checkpoints", f"at-{options['fault']}")]
+        run(**options)
+    for file in Path("checkpoints").iterdir():
+        logger = CSVLogger("logs", name=file.stem)
+        begun = torch.load(file, weights_only=True)["global_step"]
+        run(file, logger=logger, log_every_n_steps=1)
+        if begun < 15:
+            assert rows(logger) == list(range(begun, 15)), file
