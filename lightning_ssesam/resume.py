@@ -35,6 +35,7 @@ class Resumption:
         self._before_iterator: State | None = None
         self._to_restore: State | None = None
         self._has_resumed = False
+        self._loader_states: list[Any] = []
 
     def mark(self, trainer: pl.Trainer) -> None:
         """Take note that no update is under way."""
@@ -58,6 +59,8 @@ class Resumption:
     def before_iterator(self, trainer: pl.Trainer) -> None:
         """Called before the run's first iterator over the data is made, which may draw random numbers."""
         if self._to_restore is not None:
+            if self._loader_states and _tells_epochs_apart(trainer):
+                _continue_order(trainer, self._loader_states)
             set_random_state(self._to_restore, trainer.strategy.root_device)
         self._before_iterator = get_random_state(trainer.strategy.root_device)
 
@@ -83,16 +86,23 @@ class Resumption:
         """Take what :meth:`state_dict` returned, for when the run begins."""
         self._to_restore = _from_plain(state)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take note of the loader's state in a checkpoint."""
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        self._loader_states = loops.get("state_dict", {}).get("combined_loader", [])
+
     def amend(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint one that Lightning resumes from exactly."""
-        loops, batches = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
+        loops = checkpoint["loops"]["fit_loop"]
+        begins_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         if self._mark is not None and self._is_under_way(trainer):
             self._rewind(loops)
+            begins_epoch = self._mark.batches_of_epoch == 0
         elif _awaits_validation(trainer):
             # Lightning would leave it out.
             _let_validation_run(loops)
-        if batches._num_ready_batches_reached() or loops["epoch_loop.batch_progress"]["current"]["ready"] == 0:
-            # The loader begins anew. It may hold more batches than the epoch has taken.
+        if begins_epoch and not _tells_epochs_apart(trainer):
+            # The loader begins anew, as after other checkpoints from the end of an epoch.
             loops["state_dict"].pop("combined_loader", None)
 
     def _rewind(self, loops: State) -> None:
@@ -102,8 +112,7 @@ class Resumption:
             progress["total"][name] = self._mark.total_batches
             progress["current"][name] = self._mark.batches_of_epoch
         progress["is_last_batch"] = False
-        if self._mark.loaders:
-            loops["state_dict"]["combined_loader"] = self._mark.loaders
+        loops["state_dict"]["combined_loader"] = self._mark.loaders if self._mark.total_batches > 0 else []
 
     def on_train_batch_start(self, trainer: pl.Trainer) -> None:
         """Called before a batch: Lightning may have counted a step when it resumed, for what it logs."""
@@ -128,6 +137,29 @@ def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
     """Whether the run is resumed from a checkpoint that was written after the last batch of an epoch."""
     epoch_loop = trainer.fit_loop.epoch_loop
     return bool(epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch)
+
+
+def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
+    """Whether the loader takes its state at the end of an epoch for the start of the next, as torchdata's does."""
+    loader: Any = trainer.fit_loop._combined_loader
+    loaders = [] if loader is None else loader.flattened
+    return all(type(one).__module__.startswith("torchdata.") for one in loaders) and all(
+        limit is None or limit == len(one) for one, limit in zip(loaders, loader.limits or [], strict=True)
+    )
+
+
+def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
+    """Go on with the order of a loader whose epoch has ended, which Lightning would begin with that of the first."""
+    loop: Any = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+    has_ended = progress.is_last_batch and progress.current.completed == progress.current.ready - 1
+    if loop.restarting and progress.current.ready > 0 and not has_ended:
+        return
+    loop._combined_loader._load_state_dicts(states)
+    loop._combined_loader_states_to_load = []
+    for loader in loop._combined_loader.flattened:
+        # This one has nothing left; the next is that of the new epoch.
+        iter(loader)
 
 
 def _awaits_validation(trainer: pl.Trainer) -> bool:

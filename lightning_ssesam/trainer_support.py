@@ -170,6 +170,7 @@ class TrainerSupport(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called before a checkpoint's counters are restored: count the steps made without the mixin too."""
+        self._resumption.on_load_checkpoint(checkpoint)
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
         manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")

@@ -237,11 +237,14 @@ def test_with_the_stateful_loader_of_torchdata():
         return stateful_dataloader.StatefulDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
 
     uninterrupted = run(loader=loader())
-    run(callbacks=[checkpoints(every_n_train_steps=1)], loader=loader())
-    for file in Path("checkpoints").iterdir():
+    for options in ({"every_n_train_steps": 1}, {"every_n_epochs": 1}, {"save_on_train_epoch_end": True}):
+        run(callbacks=[checkpoints(**options)], loader=loader())
+    for fault in range(1, uninterrupted.calls + 1, 3):
+        run(fault=fault, callbacks=[OnExceptionCheckpoint("checkpoints", f"at-{fault}")], loader=loader())
+    files = list(Path("checkpoints").iterdir())
+    assert len(files) >= 30
+    for file in files:
         assert_same_end(run(file, loader=loader()), uninterrupted)
-    run(fault=20, callbacks=[OnExceptionCheckpoint(".", "fault")], loader=loader())
-    assert_same_end(run("fault.ckpt", loader=loader()), uninterrupted)
 
 
 def test_killed_process(tmp_path):
