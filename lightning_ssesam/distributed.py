@@ -88,18 +88,23 @@ class Processes:
         gradients = [p.grad for p in params]
         for p in params:
             p.grad = None
+        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
         with torch.enable_grad():
             if self._ddp.find_unused_parameters:
-                # DDP looks for the parameters that take part in what it is given, in all processes.
-                used = [(p * g).sum() for p, g in zip(params, gradients, strict=True) if g is not None]
-                total = torch.stack(used).sum() if used else torch.zeros((), device=params[0].device)
+                # DDP looks for the parameters in the graph of what it is given.
+                total = torch.stack([(p * g).sum() for p, g in zip(params, whole, strict=True)]).sum()
                 prepare_for_backward(self._ddp, total)
-                if used:
-                    torch.autograd.backward(total)
+                torch.autograd.backward(total)
             else:
                 prepare_for_backward(self._ddp, params)
-                whole = [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
                 torch.autograd.backward(params, whole)
+        if self._ddp.find_unused_parameters:
+            used = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=params[0].device)
+            torch.distributed.all_reduce(used, torch.distributed.ReduceOp.MAX)
+            for p, is_used in zip(params, used.tolist(), strict=True):
+                if not is_used:
+                    # As in one process: an optimizer leaves parameters without a gradient alone.
+                    p.grad = None
 
     def all_agree(self, decision: bool) -> bool:
         """Return whether the decision of every process is True."""

@@ -344,8 +344,13 @@ def _norm(gradient: Gradients | None) -> Tensor:
     if not tensors:
         return torch.zeros(())
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
-    return norm.full_tensor() if _is_sharded(norm) else norm  # type: ignore[attr-defined]
+    if not _is_sharded(tensors[0]):
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
+        return norm
+    # Sharded tensors know no norm in another type than their own.
+    sharded: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.to(dtype) for t in tensors], 2)))
+    full: Tensor = sharded.full_tensor()
+    return full
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,0 +1,439 @@
+"""Two processes train what one does. They run all of `SCENARIOS` once; each test looks at one of them."""
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    OBJECTIVES,
+    SPLIT,
+    STRICT,
+    Automatic,
+    Model,
+    assert_same_bits,
+    batches_loader,
+    classification_batch,
+    convbn,
+    fit,
+    mlp,
+    naive_gradient,
+    sgd,
+    trainer,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_ssesam import SAM, SSESAM, StageSwitch
+
+pytestmark = STRICT
+
+WORLD = 2
+
+
+def data(shape=(8,), even=False):
+    """For every process, its batches: unequal numbers of samples and of tail samples, and none at all."""
+    torch.manual_seed(11)
+    every, head, tail = range(5), [0, 1, 2], [3, 4]
+    steps = [
+        (24, every, 24, every),
+        (24, every, 24, head),
+        (6, tail, 24, head),
+        (24, every, 5, every),
+        (8, tail, 9, tail),
+    ]
+    if not even:
+        steps.append((7, every, 0, every))
+    if even:
+        steps = [(24, kind, 24, other) for _, kind, _, other in steps]
+    pairs = [(classification_batch(n, shape, a), classification_batch(m, shape, b)) for n, a, m, b in steps]
+    return [[pair[rank] for pair in pairs] for rank in range(WORLD)]
+
+
+def unions(parts):
+    return [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*parts, strict=True)]
+
+
+def network(make=mlp):
+    torch.manual_seed(12)
+    return make()
+
+
+def train(rank, model, parts, strategy=None, **kwargs):
+    """Train in this process, with the others; return the module's state."""
+    strategy = strategy or DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
+    options = {"devices": WORLD, "strategy": strategy, "use_distributed_sampler": False, **kwargs}
+    run = trainer(**options)
+    run.fit(model, batches_loader(parts[rank]))
+    return {"state": {k: v.clone() for k, v in model.state_dict().items()}, "metrics": run.callback_metrics}
+
+
+def ddp(**kwargs):
+    return DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo", **kwargs)
+
+
+class Branches(Model):
+    """Tail samples take a branch of their own, which other processes and steps leave unused."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.branch = nn.Linear(5, 5)
+
+    def sample_losses(self, batch):
+        x, y = batch
+        logits = self.net(x)
+        tail = y >= 3
+        if bool(tail.any()):
+            logits = torch.where(tail[:, None], self.branch(logits), logits)
+        return F.cross_entropy(logits, y, reduction="none")
+
+
+def branches(objective, passes="auto"):
+    torch.manual_seed(13)
+    return Branches(network(), objective, passes)
+
+
+class Poisoned(Model):
+    """The loss of the second step is not a number, in one process alone."""
+
+    on_nonfinite = "skip"
+    poisoned = True
+
+    def sample_losses(self, batch):
+        losses = super().sample_losses(batch)
+        return losses * float("nan") if self.global_step == 1 and self.poisoned else losses
+
+
+def poisoned(rank):
+    model = Poisoned(network(), SSESAM(SPLIT))
+    model.poisoned = rank == 1
+    return train(rank, model, data()) | {"skipped": model.skipped_updates}
+
+
+def one_hot_in_one_process(rank):
+    parts = data()
+    parts[1] = [(x, F.one_hot(y, 5).double()) for x, y in parts[1]]
+    return train(rank, Model(network(), SSESAM(SPLIT)), parts)
+
+
+def reported(rank, ascent="global"):
+    model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
+    model.log_sharpness, model.ascent = True, ascent
+    return train(rank, model, [part[:1] for part in data()])
+
+
+def local(rank, objective, passes, strategy=None, parts=None):
+    model = Model(network(), OBJECTIVES[objective](), passes)
+    model.ascent = "local"
+    return train(rank, model, parts or data(even=True), strategy)
+
+
+class Dropping(Model):
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 5)), SSESAM(SPLIT))
+
+    def on_train_start(self):
+        # Every process draws numbers of its own.
+        if self.trainer.current_epoch == 0:
+            torch.manual_seed(20 + self.global_rank)
+
+
+def resumed(rank):
+    def run(**kwargs):
+        torch.manual_seed(14)
+        model, folder = Dropping(), kwargs.pop("folder", None)
+        callbacks = [StageSwitch(at=0.5)]
+        if folder:
+            callbacks.append(ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1))
+        one = trainer(
+            devices=WORLD,
+            strategy=ddp(),
+            use_distributed_sampler=False,
+            max_epochs=3,
+            callbacks=callbacks,
+            enable_checkpointing=True,
+        )
+        one.fit(model, batches_loader(data()[rank]), **kwargs)
+        return {k: v.clone() for k, v in model.state_dict().items()}
+
+    whole = run(folder="resumed")
+    return {"state": run(ckpt_path="resumed/epoch=0.ckpt"), "whole": whole}
+
+
+class Sharded(Model):
+    def configure_model(self):
+        for layer in (self.net[0], self.net[2]):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(rank, objective, ascent="global", passes="auto", parts=None, **kwargs):
+    model = Sharded(network(), OBJECTIVES[objective](), passes)
+    model.ascent = ascent
+    strategy = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    result = train(rank, model, parts or data(), strategy, **kwargs)
+    return result | {"state": {k: v.full_tensor() for k, v in model.state_dict().items()}}
+
+
+def raises(function, *args, **kwargs):
+    with pytest.raises(MisconfigurationException) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """What torch.nn.SyncBatchNorm does, which DDP refuses on a CPU: statistics of all processes, in both directions."""
+
+    def _check_input_dim(self, input):
+        pass
+
+    def forward(self, x):
+        count = torch.tensor([float(x.numel() // x.shape[1]) if len(x) else 0.0])
+        moments = torch.cat([x.sum((0, 2, 3)), (x**2).sum((0, 2, 3)), count])
+        moments = torch.distributed.nn.functional.all_reduce(moments)
+        mean, square = moments[:-1].view(2, -1) / moments[-1]
+        var = square - mean**2
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = var * moments[-1] / (moments[-1] - 1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        x = (x - mean.view(-1, 1, 1)) / torch.sqrt(var + self.eps).view(-1, 1, 1)
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def with_sync_batch_norm(rank, objective):
+    net = network(convbn)
+    net[1] = SyncedBatchNorm(4)
+    return train(rank, Model(net, OBJECTIVES[objective]()), data((3, 5, 5)))
+
+
+def automatic(rank):
+    return train(rank, Automatic(network()), data(even=True))
+
+
+# What each process does, given its rank.
+SCENARIOS = {
+    **{
+        f"{objective} {passes}": lambda rank, o=objective, p=passes: train(
+            rank, Model(network(), OBJECTIVES[o](), p), data()
+        )
+        for objective in OBJECTIVES
+        for passes in ("full", "split")
+    },
+    **{
+        f"local {objective} {passes}": lambda rank, o=objective, p=passes: local(rank, o, p)
+        for objective in ("SAM", "ImbSAM group", "SSESAM 1", "SSESAM 2")
+        for passes in ("full", "split")
+    },
+    "bucket views": lambda rank: train(
+        rank, Model(network(), SSESAM(SPLIT)), data(), ddp(gradient_as_bucket_view=True), max_epochs=2
+    ),
+    "small buckets": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), ddp(bucket_cap_mb=1e-4)),
+    "auto": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data()),
+    "unused full": lambda rank: train(rank, branches(SSESAM(SPLIT), "full"), data(), ddp(find_unused_parameters=True)),
+    "unused split": lambda rank: train(rank, branches(SSESAM(SPLIT)), data(), ddp(find_unused_parameters=True)),
+    "unused and not looked for": lambda rank: train(rank, branches(SSESAM(SPLIT)), data()),
+    "accumulated": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), accumulate_grad_batches=3),
+    "clipped": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), gradient_clip_val=0.05),
+    "switched": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), callbacks=[StageSwitch(step=2)]),
+    "sync batch norm SAM": lambda rank: with_sync_batch_norm(rank, "SAM"),
+    "sync batch norm SSESAM 1": lambda rank: with_sync_batch_norm(rank, "SSESAM 1"),
+    "poisoned": poisoned,
+    "one-hot": one_hot_in_one_process,
+    "reported": reported,
+    "reported local": lambda rank: reported(rank, "local"),
+    "resumed": resumed,
+    "automatic": automatic,
+    "ERM even": lambda rank: train(rank, Model(network()), data(even=True)),
+    **{f"sharded {objective}": lambda rank, o=objective: sharded(rank, o) for objective in OBJECTIVES},
+    "sharded accumulated": lambda rank: sharded(rank, "SSESAM 1", accumulate_grad_batches=3),
+    "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
+    "sharded local": lambda rank: raises(sharded, rank, "SAM", ascent="local"),
+    "sharded split": lambda rank: raises(sharded, rank, "SAM", passes="split"),
+    "static graph": lambda rank: raises(train, rank, Model(network(), SAM(0.1)), data(), ddp(static_graph=True)),
+}
+
+
+def work(rank, port):
+    """What `python -c` runs in each process."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            results[name] = scenario(rank)
+        except Exception:
+            # The other process waits in vain; it is told when this one has gone.
+            results[name] = traceback.format_exc()[:9] + traceback.format_exc()[-1500:]
+            break
+        finally:
+            torch.save(results, f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    processes = []
+    for rank in range(WORLD):
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        code += f"import test_distributed; test_distributed.work({rank}, {port})"
+        with (folder / f"{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=folder, stdout=log, stderr=log)
+            )
+    try:
+        for process in processes:
+            process.wait(timeout=240)
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"{rank}.log").read_text() for rank in range(WORLD)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    for rank, log in enumerate(logs):
+        last = list(found[rank])[-1]
+        if isinstance(found[rank][last], str) and found[rank][last].startswith("Traceback"):
+            pytest.fail(f"process {rank} in '{last}':\n{found[rank][last]}\n{log[-3000:]}")
+    return found
+
+
+def same_in_all(results, name):
+    first, *others = (result[name] for result in results)
+    for other in others:
+        assert_same_bits(first["state"].values(), other["state"].values())
+    return first
+
+
+def one_process(model, batches, **kwargs):
+    run = fit(model, batches, **kwargs)
+    return model.state_dict(), run
+
+
+def assert_close(state, expected, atol=1e-13):
+    torch.testing.assert_close(dict(state), dict(expected), rtol=0, atol=atol)
+
+
+@pytest.mark.usefixtures("float64")
+class TestDDP:
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    def test_equals_one_process(self, results, objective, passes):
+        expected, _ = one_process(Model(network(), OBJECTIVES[objective]()), unions(data()))
+        assert_close(same_in_all(results, f"{objective} {passes}")["state"], expected)
+
+    @pytest.mark.parametrize("name", ["auto", "small buckets", "one-hot"])
+    def test_equals_one_process_too(self, results, name):
+        expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()))
+        assert_close(same_in_all(results, name)["state"], expected)
+
+    def test_gradients_as_views_of_buckets(self, results):
+        expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()), max_epochs=2)
+        assert_close(same_in_all(results, "bucket views")["state"], expected)
+
+    @pytest.mark.parametrize("name", ["unused full", "unused split", "unused and not looked for"])
+    def test_parameters_that_some_processes_leave_unused(self, results, name):
+        expected, _ = one_process(branches(SSESAM(SPLIT)), unions(data()))
+        assert_close(same_in_all(results, name)["state"], expected)
+
+    def test_accumulation(self, results):
+        groups = [[batch for part in data() for batch in part[i : i + 3]] for i in (0, 3)]
+        expected, _ = one_process(
+            Model(network(), SSESAM(SPLIT)), [tuple(map(torch.cat, zip(*group, strict=True))) for group in groups]
+        )
+        assert_close(same_in_all(results, "accumulated")["state"], expected)
+
+    def test_clipping(self, results):
+        expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()), gradient_clip_val=0.05)
+        assert_close(same_in_all(results, "clipped")["state"], expected)
+
+    def test_stage_switch(self, results):
+        expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()), callbacks=[StageSwitch(step=2)])
+        assert_close(same_in_all(results, "switched")["state"], expected)
+
+    @pytest.mark.parametrize("objective", ["SAM", "SSESAM 1"])
+    def test_sync_batch_norm(self, results, objective):
+        model = Model(network(convbn), OBJECTIVES[objective]())
+        expected, _ = one_process(model, unions(data((3, 5, 5))))
+        assert_close(same_in_all(results, f"sync batch norm {objective}")["state"], expected, atol=1e-12)
+
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    @pytest.mark.parametrize("objective", ["SAM", "ImbSAM group", "SSESAM 1", "SSESAM 2"])
+    def test_local_ascent(self, results, objective, passes):
+        """Each process perturbs for its own batch, and the gradients are averaged."""
+        net = network()
+        optimizer = sgd(net.parameters())
+        for batches in zip(*data(even=True), strict=True):
+            gradients = [naive_gradient(net, OBJECTIVES[objective]().terms(y), x, y) for x, y in batches]
+            for p, *parts in zip(net.parameters(), *gradients, strict=True):
+                p.grad = sum(parts) / WORLD
+            optimizer.step()
+        expected = {f"net.{name}": value for name, value in net.state_dict().items()}
+        state = same_in_all(results, f"local {objective} {passes}")["state"]
+        assert_close(state, expected)
+        together = same_in_all(results, f"{objective} {passes}")["state"]
+        assert not torch.allclose(state["net.0.weight"], together["net.0.weight"], atol=1e-8)
+
+    def test_erm_equals_automatic_optimization(self, results):
+        assert_close(same_in_all(results, "ERM even")["state"], same_in_all(results, "automatic")["state"])
+
+    def test_one_process_with_a_bad_loss_skips_for_all(self, results):
+        expected, _ = one_process(
+            Model(network(), SSESAM(SPLIT)), [b for number, b in enumerate(unions(data())) if number != 1]
+        )
+        assert_close(same_in_all(results, "poisoned")["state"], expected)
+        assert [result["poisoned"]["skipped"] for result in results] == [1, 1]
+
+    def test_sharpness_is_that_of_the_whole_batch(self, results):
+        model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
+        model.log_sharpness = True
+        _, run = one_process(model, unions(data())[:1])
+        seen = results[0]["reported"]["metrics"]
+        for name in ("grad_norm", "grad_norm_head", "grad_norm_tail", "sharpness_head", "sharpness_tail"):
+            assert seen[f"train/{name}"].item() == pytest.approx(run.callback_metrics[f"train/{name}"].item(), rel=1e-6)
+        assert results[0]["reported local"]["metrics"]["train/sharpness_tail"] > 0
+
+    def test_resume_with_random_numbers_of_each_process(self, results):
+        resumed = same_in_all(results, "resumed")
+        assert_same_bits(resumed["state"].values(), resumed["whole"].values())
+
+    def test_static_graph_is_refused(self, results):
+        assert "cannot work with DDPStrategy(static_graph=True)" in results[0]["static graph"]
+
+
+@pytest.mark.usefixtures("float64")
+class TestFSDP2:
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    def test_equals_one_process(self, results, objective):
+        expected, _ = one_process(Model(network(), OBJECTIVES[objective]()), unions(data()))
+        assert_close(same_in_all(results, f"sharded {objective}")["state"], expected)
+
+    def test_accumulation(self, results):
+        assert_close(results[0]["sharded accumulated"]["state"], results[0]["accumulated"]["state"])
+
+    def test_clipping(self, results):
+        assert_close(results[0]["sharded clipped"]["state"], results[0]["clipped"]["state"])
+
+    def test_what_it_cannot_do_is_refused(self, results):
+        assert "`ascent='local'` cannot work with ModelParallelStrategy" in results[0]["sharded local"]
+        assert "`passes='split'` cannot work with ModelParallelStrategy" in results[0]["sharded split"]
+
+
+def test_other_strategies_are_refused(monkeypatch):
+    from lightning_ssesam.distributed import Processes
+
+    with pytest.raises(MisconfigurationException, match=r"cannot work with FSDPStrategy, .* Use strategy='ddp', or"):
+        Processes.check_supported(FSDPStrategy(), "global")
