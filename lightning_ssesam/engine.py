@@ -81,8 +81,6 @@ class SharpnessEngine:
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
 
-    # torch.compile(module) would compile the arithmetic too; a network that is compiled by itself stays compiled.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(
         self,
         batch: Sequence[MicroBatch],
@@ -344,13 +342,15 @@ def _norm(gradient: Gradients | None) -> Tensor:
     if not tensors:
         return torch.zeros(())
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    if not _is_sharded(tensors[0]):
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
-        return norm
-    # Sharded tensors know no norm in another type than their own.
-    sharded: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([t.to(dtype) for t in tensors], 2)))
-    full: Tensor = sharded.full_tensor()
-    return full
+    norms: list[Tensor] = []
+    if whole := [t for t in tensors if not _is_sharded(t)]:
+        norms += torch._foreach_norm(whole, 2, dtype)
+    if sharded := [t.to(dtype) for t in tensors if _is_sharded(t)]:
+        # One communication for all of them. They know no norm in another type than their own.
+        of_sharded: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sharded, 2)))
+        norms.append(of_sharded.full_tensor())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _local(tensor: Tensor) -> Tensor:

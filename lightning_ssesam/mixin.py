@@ -192,7 +192,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         gather = processes.gather if processes.size > 1 and self.ascent == "global" else None
         parts = terms_of_union(self.objective, targets, gather)
         checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
-        outcome: Outcome = self._sharpness_engine.compute(
+        return self._sharpness_engine.compute(
             [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
             self.parameters(),
             layers.buffers,
@@ -203,7 +203,6 @@ class SharpnessAwareMixin(pl.LightningModule):
             processes.all_agree if checks else None,
             self.log_sharpness,
         )
-        return outcome
 
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.

@@ -157,9 +157,10 @@ def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
         return
     loop._combined_loader._load_state_dicts(states)
     loop._combined_loader_states_to_load = []
-    for loader in loop._combined_loader.flattened:
-        # This one has nothing left; the next is that of the new epoch.
-        iter(loader)
+    if loop.restarting or getattr(loop, "is_resuming", False):
+        # This iterator has nothing left. The next is that of the new epoch, and Lightning makes just one.
+        for loader in loop._combined_loader.flattened:
+            iter(loader)
 
 
 def _awaits_validation(trainer: pl.Trainer) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -71,6 +72,9 @@ class TrainerSupport(Callback):
             config = torch._functorch.config
             self._undo_steps.append(partial(setattr, config, "donated_buffer", config.donated_buffer))
             config.donated_buffer = False
+        if "training_step" in vars(pl_module):
+            # torch.compile(module) would compile the arithmetic too; `forward` and the networks stay compiled.
+            self._replace(pl_module, "training_step", MethodType(type(pl_module).training_step, pl_module))
         self.module._is_supported = True
 
     @override

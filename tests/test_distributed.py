@@ -32,6 +32,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ssesam import SAM, SSESAM, StageSwitch
@@ -185,6 +186,34 @@ def sharded(rank, objective, ascent="global", passes="auto", parts=None, **kwarg
     return result | {"state": {k: v.full_tensor() for k, v in model.state_dict().items()}}
 
 
+class Divided(Model):
+    """Two layers divided among the processes, and one that each has for itself."""
+
+    def __init__(self, objective):
+        torch.manual_seed(15)
+        layers = [nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)]
+        # Multi-tensor optimizers take no mixture.
+        super().__init__(
+            nn.Sequential(*layers),
+            objective,
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=False),
+        )
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
+def tensor_parallel(rank, log_sharpness=False):
+    model = Divided(SSESAM(SPLIT))
+    model.log_sharpness = log_sharpness
+    strategy = ModelParallelStrategy(1, WORLD, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    result = train(rank, model, [unions(data())] * WORLD, strategy)
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
+    return result | {"state": state}
+
+
 def raises(function, *args, **kwargs):
     with pytest.raises(MisconfigurationException) as caught:
         function(*args, **kwargs)
@@ -256,13 +285,21 @@ SCENARIOS = {
     "resumed": resumed,
     "automatic": automatic,
     "ERM even": lambda rank: train(rank, Model(network()), data(even=True)),
-    **{f"sharded {objective}": lambda rank, o=objective: sharded(rank, o) for objective in OBJECTIVES},
-    "sharded accumulated": lambda rank: sharded(rank, "SSESAM 1", accumulate_grad_batches=3),
-    "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
-    "sharded local": lambda rank: raises(sharded, rank, "SAM", ascent="local"),
-    "sharded split": lambda rank: raises(sharded, rank, "SAM", passes="split"),
     "static graph": lambda rank: raises(train, rank, Model(network(), SAM(0.1)), data(), ddp(static_graph=True)),
 }
+
+# An older torch shards on a GPU only.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+if SHARDS_ON_CPU:
+    SCENARIOS |= {
+        **{f"sharded {objective}": lambda rank, o=objective: sharded(rank, o) for objective in OBJECTIVES},
+        "sharded accumulated": lambda rank: sharded(rank, "SSESAM 1", accumulate_grad_batches=3),
+        "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
+        "sharded local": lambda rank: raises(sharded, rank, "SAM", ascent="local"),
+        "sharded split": lambda rank: raises(sharded, rank, "SAM", passes="split"),
+        "tensor parallel": tensor_parallel,
+        "tensor parallel reported": lambda rank: tensor_parallel(rank, log_sharpness=True),
+    }
 
 
 def work(rank, port):
@@ -414,8 +451,9 @@ class TestDDP:
         assert "cannot work with DDPStrategy(static_graph=True)" in results[0]["static graph"]
 
 
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on a GPU only")
 @pytest.mark.usefixtures("float64")
-class TestFSDP2:
+class TestModelParallel:
     @pytest.mark.parametrize("objective", OBJECTIVES)
     def test_equals_one_process(self, results, objective):
         expected, _ = one_process(Model(network(), OBJECTIVES[objective]()), unions(data()))
@@ -426,6 +464,13 @@ class TestFSDP2:
 
     def test_clipping(self, results):
         assert_close(results[0]["sharded clipped"]["state"], results[0]["clipped"]["state"])
+
+    def test_tensor_parallel(self, results):
+        expected, run = one_process(Divided(SSESAM(SPLIT)), unions(data()))
+        assert_close(same_in_all(results, "tensor parallel")["state"], expected)
+        reported = same_in_all(results, "tensor parallel reported")
+        assert_close(reported["state"], expected)
+        assert run.callback_metrics["train/loss"].item() == pytest.approx(reported["metrics"]["train/loss"].item())
 
     def test_what_it_cannot_do_is_refused(self, results):
         assert "`ascent='local'` cannot work with ModelParallelStrategy" in results[0]["sharded local"]

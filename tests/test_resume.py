@@ -167,7 +167,7 @@ def test_from_the_checkpoint_of_an_exception(accumulate):
         ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {"limit_val_batches": 0}),
         ({"every_n_train_steps": 1}, {"limit_val_batches": 0}),
         ({"every_n_train_steps": 1}, {"val_check_interval": 2}),
-        ({"train_time_interval": timedelta(0)}, {"val_check_interval": 2, "accumulate": 3}),
+        ({"train_time_interval": timedelta(microseconds=1)}, {"val_check_interval": 2, "accumulate": 3}),
         ({"monitor": "val"}, {"val_check_interval": 2, "accumulate": 3}),
         ({"monitor": "val"}, {"val_check_interval": 1, "accumulate": 2}),
         ({"every_n_train_steps": 1}, {"max_steps": 12}),
