@@ -1,0 +1,19 @@
+"""The short form of benchmarks/soak.py."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from helpers import STRICT
+
+pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:.*")]
+
+
+def test_soak():
+    soak = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "soak.py"))["soak"]
+    alike, faults, memory = soak(600)
+    assert alike
+    assert faults["batches of NaN"] == 24
+    assert sum(number for kind, number in faults.items() if "perturbed" in kind) >= 3
+    # After the first Trainers the memory stays.
+    assert memory[-1] < memory[len(memory) // 2] + 20
