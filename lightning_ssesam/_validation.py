@@ -3,7 +3,9 @@
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
+
+Choice = TypeVar("Choice", bound=str)
 
 
 class Phrase(str):
@@ -46,7 +48,7 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
     """Return ``value`` if it is one of ``choices``, else raise ``ValueError``."""
     if not isinstance(value, str) or value not in choices:
         raise bad_argument(name, "one of " + ", ".join(repr(choice) for choice in choices), value)

@@ -94,6 +94,27 @@ def test_scheduler_and_optimizer_are_injected():
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 / 8)
 
 
+def test_scheduler_by_the_step():
+    model = LongTailClassifier(
+        COUNTS,
+        nn.Linear(8, 5),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        scheduler_interval="step",
+    )
+    run = trainer()
+    run.fit(model, batches_loader([classification_batch() for _ in range(3)]))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+def test_options_of_the_mixin():
+    options = {"passes": "full", "ascent": "local", "on_nonfinite": "raise", "log_sharpness": True}
+    model = LongTailClassifier(COUNTS, nn.Linear(8, 5), **options)
+    assert {name: getattr(model, name) for name in options} == options
+    run = trainer()
+    run.fit(model, batches_loader([classification_batch()]))
+    assert run.callback_metrics["train/grad_norm"] > 0
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_small_conv_net(norm):
     net = SmallConvNet(num_classes=7, in_channels=3, width=16, norm=norm)
@@ -131,6 +152,12 @@ def test_small_conv_net(norm):
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 3))(torch.ones(2, 8)),
             r"`backbone` to be a network with logits \(N, 2\), .* but got one with an output of shape \(2, 3\)",
+        ),
+        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), passes="half"), "`passes` to be one of 'auto', 'full'"),
+        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), on_nonfinite=1), "`on_nonfinite` to be one of 'ignore'"),
+        (
+            lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), scheduler_interval="batch"),
+            "one of 'epoch', 'step', but",
         ),
         (lambda: SmallConvNet(0), "`num_classes` to be an integer >= 1, but got 0"),
         (lambda: SmallConvNet(2, norm="layer"), "`norm` to be one of 'group', 'batch', but got 'layer'"),

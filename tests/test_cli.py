@@ -81,6 +81,34 @@ def test_everything_by_class_path():
     assert model["tail_below"] == 10
 
 
+def test_what_the_trainer_gives():
+    main(
+        [
+            "fit",
+            "--data=DigitsLT",
+            "--model.backbone=SmallConvNet",
+            "--model.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau",
+            "--model.scheduler.patience=0",
+            "--model.scheduler.threshold=1000.0",
+            "--model.scheduler_interval=step",
+            "--model.scheduler_monitor=train/loss",
+            "--model.log_sharpness=true",
+            "--model.on_nonfinite=skip",
+            "--trainer.gradient_clip_val=1.0",
+            "--trainer.accumulate_grad_batches=2",
+            "--trainer.limit_train_batches=8",
+            "--trainer.log_every_n_steps=1",
+            *QUICK,
+        ]
+    )
+    (metrics,) = Path().rglob("metrics.csv")
+    with metrics.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert rows[-1]["step"] == "3"
+    assert float(rows[-1]["train/sharpness_tail"]) != 0
+    assert float(rows[-1]["train/skipped_updates"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,5 +1,6 @@
 """The code in the README and the documentation runs, and does what it says beside it."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -40,6 +41,39 @@ def test_method(capsys):
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "docs" / "method.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), target
+
+
+def test_trainer_table_names_tests_that_are_there():
+    """Every row that promises something names a test, or a class or file of them."""
+    text = (ROOT / "docs" / "trainer.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 30
+    for feature, _, _, held_by in rows:
+        if "on_after_backward" in feature:
+            continue
+        (name,) = re.findall(r"^`(.*)`$", held_by.strip())
+        file, *path = name.split("::")
+        nodes = ast.parse((ROOT / "tests" / file).read_text()).body
+        for part in path:
+            (node,) = [node for node in nodes if getattr(node, "name", None) == part]
+            nodes = node.body
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["Local", "Careful", "Curious"])
+def test_trainer_page(name):
+    names = {}
+    exec(code_of("README.md") + code_of("docs/trainer.md"), names)
+    model = names[name](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
+    trainer = names["trainer"]
+    trainer.fit_loop.max_epochs = 10
+    trainer.fit(model, batches_loader([classification_batch()]))
+    extra = {
+        "Local": set(),
+        "Careful": {"train/skipped_updates"},
+        "Curious": {"train/sharpness_tail", "train/grad_norm_head", "train/grad_norm_tail", "train/grad_norm"},
+    }
+    assert extra[name] <= set(trainer.callback_metrics)

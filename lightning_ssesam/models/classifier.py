@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam._validation import Phrase, bad_argument, check_choice
 from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
@@ -35,12 +35,18 @@ class LongTailClassifier(SharpnessAwareMixin):
         objective: What to optimize, still without a split; ``SSESAM()`` by default.
         loss: Module ``(logits, targets) -> (N,)`` of unreduced losses; cross-entropy by default.
         optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 and momentum 0.9 by default.
-        scheduler: Makes a learning-rate scheduler, stepped every epoch, from the optimizer; none by default.
+        scheduler: Makes a learning-rate scheduler from the optimizer; none by default.
+        scheduler_interval: Whether the scheduler is stepped every ``"epoch"`` (default) or every ``"step"``.
+        scheduler_monitor: What a ``ReduceLROnPlateau`` looks at, such as ``"val/loss"``.
         tail_below: Tail classes have fewer training samples than this.
         tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples;
             0.2 if ``tail_below`` is not given either.
         many_above: Many-shot classes have more training samples than this.
         few_below: Few-shot classes have fewer training samples than this.
+        passes: As in :class:`~lightning_ssesam.SharpnessAwareMixin`, like the following.
+        ascent: Where several processes share a batch, ``"global"`` or ``"local"``.
+        on_nonfinite: ``"ignore"``, ``"skip"`` or ``"raise"``.
+        log_sharpness: Whether to log the sharpness of each term and gradient norms.
 
     Raises:
         ValueError: If the counts or thresholds are out of range, or the loss is reduced.
@@ -59,6 +65,12 @@ class LongTailClassifier(SharpnessAwareMixin):
         tail_fraction: float | None = None,
         many_above: int = 100,
         few_below: int = 20,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        scheduler_monitor: str | None = None,
+        passes: Literal["auto", "full", "split"] = "auto",
+        ascent: Literal["global", "local"] = "global",
+        on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
+        log_sharpness: bool = False,
     ) -> None:
         super().__init__()
         for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
@@ -79,6 +91,12 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.test_metrics = _make_metrics(self.split)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        interval = check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
+        self._scheduler_options = {"interval": interval, "monitor": scheduler_monitor}
+        self.passes = check_choice("passes", passes, ("auto", "full", "split"))
+        self.ascent = check_choice("ascent", ascent, ("global", "local"))
+        self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
+        self.log_sharpness = log_sharpness
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
@@ -122,7 +140,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer)}
+        scheduler: Any = {"scheduler": self._make_scheduler(optimizer), **self._scheduler_options}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: Literal["val", "test"]) -> None:
         inputs, targets = batch
