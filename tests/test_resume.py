@@ -35,6 +35,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ssesam import SSESAM, StageSwitch
 
@@ -228,13 +229,12 @@ def test_with_a_shuffled_loader_from_the_end_of_an_epoch(workers):
 
 
 def test_with_the_stateful_loader_of_torchdata():
-    stateful_dataloader = pytest.importorskip("torchdata.stateful_dataloader")
     x, y = classification_batch(40)
 
     def loader():
         # It draws the seed of its order when it is made.
         torch.manual_seed(7)
-        return stateful_dataloader.StatefulDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+        return StatefulDataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
 
     uninterrupted = run(loader=loader())
     for options in ({"every_n_train_steps": 1}, {"every_n_epochs": 1}, {"save_on_train_epoch_end": True}):

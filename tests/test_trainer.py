@@ -39,6 +39,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.optim.lr_scheduler import (
@@ -777,8 +778,6 @@ class TestOptimizers:
         assert_same_training(both(batches(5), optimizer=optimizer, max_epochs=2), atol=1e-5)
 
     def test_schedule_free(self):
-        schedulefree = pytest.importorskip("schedulefree")
-
         class Free:
             def on_train_epoch_start(self):
                 self.optimizers().train()
@@ -790,7 +789,7 @@ class TestOptimizers:
             on_train_end = on_validation_epoch_start
 
         def optimizer(params):
-            return schedulefree.AdamWScheduleFree(params, lr=0.01)
+            return AdamWScheduleFree(params, lr=0.01)
 
         ours, theirs = type("Free", (Free, Ours), {}), type("FreeAutomatic", (Free, Theirs), {})
         results = both(batches(5), optimizer=optimizer, ours=ours, theirs=theirs, max_epochs=2)
