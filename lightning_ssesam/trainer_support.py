@@ -55,6 +55,7 @@ class TrainerSupport(Callback):
         if stage != "fit" or pl_module is not self.module:
             return
         self._undo()
+        self._resumption = Resumption()
         epoch_loop = trainer.fit_loop.epoch_loop
         for owner, name in _asking_for_automatic_optimization(trainer):
             self._replace(owner, name, _as_if_automatic(getattr(owner, name), pl_module))

@@ -353,3 +353,27 @@ def test_logged_steps_go_on():
         run(file, logger=logger, log_every_n_steps=1)
         if begun < 15:
             assert rows(logger) == list(range(begun, 15)), file
+
+
+def test_checkpoint_that_is_only_looked_at_leaves_the_next_run_alone():
+    """`Trainer.test(ckpt_path=...)` hands the callbacks their states too."""
+
+    class Tested(Model):
+        def test_step(self, batch, batch_idx):
+            return self.sample_losses(batch).mean()
+
+    torch.manual_seed(0)
+    batches = batches_loader([classification_batch() for _ in range(2)])
+    model, one = Tested(nn.Sequential(nn.Dropout(0.5), mlp()), SSESAM(SPLIT)), trainer()
+    one.fit(model, batches)
+    one.save_checkpoint("end.ckpt")
+    before, ends = copy.deepcopy(model.state_dict()), []
+    for look in (False, True):
+        model.load_state_dict(before)
+        if look:
+            one.test(model, batches, ckpt_path="end.ckpt", verbose=False)
+        torch.manual_seed(1)
+        one.fit_loop.max_epochs += 1
+        one.fit(model, batches)
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert_same_bits(ends[0].values(), ends[1].values())

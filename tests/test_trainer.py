@@ -777,6 +777,15 @@ class TestOptimizers:
     def test_as_under_automatic_optimization(self, optimizer):
         assert_same_training(both(batches(5), optimizer=optimizer, max_epochs=2), atol=1e-5)
 
+    def test_parameters_that_it_is_not_given(self):
+        def last_layer(params):
+            return torch.optim.SGD(list(params)[2:], lr=0.1)
+
+        results = both(batches(3), optimizer=last_layer)
+        assert_same_training(results, atol=1e-6)
+        # They take part in the norm of a perturbation, and their gradients are freed with the others.
+        assert all(p.grad is None for p in results[0][0].parameters())
+
     def test_schedule_free(self):
         class Free:
             def on_train_epoch_start(self):
