@@ -290,7 +290,7 @@ def _as_if_automatic(function: Callable[..., Any], pl_module: pl.LightningModule
 
 @contextmanager
 def _automatic(pl_module: pl.LightningModule) -> Iterator[None]:
-    before, pl_module.automatic_optimization = pl_module.automatic_optimization, True
+    pl_module.automatic_optimization = True
     try:
         yield
     except RuntimeError as error:
@@ -301,4 +301,4 @@ def _automatic(pl_module: pl.LightningModule) -> Iterator[None]:
             " but it returned several. Use one optimizer with several parameter groups."
         ) from None
     finally:
-        pl_module.automatic_optimization = before
+        pl_module.automatic_optimization = False

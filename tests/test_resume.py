@@ -103,10 +103,10 @@ def data():
     return [classification_batch() for _ in range(BATCHES)]
 
 
-def run(ckpt_path=None, fault=None, callbacks=(), accumulate=1, loader=None, **kwargs):
+def run(ckpt_path=None, fault=None, callbacks=(), accumulate=1, loader=None, model=None, **kwargs):
     torch.manual_seed(3)
     np.random.seed(3)
-    model = Random()
+    model = model or Random()
     if ckpt_path is not None:
         # A process of another day.
         torch.manual_seed(99)
@@ -157,6 +157,9 @@ def test_from_the_checkpoint_of_an_exception(accumulate):
     uninterrupted = run(accumulate=accumulate)
     for fault in range(1, uninterrupted.calls + 1):
         run(fault=fault, callbacks=[OnExceptionCheckpoint(".", f"at-{fault}")], accumulate=accumulate)
+        progress = torch.load(f"at-{fault}.ckpt", weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        assert progress["current"]["ready"] < BATCHES
+        assert not progress["is_last_batch"]
         assert_same_end(run(f"at-{fault}.ckpt", accumulate=accumulate), uninterrupted)
 
 
@@ -199,6 +202,21 @@ def test_from_the_checkpoint_of_a_fault_elsewhere(hook, batch_idx):
     uninterrupted = run(accumulate=1)
     run(callbacks=[Fault(), OnExceptionCheckpoint(".", "fault")])
     assert_same_end(run("fault.ckpt"), uninterrupted)
+
+
+def test_same_module_goes_on_after_an_exception():
+    """With batches of the interrupted update still in it."""
+    uninterrupted, models = run(accumulate=3), []
+
+    class Failing(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            models.append(pl_module)
+            if trainer.global_step == 2 and batch_idx == 1:
+                assert len(pl_module._pending) == 1
+                raise ConnectionError
+
+    run(accumulate=3, callbacks=[Failing(), OnExceptionCheckpoint(".", "fault")])
+    assert_same_end(run("fault.ckpt", accumulate=3, model=models[0]), uninterrupted)
 
 
 def test_scheduler_of_accumulation_in_the_middle_of_an_epoch():
