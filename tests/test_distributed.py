@@ -61,6 +61,11 @@ def data(shape=(8,), even=False):
     return [[pair[rank] for pair in pairs] for rank in range(WORLD)]
 
 
+def head_only():
+    torch.manual_seed(16)
+    return [[classification_batch(24, classes=[0, 1, 2]) for _ in range(3)] for _ in range(WORLD)]
+
+
 def unions(parts):
     return [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*parts, strict=True)]
 
@@ -273,6 +278,9 @@ SCENARIOS = {
     "unused full": lambda rank: train(rank, branches(SSESAM(SPLIT), "full"), data(), ddp(find_unused_parameters=True)),
     "unused split": lambda rank: train(rank, branches(SSESAM(SPLIT)), data(), ddp(find_unused_parameters=True)),
     "unused and not looked for": lambda rank: train(rank, branches(SSESAM(SPLIT)), data()),
+    "unused everywhere": lambda rank: train(
+        rank, branches(SSESAM(SPLIT)), head_only(), ddp(find_unused_parameters=True)
+    ),
     "accumulated": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), accumulate_grad_batches=3),
     "clipped": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), gradient_clip_val=0.05),
     "switched": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), callbacks=[StageSwitch(step=2)]),
@@ -385,6 +393,15 @@ class TestDDP:
     def test_parameters_that_some_processes_leave_unused(self, results, name):
         expected, _ = one_process(branches(SSESAM(SPLIT)), unions(data()))
         assert_close(same_in_all(results, name)["state"], expected)
+
+    def test_parameters_that_all_processes_leave_unused(self, results):
+        """They have no gradient, so that weight decay does not move them."""
+        model = branches(SSESAM(SPLIT))
+        before = model.branch.weight.detach().clone()
+        expected, _ = one_process(model, unions(head_only()))
+        state = same_in_all(results, "unused everywhere")["state"]
+        assert_close(state, expected)
+        assert torch.equal(state["branch.weight"], before)
 
     def test_accumulation(self, results):
         groups = [[batch for part in data() for batch in part[i : i + 3]] for i in (0, 3)]

@@ -3,6 +3,7 @@
 import copy
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class Random(Model):
         self.calls = 0
 
     def on_train_batch_start(self, batch, batch_idx):
-        batch[0].add_(0.1 * torch.randn(()) + 0.1 * np.random.rand())
+        batch[0].add_(0.1 * torch.randn(()) + 0.1 * np.random.rand() + 0.1 * random.random())
 
     def sample_losses(self, batch):
         losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
@@ -103,14 +104,17 @@ def data():
     return [classification_batch() for _ in range(BATCHES)]
 
 
+def seed(number):
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(number)
+
+
 def run(ckpt_path=None, fault=None, callbacks=(), accumulate=1, loader=None, model=None, **kwargs):
-    torch.manual_seed(3)
-    np.random.seed(3)
+    seed(3)
     model = model or Random()
     if ckpt_path is not None:
         # A process of another day.
-        torch.manual_seed(99)
-        np.random.seed(99)
+        seed(99)
     model.fault = fault
     one = trainer(
         **{"max_epochs": EPOCHS, **kwargs},

@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     SequentialLR,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ssesam import SAM, SSESAM, ImbSAM, StageSwitch, Term
 
@@ -750,6 +752,29 @@ class TestLogging:
         assert set(fit(models[0], data).callback_metrics) == {"train/loss"}
         fit(models[1], data)
         assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    @pytest.mark.parametrize("log_sharpness", [False, True])
+    def test_does_not_wait_for_the_device(self, log_sharpness):
+        """Nothing of a full step becomes a Python number, but what is looked at because it is on a CPU."""
+
+        class Waits(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.aten._local_scalar_dense.default:
+                    frames = [frame for frame in traceback.extract_stack() if "lightning_ssesam" in frame.filename]
+                    waits.append(frames[-1].name)
+                return function(*args, **(kwargs or {}))
+
+        class Watched(Model):
+            def training_step(self, batch, batch_idx):
+                with Waits():
+                    return super().training_step(batch, batch_idx)
+
+        waits = []
+        model = Watched(objective=SSESAM(SPLIT), passes="full")
+        model.log_sharpness = log_sharpness
+        fit(model, batches(2))
+        assert set(waits) <= {"_check_class_indices", "<genexpr>"}
+        assert len(waits) == 4
 
     def test_stage(self):
         seen = []
