@@ -27,6 +27,11 @@ def pick_samples(item: Any, index: Tensor, size: int) -> Any:
     return apply_to_collection(item, Tensor, partial(pick_samples, index=index, size=size))
 
 
+def clone_tensors(batch: Any) -> Any:
+    """Return a batch to be kept, as a loader may write the next one into the same memory."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
 def describe(batch: Any) -> str:
     """Say what a batch is, for an error message."""
     if isinstance(batch, Mapping):

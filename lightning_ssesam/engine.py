@@ -50,7 +50,17 @@ class Outcome(NamedTuple):
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a step is infinite or not a number."""
+    """The loss or the gradient of a step is infinite or not a number.
+
+    Args:
+        message: What to say.
+        loss: The mean loss of the step, a detached scalar.
+
+    """
+
+    def __init__(self, message: str, loss: Tensor) -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 class SharpnessEngine:
@@ -70,6 +80,21 @@ class SharpnessEngine:
 
     def __init__(self) -> None:
         self.release()
+
+    def restored(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dictionary with the weights and buffers of before the step, if one is under way.
+
+        For checkpoints that are written in the middle of a pass, by the handler of a signal say.
+        """
+        saved = {**self._buffers.copies(), **self._weights.copies()}
+        if not saved:
+            return state
+        return {
+            name: saved.get((value.data_ptr(), value.shape), value)
+            if isinstance(value, Tensor) and not _is_sharded(value)
+            else value
+            for name, value in state.items()
+        }
 
     def release(self) -> None:
         """Free the scratch memory."""
@@ -142,7 +167,7 @@ class SharpnessEngine:
                 synchronize()
             norm = _norm(_gradients(params)) if report or check_finite else None
             if check_finite is not None and not check_finite(_are_finite(loss, norm)):
-                raise NonFiniteError("The loss or the gradient is infinite or not a number.")
+                raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
             self._weights.restore()
             self._buffers.restore()
@@ -325,7 +350,7 @@ def _ascend(params: list[Tensor], summand: _Summand) -> None:
     """Add ``rho * g / ||g||`` to the parameters; overwrites ``g``."""
     assert summand.gradient is not None
     assert summand.norm is not None
-    pairs = [(_local(p), _local(g)) for p, g in zip(params, summand.gradient, strict=True) if g is not None]
+    pairs = [(_local(p), _dense(_local(g))) for p, g in zip(params, summand.gradient, strict=True) if g is not None]
     if not pairs:
         return
     ascended, direction = [p for p, _ in pairs], [g for _, g in pairs]
@@ -338,7 +363,7 @@ def _ascend(params: list[Tensor], summand: _Summand) -> None:
 
 @torch.no_grad()
 def _norm(gradient: Gradients | None) -> Tensor:
-    tensors = [g for g in gradient or [] if g is not None]
+    tensors = [_as_real(g) for g in gradient or [] if g is not None]
     if not tensors:
         return torch.zeros(())
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -351,6 +376,16 @@ def _norm(gradient: Gradients | None) -> Tensor:
         norms.append(of_sharded.full_tensor())
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    tensor = _dense(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    # Embeddings may have sparse gradients. To go along them takes their dense form.
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -374,7 +409,7 @@ def _set_gradients(params: list[Tensor], gradients: Gradients | None) -> None:
 
 def _owned(gradient: Tensor | None) -> Tensor | None:
     # A view into a larger buffer (DDP's buckets) is overwritten by the next backward.
-    if gradient is None or gradient.untyped_storage().nbytes() == gradient.nbytes:
+    if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
         return gradient
     return gradient.clone()
 
@@ -402,6 +437,11 @@ class _Snapshot:
             torch._foreach_copy_(self._tensors, self._copies)
             torch.clear_autocast_cache()
 
+    def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
+        """Return clones of the copies, by the memory of their originals."""
+        pairs = zip(self._tensors, self._copies, strict=True) if self._tensors else ()
+        return {(t.data_ptr(), t.shape): copy.clone() for t, copy in pairs}
+
     def differs(self) -> bool:
         """Whether a tensor has another value than when it was saved."""
         return not all(torch.equal(t, c) for t, c in zip(self._tensors, self._copies, strict=True))
@@ -425,6 +465,10 @@ class _BufferSnapshot:
         for of, saved in self._bindings:
             of.update(saved)
         self._values.restore()
+
+    def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
+        """Return clones of the copies, by the memory of their originals."""
+        return self._values.copies()
 
     def differs(self) -> bool:
         """Whether a buffer is another tensor, or has another value, than when it was saved."""

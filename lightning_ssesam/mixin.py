@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_choice
-from lightning_ssesam.batches import describe, pick_samples, terms_of_union
+from lightning_ssesam.batches import clone_tensors, describe, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import Buffers, MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
 from lightning_ssesam.objectives import Objective
@@ -22,6 +22,7 @@ from lightning_ssesam.step_logs import StepLogs
 from lightning_ssesam.trainer_support import (
     TrainerSupport,
     accumulates,
+    between_forwards,
     count_step,
     has_scaler,
     is_compiled,
@@ -98,6 +99,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._step_logs = StepLogs()
         self._pending: list[Any] = []
         self.skipped_updates = 0
+        self._outer_dtype = torch.get_default_dtype()
+        self._is_pretending = False
         self._is_supported = False
         self._has_stepped = False
 
@@ -157,7 +160,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         them together. Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
 
         Returns:
-            The mean loss of the samples at the unperturbed weights, a detached scalar; None where nothing was updated.
+            The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept.
 
         """
         self._check_supported()
@@ -165,16 +168,23 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._step_logs.clear()
         if skips_backward(self.trainer):
             return self._forward_only(batch)
-        self._pending.append(batch)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            # An epoch that was cut short may have left some over.
+            self._pending.clear()
         if accumulates(self.trainer):
+            self._pending.append(clone_tensors(batch))
             return None
-        batches, self._pending = self._pending, []
+        batches, self._pending = [*self._pending, batch], []
+        with between_forwards(self.trainer, self._outer_dtype):
+            return self._update(batches, batch_idx)
+
+    def _update(self, batches: list[Any], batch_idx: int) -> Tensor:
         targets = [self.sample_targets(batch) for batch in batches]
         try:
             outcome = self._find_gradient(batches, targets)
-        except NonFiniteError:
-            self._skip_or_raise()
-            return None
+        except NonFiniteError as error:
+            self._skip_or_raise(error)
+            return error.loss
         finally:
             self._current_pass = None
         optimizer = self.optimizers()
@@ -194,7 +204,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._sharpness_engine.compute(
             [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
-            self.parameters(),
+            self._trained_parameters(),
             layers.buffers,
             processes.backward(partial(self._backward, share=len(batches) / self.trainer.accumulate_grad_batches)),
             self._choose_passes(layers, processes),
@@ -204,9 +214,16 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.log_sharpness,
         )
 
+    def _trained_parameters(self) -> list[Tensor]:
+        # An optimizer may train some that are not the module's.
+        groups = self.trainer.optimizers[0].param_groups
+        return list(dict.fromkeys([*self.parameters(), *(p for group in groups for p in group["params"])]))
+
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
-        self.manual_backward(loss if share == 1 else share * loss, retain_graph=retain_graph)
+        # An override of `backward` may know no arguments, and need none for a single term.
+        options = {"retain_graph": True} if retain_graph else {}
+        self.manual_backward(loss if share == 1 else share * loss, **options)
 
     def _losses_of(self, batch: Any) -> SampleLosses:
         def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:
@@ -214,7 +231,8 @@ class SharpnessAwareMixin(pl.LightningModule):
             # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
             self._current_pass = "perturbed" if perturbed else "clean"
             self._step_logs.samples = len(self.sample_targets(selected))
-            return self.sample_losses(selected)
+            with self.trainer.precision_plugin.train_step_context():
+                return self.sample_losses(selected)
 
         return sample_losses
 
@@ -227,12 +245,13 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._log_outcome(Outcome(loss), len(self.sample_targets(batch)))
         return loss
 
-    def _skip_or_raise(self) -> None:
+    def _skip_or_raise(self, error: NonFiniteError) -> None:
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"The loss or the gradient of step {self.global_step} is infinite or not a number. Weights, buffers and"
                 " optimizer are those from before the step. Look at the data of the step, lower the learning rate or"
-                " the radii, or set `on_nonfinite='skip'` to go on without such steps."
+                " the radii, or set `on_nonfinite='skip'` to go on without such steps.",
+                error.loss,
             ) from None
         self.skipped_updates += 1
         count_step(self.trainer)
@@ -273,6 +292,10 @@ class SharpnessAwareMixin(pl.LightningModule):
         names, number = self.objective.term_names, len(outcome.sharpness)
         return names if len(names) == number else [str(term) for term in range(number)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # No data in what is pickled or copied.
+        return {**super().__getstate__(), "_pending": []}
+
     # When a run starts.
 
     @override
@@ -283,16 +306,15 @@ class SharpnessAwareMixin(pl.LightningModule):
         """
         callbacks = super().configure_callbacks()
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            return callbacks
-        self._check_class()
-        self._has_stepped = False
-        self._pending = []
         attached: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, TrainerSupport) and callback.module is self for callback in attached):
             callbacks.append(TrainerSupport(self))
-        # Until TrainerSupport is set up: Lightning's next check would refuse to clip or to accumulate.
-        self.automatic_optimization = True
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_class()
+            self._has_stepped = False
+            self._pending = []
+            # Until TrainerSupport is set up: Lightning's next check would refuse to clip or to accumulate.
+            self.automatic_optimization = self._is_pretending = True
         return callbacks
 
     def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split"]:
@@ -316,6 +338,11 @@ class SharpnessAwareMixin(pl.LightningModule):
         return self.passes if layers.has_unknown_buffers else "split"
 
     def _check_supported(self) -> None:
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}.training_step` makes an update and needs `Trainer.fit` around it. Call"
+                " `sample_losses(batch)` for the losses of a batch."
+            )
         if not self._is_supported:
             self.automatic_optimization = False
             raise MisconfigurationException(
@@ -330,7 +357,7 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`{name}` uses SharpnessAwareMixin and must define `sample_losses(self, batch)`, which returns the"
                 " unreduced losses (N,) of a batch."
             )
-        if self.automatic_optimization:
+        if self.automatic_optimization and not self._is_pretending:
             raise MisconfigurationException(
                 f"`{name}` uses SharpnessAwareMixin, which optimizes manually: call `super().__init__()` in its"
                 " `__init__`, and do not set `automatic_optimization`."

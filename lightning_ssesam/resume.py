@@ -1,11 +1,13 @@
 """What makes a resumed run the same, bit for bit, as one that was never interrupted."""
 
+import copy
 import random
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 
 State = dict[str, Any]
 
@@ -52,8 +54,9 @@ class Resumption:
         self._mark = _Mark(
             trainer.fit_loop.epoch_loop.batch_progress.total.ready,
             batches_of_epoch,
-            [] if loader is None else loader._state_dicts(),
-            random_state or get_random_state(trainer.strategy.root_device),
+            # A loader may hand out what it goes on to change.
+            [] if loader is None else copy.deepcopy(loader._state_dicts()),
+            random_state or get_random_state(trainer),
         )
 
     def before_iterator(self, trainer: pl.Trainer) -> None:
@@ -61,13 +64,17 @@ class Resumption:
         if self._to_restore is not None:
             if self._loader_states and _tells_epochs_apart(trainer):
                 _continue_order(trainer, self._loader_states)
-            set_random_state(self._to_restore, trainer.strategy.root_device)
-        self._before_iterator = get_random_state(trainer.strategy.root_device)
+            for loader in _loaders(trainer):
+                # Lightning tells it the epoch after it has made the iterator.
+                progress: Any = trainer.fit_loop.epoch_progress.current
+                _set_sampler_epoch(loader, progress.processed)
+            set_random_state(self._to_restore, trainer)
+        self._before_iterator = get_random_state(trainer)
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Called after that: in the middle of an epoch its iterator was made long ago."""
         if self._to_restore is not None and not _uses_first_iterator(trainer):
-            set_random_state(self._to_restore, trainer.strategy.root_device)
+            set_random_state(self._to_restore, trainer)
         self._has_resumed = self._to_restore is not None
         self._to_restore = None
         self._mark_epoch(trainer)
@@ -80,7 +87,7 @@ class Resumption:
         """Return the random state, plain values and tensors."""
         if self._mark is not None and self._is_under_way(trainer):
             return _to_plain(self._mark.random_state)
-        return _to_plain(get_random_state(trainer.strategy.root_device))
+        return _to_plain(get_random_state(trainer))
 
     def load_state_dict(self, state: State) -> None:
         """Take what :meth:`state_dict` returned, for when the run begins."""
@@ -141,11 +148,17 @@ def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
 
 def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
     """Whether the loader takes its state at the end of an epoch for the start of the next, as torchdata's does."""
+    loaders = _loaders(trainer)
+    if not all(type(loader).__module__.startswith("torchdata.") for loader in loaders):
+        return False
+    combined: Any = trainer.fit_loop._combined_loader
+    limits = combined.limits or [None] * len(loaders)
+    return all(limit in (None, float("inf"), sized_len(loader)) for limit, loader in zip(limits, loaders, strict=True))
+
+
+def _loaders(trainer: pl.Trainer) -> list[Any]:
     loader: Any = trainer.fit_loop._combined_loader
-    loaders = [] if loader is None else loader.flattened
-    return all(type(one).__module__.startswith("torchdata.") for one in loaders) and all(
-        limit is None or limit == len(one) for one, limit in zip(loaders, loader.limits or [], strict=True)
-    )
+    return [] if loader is None else loader.flattened
 
 
 def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
@@ -181,21 +194,34 @@ def _let_validation_run(loops: State) -> None:
         validation[which] = {"ready": done + begun, "started": done + begun, "processed": done, "completed": done}
 
 
-def get_random_state(device: torch.device) -> State:
-    """Return the state of the random number generators of torch, Python and NumPy."""
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+def get_random_state(trainer: pl.Trainer) -> State:
+    """Return the state of the random number generators of torch, Python, NumPy, and those of the loader's own."""
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "loaders": [generator.get_state() for generator in _generators(trainer)],
+    }
+    if trainer.strategy.root_device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(trainer.strategy.root_device)
     return state
 
 
-def set_random_state(state: State, device: torch.device) -> None:
+def set_random_state(state: State, trainer: pl.Trainer) -> None:
     """Put back what :func:`get_random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    for generator, saved in zip(_generators(trainer), state["loaders"], strict=False):
+        generator.set_state(saved)
+    if trainer.strategy.root_device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)
+
+
+def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
+    owners = [owner for loader in _loaders(trainer) for owner in (loader, getattr(loader, "sampler", None))]
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list(dict.fromkeys(generator for generator in generators if isinstance(generator, torch.Generator)))
 
 
 def _to_plain(state: State) -> State:

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.trainer import call
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.distributed import Processes
+from lightning_ssesam.engine import NonFiniteError
 from lightning_ssesam.resume import Resumption
 
 if TYPE_CHECKING:
@@ -52,10 +55,12 @@ class TrainerSupport(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before the optimizers are made: put everything in its place."""
-        if stage != "fit" or pl_module is not self.module:
+        if stage != "fit":
             return
         self._undo()
         self._resumption = Resumption()
+        if pl_module is not self.module:
+            return
         epoch_loop = trainer.fit_loop.epoch_loop
         for owner, name in _asking_for_automatic_optimization(trainer):
             self._replace(owner, name, _as_if_automatic(getattr(owner, name), pl_module))
@@ -65,6 +70,8 @@ class TrainerSupport(Callback):
             (trainer.fit_loop, "_load_combined_loader_states", self._resumption.before_iterator),
         ]:
             self._replace(owner, name, _followed_by(getattr(owner, name), partial(afterwards, trainer)))
+        clean = _then(trainer.strategy.lightning_module_state_dict, self.module._sharpness_engine.restored)
+        self._replace(trainer.strategy, "lightning_module_state_dict", clean)
         # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.
         skip = epoch_loop.val_loop.increment_progress_to_evaluation_end
         self._replace(epoch_loop.val_loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
@@ -103,18 +110,24 @@ class TrainerSupport(Callback):
         """Called when counters and checkpoints are in place: go on with the random numbers of the checkpoint."""
         if pl_module is not self.module:
             return
+        self.module._outer_dtype = torch.get_default_dtype()
         self._resumption.on_train_start(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
+            if isinstance(callback, SpikeDetection) and trainer.accumulate_grad_batches > 1:
+                raise MisconfigurationException(
+                    "SpikeDetection looks at the loss of every batch, and with accumulate_grad_batches > 1"
+                    " SharpnessAwareMixin has one for all batches of an update. Use `on_nonfinite='skip'` instead, or"
+                    " do not accumulate."
+                )
             if isinstance(callback, GradientAccumulationScheduler):
                 # Lightning asks it when an epoch starts, and not when it is resumed in the middle.
                 callback.on_train_epoch_start(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before an epoch's first batch: forget batches that an epoch before it has left over."""
+        """Called before an epoch's first batch: no update is under way."""
         if pl_module is self.module:
-            self.module._pending.clear()
             self._resumption.on_train_epoch_start(trainer)
 
     @override
@@ -146,6 +159,8 @@ class TrainerSupport(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the random state of every process, and how many updates were skipped."""
         trainer = self.module.trainer
+        if not self._serves(trainer):
+            return {}
         own = self._resumption.state_dict(trainer)
         states: list[Any] = [own]
         if trainer.world_size > 1 and not self._has_failed:
@@ -156,7 +171,9 @@ class TrainerSupport(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned, for a training that goes on with it."""
+        if not self._serves(self.module.trainer):
+            return
         self.module.skipped_updates = int(state_dict["skipped_updates"])
         states = state_dict["random_states"]
         rank = self.module.trainer.global_rank
@@ -168,19 +185,25 @@ class TrainerSupport(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called when a checkpoint is written: make it one that resumes exactly."""
-        self._resumption.amend(trainer, checkpoint)
+        if self._serves(trainer):
+            self._resumption.amend(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called before a checkpoint's counters are restored: count the steps made without the mixin too."""
+        if not self._serves(trainer):
+            return
         self._resumption.on_load_checkpoint(checkpoint)
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
         manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
         if automatic and manual and manual["total"]["completed"] == 0:
             loops["epoch_loop.manual_optimization.optim_step_progress"] = automatic["optimizer"]["step"]
+
+    def _serves(self, trainer: pl.Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING and trainer.lightning_module is self.module
 
     # When a run ends.
 
@@ -193,7 +216,8 @@ class TrainerSupport(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Called when the run is interrupted, after which Lightning does not call :meth:`teardown`."""
         self._undo()
-        self._has_failed = True
+        # These two are raised in every process at once.
+        self._has_failed = not isinstance(exception, NonFiniteError | SIGTERMException)
 
     def _replace(self, owner: object, name: str, value: Any) -> None:
         own = vars(owner)
@@ -205,8 +229,9 @@ class TrainerSupport(Callback):
         while self._undo_steps:
             self._undo_steps.pop()()
         self._has_failed = False
-        self.module.automatic_optimization = False
+        self.module.automatic_optimization = self.module._is_pretending = False
         self.module._is_supported = False
+        self.module._pending.clear()
         self.module._sharpness_engine.release()
 
 
@@ -229,13 +254,32 @@ def count_step(trainer: pl.Trainer) -> None:
 
 def has_scaler(trainer: pl.Trainer) -> bool:
     """Whether a GradScaler looks after non-finite gradients."""
-    return getattr(trainer.precision_plugin, "scaler", None) is not None
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.is_enabled()
 
 
 def unscaled(trainer: pl.Trainer, norm: torch.Tensor) -> torch.Tensor:
     """Return a gradient's norm without the factor that a GradScaler has put into it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+
+
+@contextmanager
+def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
+    """Leave the precision of the training step, as automatic optimization does for backward passes and updates.
+
+    Args:
+        trainer: The Trainer.
+        dtype: The default dtype outside of the step.
+
+    """
+    inside = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast(trainer.strategy.root_device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(inside)
 
 
 def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
@@ -269,6 +313,10 @@ def _share_step_count(trainer: pl.Trainer) -> None:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether ``torch.compile`` has been called on a module."""
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def _then(function: Callable[[], Any], change: Callable[[Any], Any]) -> Callable[[], Any]:
+    return lambda: change(function())
 
 
 def _followed_by(function: Callable[..., Any], afterwards: Callable[[], None]) -> Callable[..., Any]:

@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
@@ -205,6 +206,14 @@ class TestAccumulation:
             p.grad = g
         sgd(net.parameters()).step()
         torch.testing.assert_close(list(model.parameters()), list(net.parameters()), rtol=0, atol=1e-14)
+
+    def test_dense_probabilities(self):
+        net = nn.Conv2d(3, 5, 3, padding=1)
+        data = [(torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4).softmax(1)) for _ in range(2)]
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
+        fit(models[0], data, accumulate_grad_batches=2)
+        fit(models[1], [union(data)])
+        torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=1e-14)
 
     def test_class_indices_and_probabilities_in_one_group(self):
         (x, y), net = classification_batch(), mlp()
@@ -610,6 +619,150 @@ class TestCallbacksAndFlags:
         assert (run.gradient_clip_val, run.accumulate_grad_batches) == (0.1, 2)
 
 
+class TestPlace:
+    """Where Lightning is when it calls what."""
+
+    def test_updates_and_backward_passes_are_outside_of_autocast(self):
+        seen = {}
+
+        def note(name):
+            seen.setdefault(name, set()).add((torch.is_autocast_enabled("cpu"), torch.get_default_dtype()))
+
+        class Noting(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                note("forward")
+                return x
+
+            @staticmethod
+            def backward(ctx, gradient):
+                note("backward")
+                return gradient
+
+        class Noted:
+            def on_before_optimizer_step(self, optimizer):
+                note("before step")
+
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+                note("step")
+                optimizer.step(closure=optimizer_closure)
+
+            def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+                note("zero")
+                optimizer.zero_grad()
+
+        ours, theirs = type("Ours", (Noted, Model), {}), type("Theirs", (Noted, Automatic), {})
+
+        class Net(nn.Linear):
+            def forward(self, x):
+                return Noting.apply(super().forward(x))
+
+        for precision in ("bf16-mixed", "64-true", "bf16-true"):
+            found = []
+            for kind in (ours, theirs):
+                seen.clear()
+                fit(kind(Net(8, 5)), batches(1), precision=precision)
+                found.append({name: set(places) for name, places in seen.items()})
+            assert found[0] == found[1], precision
+
+    def test_backward_of_ones_own(self):
+        def backward(self, loss):
+            loss.backward()
+
+        results = both(
+            batches(3),
+            ours=type("Ours", (Model,), {"backward": backward}),
+            theirs=type("Theirs", (Automatic,), {"backward": backward}),
+        )
+        assert_same_training(results, atol=1e-6)
+
+    def test_group_whose_last_batch_is_left_out(self):
+        class Leaving(Model):
+            def training_step(self, batch, batch_idx):
+                return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+        torch.manual_seed(0)
+        data, net = batches(6), mlp()
+        model, twin = Leaving(copy.deepcopy(net)), Model(net)
+        fit(model, data, accumulate_grad_batches=2)
+        fit(twin, data[2:], accumulate_grad_batches=2)
+        assert_same_bits(model.parameters(), twin.parameters())
+
+    def test_loader_that_writes_into_the_same_memory(self):
+        class Reusing:
+            def __init__(self, data):
+                self.data = data
+
+            def __len__(self):
+                return len(self.data)
+
+            def __iter__(self):
+                x, y = torch.empty(24, 8), torch.empty(24).long()
+                for new_x, new_y in self.data:
+                    yield x.copy_(new_x), y.copy_(new_y)
+
+        data, net = batches(4), mlp()
+        models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
+        fit(models[0], data, accumulate_grad_batches=2)
+        trainer(accumulate_grad_batches=2).fit(models[1], Reusing(data))
+        assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    def test_spike_detection(self):
+        model = Model()
+        model.on_nonfinite = "skip"
+        data = batches(3)
+        data[1][0][0] = math.nan
+        fit(model, data, callbacks=[SpikeDetection(warmup=10)])
+        with pytest.raises(MisconfigurationException, match="SpikeDetection looks at the loss of every batch"):
+            fit(Model(), data, callbacks=[SpikeDetection(warmup=10)], accumulate_grad_batches=2)
+
+    def test_step_without_a_trainer(self):
+        with pytest.raises(
+            MisconfigurationException, match=r"needs `Trainer.fit` around it. Call `sample_losses\(batch"
+        ):
+            Model().training_step(batches(1)[0], 0)
+
+    def test_goes_on_after_a_fault_in_configure_callbacks(self):
+        class Failing(Model):
+            fails = True
+
+            def configure_callbacks(self):
+                callbacks = super().configure_callbacks()
+                if self.fails:
+                    raise ConnectionError
+                return callbacks
+
+        model = Failing()
+        with pytest.raises(ConnectionError):
+            fit(model, batches(1))
+        model.fails = False
+        assert fit(model, batches(1)).global_step == 1
+
+    def test_no_data_stays_in_the_module(self):
+        class Failing(Model):
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                self.copied = copy.deepcopy(self)
+                raise ConnectionError
+
+        model = Failing()
+        with pytest.raises(ConnectionError):
+            fit(model, batches(2), accumulate_grad_batches=2)
+        assert model._pending == model.copied._pending == []
+
+    def test_tests_with_a_checkpoint_ask_for_no_callback(self, recwarn):
+        class Tested(Model):
+            def test_step(self, batch, batch_idx):
+                return self.sample_losses(batch).mean()
+
+        model = Tested()
+        model.on_nonfinite = "skip"
+        fit(model, batches(1)).save_checkpoint("end.ckpt")
+        model.skipped_updates = 7
+        trainer().test(model, batches_loader(batches(1)), ckpt_path="end.ckpt", verbose=False)
+        assert model.skipped_updates == 7
+        assert not [w for w in recwarn if "TrainerSupport" in str(w.message)]
+
+
 class TestNonFinite:
     """The third batch is bad: without `on_nonfinite` it would spoil everything."""
 
@@ -674,6 +827,14 @@ class TestNonFinite:
         results = both(self.data(math.nan), convbn())
         for model, _ in results:
             assert not model.net[0].weight.isfinite().any()
+
+    def test_scaler_that_is_switched_off(self):
+        model = Model(convbn(), SAM(0.1))
+        model.on_nonfinite = "skip"
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        fit(model, self.data(math.nan), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        assert model.skipped_updates == 1
+        assert all(p.isfinite().all() for p in model.parameters())
 
     def test_left_to_the_scaler(self):
         model = Model(convbn(), SAM(0.1))
@@ -776,6 +937,22 @@ class TestLogging:
         assert set(waits) <= {"_check_class_indices", "<genexpr>"}
         assert len(waits) == 4
 
+    def test_values_of_the_clean_pass_and_sizes_of_ones_own(self):
+        class Own(Model):
+            def __init__(self):
+                super().__init__(objective=SSESAM(SPLIT), passes="full")
+                self.register_buffer("level", torch.zeros(()))
+
+            def sample_losses(self, batch):
+                self.level.fill_(1.0 if self.in_clean_pass else 2.0)
+                self.log("level", self.level)
+                self.log("weighted", float(len(batch[1])), batch_size=1, on_epoch=True)
+                return super().sample_losses(batch)
+
+        seen = fit(Own(), [*batches(1), *batches(1, n=8)]).callback_metrics
+        assert seen["level"] == 1
+        assert seen["weighted_epoch"] == 16
+
     def test_stage(self):
         seen = []
 
@@ -801,6 +978,76 @@ class TestOptimizers:
     )
     def test_as_under_automatic_optimization(self, optimizer):
         assert_same_training(both(batches(5), optimizer=optimizer, max_epochs=2), atol=1e-5)
+
+    def test_parameters_that_are_not_the_modules(self):
+        def extended(kind):
+            class Extended(kind):
+                def configure_optimizers(self):
+                    return torch.optim.SGD([*self.parameters(), self.extra[0]], lr=0.1)
+
+                def forward(self, x):
+                    return self.inner(x) * self.extra[0]
+
+            def make(net, **kwargs):
+                model = Extended(net)
+                model.extra, model.inner = [nn.Parameter(torch.ones(5))], [net]
+                model.net.register_forward_hook(lambda module, args, output: output * model.extra[0])
+                return model
+
+            return make
+
+        (ours, _), (theirs, _) = both(batches(3), ours=extended(Model), theirs=extended(Automatic))
+        torch.testing.assert_close(ours.extra[0], theirs.extra[0], rtol=0, atol=1e-6)
+        models = []
+        for rho in (0.0, 1e-9):
+            torch.manual_seed(0)
+            model = extended(Model)(mlp())
+            model.objective = SAM(rho)
+            fit(model, batches(3))
+            models.append(model.extra[0])
+        torch.testing.assert_close(*models, rtol=0, atol=1e-6)
+
+    def test_sparse_gradients(self):
+        class Words(nn.Module):
+            def __init__(self, sparse):
+                super().__init__()
+                self.embedding, self.head = nn.Embedding(20, 8, sparse=sparse), nn.Linear(8, 5)
+
+            def forward(self, x):
+                return self.head(self.embedding(x).mean(1))
+
+        data = [(torch.randint(20, (24, 3)), torch.randint(5, (24,))) for _ in range(3)]
+        for objective in ("ERM", "SSESAM 1", "SSESAM 2"):
+            nets = [Words(True), Words(False)]
+            nets[1].load_state_dict(nets[0].state_dict())
+            for net in nets:
+                model = Model(net, OBJECTIVES[objective](), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+                model.log_sharpness = True
+                fit(model, data)
+            torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=1e-6)
+
+    def test_complex_parameters(self):
+        class Rotating(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(8, 5, dtype=torch.complex64))
+
+            def forward(self, x):
+                return (x.to(torch.complex64) @ self.weight).abs()
+
+        class Real(nn.Module):
+            def __init__(self, weight):
+                super().__init__()
+                self.weight = nn.Parameter(torch.view_as_real(weight.detach()).clone())
+
+            def forward(self, x):
+                return (x.to(torch.complex64) @ torch.view_as_complex(self.weight)).abs()
+
+        data, net = batches(3), Rotating()
+        models = [Model(net, SSESAM(SPLIT)), Model(Real(net.weight), SSESAM(SPLIT))]
+        for model in models:
+            fit(model, data)
+        torch.testing.assert_close(torch.view_as_real(net.weight), models[1].net.weight, rtol=0, atol=1e-5)
 
     def test_parameters_that_it_is_not_given(self):
         def last_layer(params):
