@@ -27,7 +27,7 @@ from helpers import (
     sgd,
     trainer,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -124,6 +124,27 @@ def poisoned(rank):
     model = Poisoned(network(), SSESAM(SPLIT))
     model.poisoned = rank == 1
     return train(rank, model, data()) | {"skipped": model.skipped_updates}
+
+
+def poisoned_loss(rank):
+    """The loss is infinite in one process, and no gradient shows it to the other."""
+
+    class Infinite(Poisoned):
+        def sample_losses(self, batch):
+            losses = Model.sample_losses(self, batch)
+            return losses + float("inf") if self.global_step == 1 and self.poisoned else losses
+
+    model = Infinite(network(), SSESAM(SPLIT))
+    model.poisoned = rank == 1
+    return train(rank, model, data()) | {"skipped": model.skipped_updates}
+
+
+def raised(rank):
+    model = Poisoned(network(), SSESAM(SPLIT))
+    model.on_nonfinite, model.poisoned = "raise", rank == 1
+    with pytest.raises(FloatingPointError):
+        train(rank, model, data(), callbacks=[OnExceptionCheckpoint("raised", "end")], enable_checkpointing=True)
+    return len(torch.load("raised/end.ckpt", weights_only=True)["callbacks"]["TrainerSupport"]["random_states"])
 
 
 def one_hot_in_one_process(rank):
@@ -287,6 +308,8 @@ SCENARIOS = {
     "sync batch norm SAM": lambda rank: with_sync_batch_norm(rank, "SAM"),
     "sync batch norm SSESAM 1": lambda rank: with_sync_batch_norm(rank, "SSESAM 1"),
     "poisoned": poisoned,
+    "poisoned loss": poisoned_loss,
+    "raised": raised,
     "one-hot": one_hot_in_one_process,
     "reported": reported,
     "reported local": lambda rank: reported(rank, "local"),
@@ -444,12 +467,16 @@ class TestDDP:
     def test_erm_equals_automatic_optimization(self, results):
         assert_close(same_in_all(results, "ERM even")["state"], same_in_all(results, "automatic")["state"])
 
-    def test_one_process_with_a_bad_loss_skips_for_all(self, results):
+    def test_exception_in_all_processes_saves_the_random_state_of_all(self, results):
+        assert [result["raised"] for result in results] == [2, 2]
+
+    @pytest.mark.parametrize("name", ["poisoned", "poisoned loss"])
+    def test_one_process_with_a_bad_loss_skips_for_all(self, results, name):
         expected, _ = one_process(
             Model(network(), SSESAM(SPLIT)), [b for number, b in enumerate(unions(data())) if number != 1]
         )
-        assert_close(same_in_all(results, "poisoned")["state"], expected)
-        assert [result["poisoned"]["skipped"] for result in results] == [1, 1]
+        assert_close(same_in_all(results, name)["state"], expected)
+        assert [result[name]["skipped"] for result in results] == [1, 1]
 
     def test_sharpness_is_that_of_the_whole_batch(self, results):
         model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))

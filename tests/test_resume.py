@@ -35,7 +35,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ssesam import SSESAM, StageSwitch
@@ -65,7 +65,8 @@ class Stateful:
             yield [t.clone() for t in self.data[number]]
 
     def state_dict(self):
-        return dict(self.state)
+        # The very object that it goes on to change.
+        return self.state
 
     def load_state_dict(self, state):
         self.state, self.resumed = dict(state), 0 < state["position"] < len(self.data)
@@ -267,6 +268,89 @@ def test_with_the_stateful_loader_of_torchdata():
     assert len(files) >= 30
     for file in files:
         assert_same_end(run(file, loader=loader()), uninterrupted)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_with_a_sampler_for_several_processes(kind):
+    """Which Lightning puts in under DDP: its order depends on the number of the epoch."""
+    x, y = classification_batch(40)
+
+    def loader():
+        torch.manual_seed(7)
+        dataset = TensorDataset(x, y)
+        return kind(dataset, batch_size=8, sampler=DistributedSampler(dataset, num_replicas=1, rank=0))
+
+    every = {"every_n_train_steps": 1} if kind is StatefulDataLoader else {"every_n_epochs": 1}
+    uninterrupted = run(loader=loader())
+    for options in (every, {"every_n_epochs": 1, "save_on_train_epoch_end": True}):
+        run(callbacks=[checkpoints(**options)], loader=loader())
+    for file in Path("checkpoints").iterdir():
+        assert_same_end(run(file, loader=loader()), uninterrupted)
+
+
+def test_with_a_generator_of_the_loaders_own():
+    x, y = classification_batch(40)
+
+    def loader():
+        generator = torch.Generator().manual_seed(7)
+        return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=generator)
+
+    uninterrupted = run(loader=loader())
+    for options in ({"every_n_epochs": 1}, {"every_n_epochs": 1, "save_on_train_epoch_end": True}):
+        run(callbacks=[checkpoints(**options)], loader=loader())
+    for file in Path("checkpoints").iterdir():
+        assert_same_end(run(file, loader=loader()), uninterrupted)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_data_without_length_in_a_stateful_loader(limit):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(x[0], y[0]) for x, y in data()] * 8)
+
+    def loader():
+        return StatefulDataLoader(Endless(), batch_size=8)
+
+    flags = {"max_steps": 10, "max_epochs": -1, "limit_train_batches": limit}
+    run(callbacks=[checkpoints(every_n_train_steps=2)], loader=loader(), **flags)
+    for file in Path("checkpoints").iterdir():
+        assert run(file, loader=loader(), **flags).trainer.global_step == 10
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_checkpoint_that_is_written_within_a_pass(number):
+    """As by the handler of a signal, which SLURM sends."""
+
+    class Saving(Random):
+        def sample_losses(self, batch):
+            if self.calls == number:
+                self.trainer.save_checkpoint("signal.ckpt", weights_only=number == 0)
+                self.trainer.save_checkpoint("signal.ckpt")
+            return super().sample_losses(batch)
+
+    seed(3)
+    model = Saving()
+    uninterrupted = run(model=model)
+    assert_same_end(run("signal.ckpt"), uninterrupted)
+
+
+def test_plain_module_after_one_with_the_mixin():
+    """On the same Trainer: its checkpoints are its own."""
+    torch.manual_seed(0)
+    batches = batches_loader([classification_batch() for _ in range(5)])
+    saved = []
+    for first in (Model, Automatic):
+        one = trainer(enable_checkpointing=True, callbacks=[checkpoints(first.__name__, every_n_train_steps=1)])
+        one.fit(first(), batches)
+        one.fit_loop.max_epochs = 2
+        one.fit(Automatic(), batches)
+        paths = sorted(Path(first.__name__).glob("epoch=1-*"))
+        saved.append([torch.load(path, weights_only=True) for path in paths])
+    for ours, plain in zip(*saved, strict=True):
+        progress = [state["loops"]["fit_loop"]["epoch_loop.batch_progress"] for state in (ours, plain)]
+        assert progress[0] == progress[1]
+        assert ours["callbacks"].keys() == plain["callbacks"].keys()
+    assert len(saved[0]) == 5
 
 
 def test_killed_process(tmp_path):
