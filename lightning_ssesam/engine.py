@@ -9,10 +9,16 @@ from torch import Tensor
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_radius
 from lightning_ssesam.objectives import Term
+from lightning_ssesam.snapshots import (
+    Buffers,
+    BufferSnapshot,
+    Snapshot,
+    set_torch_random_state,
+    torch_random_state,
+)
 
 SampleLosses = Callable[[Tensor | None, bool], Tensor]
 Gradients = list[Tensor | None]
-Buffers = dict[str, Tensor | None]
 
 
 class MicroBatch(NamedTuple):
@@ -98,9 +104,9 @@ class SharpnessEngine:
 
     def release(self) -> None:
         """Free the scratch memory."""
-        self._weights = _Snapshot()
-        self._buffers = _BufferSnapshot()
-        self._clean_buffers = _BufferSnapshot()
+        self._weights = Snapshot()
+        self._buffers = BufferSnapshot()
+        self._clean_buffers = BufferSnapshot()
         self._forward_moves_buffers: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,7 +159,7 @@ class SharpnessEngine:
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", Phrase("none"))
         model = _Model(params, backward, params[0].device)
-        gradients, random_state = _gradients(params), _random_state(model.device)
+        gradients, random_state = _gradients(params), torch_random_state(model.device)
         self._buffers.save(buffers)
         try:
             _set_gradients(params, None)
@@ -172,7 +178,7 @@ class SharpnessEngine:
             self._weights.restore()
             self._buffers.restore()
             _set_gradients(params, gradients)
-            _set_random_state(random_state, model.device)
+            set_torch_random_state(random_state, model.device)
             raise
         finally:
             self._weights.forget()
@@ -196,7 +202,7 @@ class SharpnessEngine:
                 summand.norm = _norm(summand.gradient)
         if not any(summand.rho > 0 for summand in summands):
             return
-        random_state = _random_state(model.device)
+        random_state = torch_random_state(model.device)
         self._clean_buffers.save(buffers)
         self._weights.save([_local(p) for p in model.params])
         for summand in summands:
@@ -206,13 +212,13 @@ class SharpnessEngine:
             # The direction is not needed any more; the passes need its memory.
             summand.gradient = None
             for one in summand.passes:
-                _set_random_state(one.random_state, model.device)
+                set_torch_random_state(one.random_state, model.device)
                 loss = _weighted_sum(one.sample_losses(one.index, True), one.weights)
                 model.backward(loss, retain_graph=False)
                 summand.sharpness = summand.sharpness + loss.detach()
                 self._clean_buffers.restore()
             self._weights.restore()
-        _set_random_state(random_state, model.device)
+        set_torch_random_state(random_state, model.device)
 
 
 @dataclass
@@ -270,7 +276,7 @@ def _clean_passes(model: _Model, batch: Sequence[MicroBatch], summands: list[_Su
     sums, count = [], 0
     for part in batch:
         for index, shares in _forwards([summand.weights(part.terms) for summand in summands], split):
-            random_state = _random_state(model.device)
+            random_state = torch_random_state(model.device)
             losses = part.sample_losses(index, False)
             for left, (number, weights) in zip(reversed(range(len(shares))), shares, strict=True):
                 summand = summands[number]
@@ -412,95 +418,3 @@ def _owned(gradient: Tensor | None) -> Tensor | None:
     if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
         return gradient
     return gradient.clone()
-
-
-class _Snapshot:
-    """Copies of tensors, to be written back bit for bit. The storage is used again by the next ``save``."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._copies: list[Tensor] = []
-
-    @torch.no_grad()
-    def save(self, tensors: list[Tensor]) -> None:
-        self.forget()
-        if [_layout(t) for t in tensors] != [_layout(c) for c in self._copies]:
-            self._copies = [torch.empty_like(t) for t in tensors]
-        if tensors:
-            torch._foreach_copy_(self._copies, tensors)
-        self._tensors = tensors
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Write the copies back, if there are any since the last :meth:`forget`."""
-        if self._tensors:
-            torch._foreach_copy_(self._tensors, self._copies)
-            torch.clear_autocast_cache()
-
-    def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
-        """Return clones of the copies, by the memory of their originals."""
-        pairs = zip(self._tensors, self._copies, strict=True) if self._tensors else ()
-        return {(t.data_ptr(), t.shape): copy.clone() for t, copy in pairs}
-
-    def differs(self) -> bool:
-        """Whether a tensor has another value than when it was saved."""
-        return not all(torch.equal(t, c) for t, c in zip(self._tensors, self._copies, strict=True))
-
-    def forget(self) -> None:
-        self._tensors = []
-
-
-class _BufferSnapshot:
-    """The same for buffers, which a layer may also replace by other tensors."""
-
-    def __init__(self) -> None:
-        self._values = _Snapshot()
-        self._bindings: list[tuple[Buffers, Buffers]] = []
-
-    def save(self, buffers: list[Buffers]) -> None:
-        self._values.save([t for of in buffers for t in of.values() if t is not None and not _overlaps_itself(t)])
-        self._bindings = [(of, dict(of)) for of in buffers]
-
-    def restore(self) -> None:
-        for of, saved in self._bindings:
-            of.update(saved)
-        self._values.restore()
-
-    def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
-        """Return clones of the copies, by the memory of their originals."""
-        return self._values.copies()
-
-    def differs(self) -> bool:
-        """Whether a buffer is another tensor, or has another value, than when it was saved."""
-        rebound = any(of[name] is not t for of, saved in self._bindings for name, t in saved.items())
-        return rebound or self._values.differs()
-
-    def any(self) -> bool:
-        """Whether there is any buffer."""
-        return any(t is not None for _, saved in self._bindings for t in saved.values())
-
-    def forget(self) -> None:
-        self._values.forget()
-        self._bindings = []
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    # An expanded buffer cannot be written to, by a layer or by us.
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

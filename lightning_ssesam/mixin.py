@@ -16,11 +16,8 @@ from typing_extensions import override
 from lightning_ssesam._validation import check_choice
 from lightning_ssesam.batches import clone_tensors, describe, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
-from lightning_ssesam.engine import Buffers, MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
-from lightning_ssesam.objectives import Objective
-from lightning_ssesam.step_logs import StepLogs
-from lightning_ssesam.trainer_support import (
-    TrainerSupport,
+from lightning_ssesam.engine import MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
+from lightning_ssesam.lightning_loops import (
     accumulates,
     between_forwards,
     count_step,
@@ -30,6 +27,10 @@ from lightning_ssesam.trainer_support import (
     unscaled,
     zero_grad,
 )
+from lightning_ssesam.objectives import Objective
+from lightning_ssesam.snapshots import Buffers
+from lightning_ssesam.step_logs import StepLogs
+from lightning_ssesam.trainer_support import TrainerSupport
 
 
 class SharpnessAwareMixin(pl.LightningModule):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 
+from lightning_ssesam.snapshots import set_torch_random_state, torch_random_state
+
 State = dict[str, Any]
 
 
@@ -196,26 +198,21 @@ def _let_validation_run(loops: State) -> None:
 
 def get_random_state(trainer: pl.Trainer) -> State:
     """Return the state of the random number generators of torch, Python, NumPy, and those of the loader's own."""
-    state = {
-        "torch": torch.get_rng_state(),
+    return {
+        "torch": torch_random_state(trainer.strategy.root_device),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "loaders": [generator.get_state() for generator in _generators(trainer)],
     }
-    if trainer.strategy.root_device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(trainer.strategy.root_device)
-    return state
 
 
 def set_random_state(state: State, trainer: pl.Trainer) -> None:
     """Put back what :func:`get_random_state` returned."""
-    torch.set_rng_state(state["torch"])
+    set_torch_random_state(state["torch"], trainer.strategy.root_device)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     for generator, saved in zip(_generators(trainer), state["loaders"], strict=False):
         generator.set_state(saved)
-    if trainer.strategy.root_device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)
 
 
 def _generators(trainer: pl.Trainer) -> list[torch.Generator]:

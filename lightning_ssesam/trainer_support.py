@@ -1,7 +1,7 @@
 """What manual optimization takes away, put back.
 
-With resume.py and distributed.py, this is where the project touches private Lightning names; each is held by a test
-that compares with automatic optimization.
+With lightning_loops.py, resume.py and distributed.py, this is where the project touches private Lightning names; each
+is held by a test that compares with automatic optimization.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.callbacks.spike import SpikeDetection
-from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -26,6 +25,7 @@ from typing_extensions import override
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.lightning_loops import is_compiled
 from lightning_ssesam.resume import Resumption
 
 if TYPE_CHECKING:
@@ -235,61 +235,6 @@ class TrainerSupport(Callback):
         self.module._sharpness_engine.release()
 
 
-def accumulates(trainer: pl.Trainer) -> bool:
-    """Whether the current batch waits for others before the next update."""
-    return trainer.fit_loop._should_accumulate()
-
-
-def skips_backward(trainer: pl.Trainer) -> bool:
-    """Whether this epoch only forwards, as StochasticWeightAveraging's last one does for batch norm's statistics."""
-    return trainer.fit_loop._skip_backward
-
-
-def count_step(trainer: pl.Trainer) -> None:
-    """Count an update that is skipped as a step, as Lightning does where a GradScaler skips it."""
-    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-    progress.increment_ready()
-    progress.increment_completed()
-
-
-def has_scaler(trainer: pl.Trainer) -> bool:
-    """Whether a GradScaler looks after non-finite gradients."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler is not None and scaler.is_enabled()
-
-
-def unscaled(trainer: pl.Trainer, norm: torch.Tensor) -> torch.Tensor:
-    """Return a gradient's norm without the factor that a GradScaler has put into it."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
-
-
-@contextmanager
-def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
-    """Leave the precision of the training step, as automatic optimization does for backward passes and updates.
-
-    Args:
-        trainer: The Trainer.
-        dtype: The default dtype outside of the step.
-
-    """
-    inside = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.autocast(trainer.strategy.root_device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(inside)
-
-
-def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
-    """Free the gradients through the hooks that automatic optimization calls for it."""
-    optimizer = trainer.optimizers[0]
-    call._call_callback_hooks(trainer, "on_before_zero_grad", optimizer)
-    call._call_lightning_module_hook(trainer, "on_before_zero_grad", optimizer)
-    call._call_lightning_module_hook(trainer, "optimizer_zero_grad", trainer.current_epoch, batch_idx, optimizer)
-
-
 def _asking_for_automatic_optimization(trainer: pl.Trainer) -> list[tuple[Any, str]]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [
@@ -308,11 +253,6 @@ def _share_step_count(trainer: pl.Trainer) -> None:
     automatic, manual = loop.automatic_optimization.optim_progress.optimizer, loop.manual_optimization
     counts = automatic.step, manual.optim_step_progress
     automatic.step = manual.optim_step_progress = max(counts, key=lambda count: count.total.completed)
-
-
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether ``torch.compile`` has been called on a module."""
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _then(function: Callable[[], Any], change: Callable[[Any], Any]) -> Callable[[], Any]:
