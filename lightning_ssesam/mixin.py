@@ -190,7 +190,11 @@ class SharpnessAwareMixin(pl.LightningModule):
             self._current_pass = None
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        steps = self.trainer.global_step
         self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
+        if self.trainer.global_step == steps:
+            # An override may leave the optimizer alone; Lightning counts its call.
+            count_step(self.trainer)
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
         zero_grad(self.trainer, batch_idx)
         self.zero_grad()

@@ -370,6 +370,20 @@ def test_own_scheduler_and_optimizer_hooks_as_under_automatic_optimization():
     assert one.before == other.before == 8
 
 
+def test_optimizer_step_that_leaves_the_optimizer_alone():
+    class Seldom:
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx % 2 == 0:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    ours, theirs = type("Ours", (Seldom, Model), {}), type("Theirs", (Seldom, Automatic), {})
+    results = both(batches(4), ours=ours, theirs=theirs, max_epochs=-1, max_steps=7)
+    assert_same_training(results, atol=1e-6)
+    assert results[0][1].global_step == 7
+
+
 class TestPrecision:
     @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed", "32-true"])
     def test_as_under_automatic_optimization(self, precision):
