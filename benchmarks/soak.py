@@ -155,9 +155,6 @@ def resident_memory() -> float:
 
 def soak(steps: int) -> tuple[bool, Counter[str], list[float]]:
     """Train for ``steps`` updates with and without faults. Return whether both end alike, the faults, and memory."""
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     faults, memory = Counter[str](), [resident_memory()]
     epochs = -(-steps // BATCHES)
     ends = []
@@ -172,6 +169,9 @@ def main() -> None:
     """Run the soak and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000, help="good updates, 20000 by default")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     start = time.monotonic()
     steps = parser.parse_args().steps
