@@ -1,6 +1,7 @@
 """The code in the README and the documentation runs, and does what it says beside it."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_links_lead_somewhere():
 def test_trainer_table_names_tests_that_are_there():
     """Every row that promises something names a test, or a class or file of them."""
     text = (ROOT / "docs" / "trainer.md").read_text()
+    tree = functools.cache(lambda file: ast.parse((ROOT / "tests" / file).read_text()))
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) > 30
     for feature, _, _, held_by in rows:
@@ -56,7 +58,7 @@ def test_trainer_table_names_tests_that_are_there():
             continue
         (name,) = re.findall(r"^`(.*)`$", held_by.strip())
         file, *path = name.split("::")
-        nodes = ast.parse((ROOT / "tests" / file).read_text()).body
+        nodes = tree(file).body
         for part in path:
             (node,) = [node for node in nodes if getattr(node, "name", None) == part]
             nodes = node.body

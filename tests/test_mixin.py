@@ -28,7 +28,6 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -212,40 +211,6 @@ def exponential(interval="epoch", **kwargs):
             **kwargs,
         },
     }
-
-
-def plateau(optimizer):
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train/loss"}}
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        exponential(),
-        exponential("step"),
-        exponential("step", frequency=3),
-        exponential("epoch", frequency=2),
-        lambda optimizer: ([optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]),
-        plateau,
-    ],
-    ids=["epoch", "step", "every 3 steps", "every 2 epochs", "cosine", "plateau"],
-)
-def test_learning_rates_as_under_automatic_optimization(scheduler):
-    class Rates(Callback):
-        def __init__(self):
-            self.seen = []
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    net, data, seen = mlp(), batches(4), []
-    for model in (Model(copy.deepcopy(net), scheduler=scheduler), Automatic(copy.deepcopy(net), scheduler=scheduler)):
-        rates = Rates()
-        fit(model, data, max_epochs=4, callbacks=[rates])
-        seen.append(rates.seen)
-    assert seen[0] == seen[1]
-    assert len(set(seen[0])) > 1
 
 
 def test_scheduler_support_is_undone_and_redone(tmp_path):
@@ -567,32 +532,6 @@ def test_trainer_serves_other_modules_afterwards():
         assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert model.automatic_optimization == isinstance(model, Automatic)
         assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.09)
-
-
-def test_learning_rate_finder_and_batch_size_finder_as_under_automatic_optimization():
-    class Tunable:
-        lr, batch_size = 0.1, 2
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
-
-    class Ours(Tunable, Model):
-        pass
-
-    class Theirs(Tunable, Automatic):
-        pass
-
-    data, net, found = torch.utils.data.TensorDataset(*classification_batch(64)), mlp(), {}
-    for kind in (Ours, Theirs):
-        model = kind(copy.deepcopy(net))
-        rates = Tuner(trainer(max_epochs=5)).lr_find(model, num_training=20, update_attr=False).results
-        found[kind] = rates["lr"], rates["loss"], Tuner(trainer()).scale_batch_size(model, max_trials=3)
-    assert found[Ours][0] == found[Theirs][0]
-    assert found[Ours][1] == pytest.approx(found[Theirs][1], rel=1e-5)
-    assert found[Ours][2] == found[Theirs][2] > 2
 
 
 @pytest.mark.parametrize("passes", ["full", "split"])
