@@ -142,7 +142,8 @@ class SharpnessEngine:
             ascent: ``"local"`` leaves out the latter, so that each process perturbs for its own samples.
             check_finite: Called at the end with whether the loss and the gradient are finite; returns whether they
                 are in every process.
-            report: Whether to find the norm of the final gradient, and of the terms of radius 0, too.
+            report: Whether to find the norm of the final gradient, and of the terms of radius 0, too; of the latter
+                not with ``synchronize``, which leaves them out.
 
         Returns:
             The mean loss, gradient norms and sharpness.
@@ -168,10 +169,10 @@ class SharpnessEngine:
                 self._forward_moves_buffers = self._buffers.differs()
             if synchronize is not None and ascent == "global":
                 _synchronize_directions(params, summands, synchronize)
-            self._perturbed_passes(model, summands, buffers, report)
+            self._perturbed_passes(model, summands, buffers, report and synchronize is None)
             if synchronize is not None:
                 synchronize()
-            norm = _norm(_gradients(params)) if report or check_finite else None
+            norm = _norm(params, _gradients(params)) if report or check_finite else None
             if check_finite is not None and not check_finite(_are_finite(loss, norm)):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
@@ -199,7 +200,7 @@ class SharpnessEngine:
             if summand.rho == 0:
                 _set_gradients(model.params, summand.gradient)
             if summand.rho > 0 or report:
-                summand.norm = _norm(summand.gradient)
+                summand.norm = _norm(model.params, summand.gradient)
         if not any(summand.rho > 0 for summand in summands):
             return
         random_state = torch_random_state(model.device)
@@ -368,11 +369,13 @@ def _ascend(params: list[Tensor], summand: _Summand) -> None:
 
 
 @torch.no_grad()
-def _norm(gradient: Gradients | None) -> Tensor:
+def _norm(params: list[Tensor], gradient: Gradients | None) -> Tensor:
+    """Return the norm, of a type and on a device that are the same whether there is a gradient or not."""
+    is_double = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+    dtype = torch.float64 if is_double else torch.float32
     tensors = [_as_real(g) for g in gradient or [] if g is not None]
     if not tensors:
-        return torch.zeros(())
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        return torch.zeros((), dtype=dtype, device=params[0].device)
     norms: list[Tensor] = []
     if whole := [t for t in tensors if not _is_sharded(t)]:
         norms += torch._foreach_norm(whole, 2, dtype)

@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_choice
+from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.batches import clone_tensors, describe, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
@@ -184,6 +185,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         try:
             outcome = self._find_gradient(batches, targets)
         except NonFiniteError as error:
+            self._current_pass = None
             self._skip_or_raise(error)
             return error.loss
         finally:
@@ -198,7 +200,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
         zero_grad(self.trainer, batch_idx)
         self.zero_grad()
-        self._log_outcome(outcome, sum(len(t) for t in targets))
+        self._log_outcome(outcome, sum(len(t) for t in targets), self._share(batches))
         return outcome.loss
 
     def _find_gradient(self, batches: list[Any], targets: list[Tensor]) -> Outcome:
@@ -211,7 +213,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
             self._trained_parameters(),
             layers.buffers,
-            processes.backward(partial(self._backward, share=len(batches) / self.trainer.accumulate_grad_batches)),
+            processes.backward(partial(self._backward, share=self._share(batches))),
             self._choose_passes(layers, processes),
             processes.synchronize,
             self.ascent,
@@ -224,8 +226,11 @@ class SharpnessAwareMixin(pl.LightningModule):
         groups = self.trainer.optimizers[0].param_groups
         return list(dict.fromkeys([*self.parameters(), *(p for group in groups for p in group["params"])]))
 
-    def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
+    def _share(self, batches: list[Any]) -> float:
         # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
+        return len(batches) / self.trainer.accumulate_grad_batches
+
+    def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may know no arguments, and need none for a single term.
         options = {"retain_graph": True} if retain_graph else {}
         self.manual_backward(loss if share == 1 else share * loss, **options)
@@ -259,6 +264,8 @@ class SharpnessAwareMixin(pl.LightningModule):
                 error.loss,
             ) from None
         self.skipped_updates += 1
+        if self.skipped_updates == 1:
+            rank_zero_info(f"The update of step {self.global_step} is skipped: its loss or gradient is not finite.")
         count_step(self.trainer)
         self.log("train/skipped_updates", float(self.skipped_updates))
 
@@ -277,7 +284,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         elif self._current_pass is None:
             super().log(name, value, *args, **kwargs)
 
-    def _log_outcome(self, outcome: Outcome, size: int) -> None:
+    def _log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
         names = self._step_logs.flush(super().log)
         if "train/loss" not in names and size > 0:
             self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
@@ -288,7 +295,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
         for term, norm, rise in zip(self._term_names(outcome), outcome.gradient_norms, outcome.sharpness, strict=True):
             if norm is not None:
-                values[f"train/grad_norm_{term}"] = unscaled(self.trainer, norm)
+                values[f"train/grad_norm_{term}"] = unscaled(self.trainer, norm) / share
             if rise is not None:
                 values[f"train/sharpness_{term}"] = rise
         self.log_dict(values, batch_size=size, sync_dist=self.trainer.world_size > 1)
@@ -381,6 +388,8 @@ class SharpnessAwareMixin(pl.LightningModule):
             check_choice("passes", self.passes, ("auto", "full", "split"))
             check_choice("ascent", self.ascent, ("global", "local"))
             check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
+            if not isinstance(self.log_sharpness, bool):
+                raise bad_argument("log_sharpness", "True or False", self.log_sharpness)
         except (RuntimeError, ValueError) as error:
             raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
 

@@ -113,16 +113,20 @@ class TrainerSupport(Callback):
         self.module._outer_dtype = torch.get_default_dtype()
         self._resumption.on_train_start(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+        accumulates = (
+            any(c.going_to_accumulate_grad_batches() for c in schedulers) or trainer.accumulate_grad_batches > 1
+        )
         for callback in callbacks:
-            if isinstance(callback, SpikeDetection) and trainer.accumulate_grad_batches > 1:
+            if isinstance(callback, SpikeDetection) and accumulates:
                 raise MisconfigurationException(
-                    "SpikeDetection looks at the loss of every batch, and with accumulate_grad_batches > 1"
+                    "SpikeDetection looks at the loss of every batch, and where batches are accumulated"
                     " SharpnessAwareMixin has one for all batches of an update. Use `on_nonfinite='skip'` instead, or"
                     " do not accumulate."
                 )
-            if isinstance(callback, GradientAccumulationScheduler):
-                # Lightning asks it when an epoch starts, and not when it is resumed in the middle.
-                callback.on_train_epoch_start(trainer)
+        for scheduler in schedulers:
+            # Lightning asks it when an epoch starts, and not when it is resumed in the middle.
+            scheduler.on_train_epoch_start(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -153,10 +153,10 @@ def one_hot_in_one_process(rank):
     return train(rank, Model(network(), SSESAM(SPLIT)), parts)
 
 
-def reported(rank, ascent="global"):
+def reported(rank, ascent="global", first=0, stage=1):
     model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
-    model.log_sharpness, model.ascent = True, ascent
-    return train(rank, model, [part[:1] for part in data()])
+    model.log_sharpness, model.ascent, model.objective.stage = True, ascent, stage
+    return train(rank, model, [part[first : first + 1] for part in data()])
 
 
 def local(rank, objective, passes, strategy=None, parts=None):
@@ -313,6 +313,10 @@ SCENARIOS = {
     "one-hot": one_hot_in_one_process,
     "reported": reported,
     "reported local": lambda rank: reported(rank, "local"),
+    # The second step has no tail samples in one process.
+    "reported local without tail": lambda rank: reported(rank, "local", first=1),
+    "reported without tail": lambda rank: reported(rank, first=1),
+    "reported in stage 2": lambda rank: reported(rank, stage=2),
     "resumed": resumed,
     "automatic": automatic,
     "ERM even": lambda rank: train(rank, Model(network()), data(even=True)),
@@ -486,6 +490,19 @@ class TestDDP:
         for name in ("grad_norm", "grad_norm_head", "grad_norm_tail", "sharpness_head", "sharpness_tail"):
             assert seen[f"train/{name}"].item() == pytest.approx(run.callback_metrics[f"train/{name}"].item(), rel=1e-6)
         assert results[0]["reported local"]["metrics"]["train/sharpness_tail"] > 0
+        assert results[0]["reported local without tail"]["metrics"]["train/sharpness_tail"] > 0
+
+    @pytest.mark.parametrize(("name", "first", "stage"), [("without tail", 1, 1), ("in stage 2", 0, 2)])
+    def test_what_is_logged_is_that_of_one_process(self, results, name, first, stage):
+        model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
+        model.log_sharpness, model.objective.stage = True, stage
+        _, run = one_process(model, unions(data())[first : first + 1])
+        seen = {k: v.item() for k, v in results[0][f"reported {name}"]["metrics"].items() if k != "train/loss"}
+        expected = {k: v.item() for k, v in run.callback_metrics.items() if k != "train/loss"}
+        if stage == 2:
+            # The unperturbed head's would have to be sent for the log alone.
+            expected.pop("train/grad_norm_head")
+        assert seen == pytest.approx(expected, rel=1e-6)
 
     def test_resume_with_random_numbers_of_each_process(self, results):
         resumed = same_in_all(results, "resumed")

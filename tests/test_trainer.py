@@ -679,6 +679,19 @@ class TestPlace:
                 found.append({name: set(places) for name, places in seen.items()})
             assert found[0] == found[1], precision
 
+    def test_backward_hooks_are_called_once_a_pass(self):
+        calls = []
+
+        class Hooked(Model):
+            def on_before_backward(self, loss):
+                calls.append("before")
+
+            def on_after_backward(self):
+                calls.append("after")
+
+        fit(Hooked(objective=SSESAM(SPLIT)), batches(1))
+        assert calls == ["before", "after"] * 4
+
     def test_backward_of_ones_own(self):
         def backward(self, loss):
             loss.backward()
@@ -729,6 +742,8 @@ class TestPlace:
         fit(model, data, callbacks=[SpikeDetection(warmup=10)])
         with pytest.raises(MisconfigurationException, match="SpikeDetection looks at the loss of every batch"):
             fit(Model(), data, callbacks=[SpikeDetection(warmup=10)], accumulate_grad_batches=2)
+        with pytest.raises(MisconfigurationException, match="SpikeDetection looks at the loss of every batch"):
+            fit(Model(), data, callbacks=[SpikeDetection(warmup=10), GradientAccumulationScheduler({1: 2})])
 
     def test_step_without_a_trainer(self):
         with pytest.raises(
@@ -803,6 +818,19 @@ class TestNonFinite:
         assert run.callback_metrics["train/skipped_updates"] == 1
         assert run.callback_metrics["train/loss"].isfinite()
 
+    @pytest.mark.parametrize("number", [1, 4])
+    def test_last_steps_that_are_skipped_are_logged(self, number, caplog):
+        data = batches(4)
+        for x, _ in data[4 - number :]:
+            x[0, 0] = math.nan
+        model = Model(objective=SAM(0.1))
+        model.on_nonfinite = "skip"
+        with caplog.at_level("INFO"):
+            run = fit(model, data)
+        assert run.callback_metrics["train/skipped_updates"] == number == model.skipped_updates
+        said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+        assert said == [f"The update of step {4 - number} is skipped: its loss or gradient is not finite."]
+
     def test_skip_counts_over_a_resumed_run(self, tmp_path):
         model = Model(convbn(), SAM(0.1))
         model.on_nonfinite = "skip"
@@ -863,6 +891,12 @@ class TestNonFinite:
         data = [(torch.full((4, 8), math.nan), torch.zeros(4).long())]
         assert fit(model, data, max_steps=3, max_epochs=-1).global_step == 3
 
+    def test_log_sharpness_is_a_choice_of_two(self):
+        model = Model()
+        model.log_sharpness = "yes"
+        with pytest.raises(MisconfigurationException, match="`log_sharpness` to be True or False, but got 'yes'"):
+            fit(model, batches(1))
+
     def test_unknown(self):
         model = Model()
         model.on_nonfinite = "stop"
@@ -919,6 +953,18 @@ class TestLogging:
             "grad_norm",
             *(f"{v}_{t}" for v in ("grad_norm", "sharpness") for t in "12"),
         ]
+
+    def test_norms_of_terms_in_a_shorter_group(self):
+        data, net, seen = batches(1), mlp(), []
+        for accumulate in (1, 2):
+            model = Model(copy.deepcopy(net), SSESAM(SPLIT))
+            model.log_sharpness = True
+            metrics = fit(model, data, accumulate_grad_batches=accumulate).callback_metrics
+            seen.append({name.removeprefix("train/"): value.item() for name, value in metrics.items()})
+        for name in ("grad_norm_head", "grad_norm_tail", "sharpness_head", "sharpness_tail"):
+            assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-5)
+        # This one is what the optimizer receives.
+        assert seen[1]["grad_norm"] == pytest.approx(seen[0]["grad_norm"] / 2, rel=1e-5)
 
     def test_off_by_default_and_changes_nothing(self):
         data, net = batches(3), mlp()
