@@ -14,10 +14,36 @@ from lightning_ssesam.objectives import Objective, Term
 Gather = Callable[[Tensor], tuple[list[Tensor], int]]
 
 
+class HostTargets:
+    """The targets of the batch that was last moved to a device, as they still are on the host.
+
+    To look at them there takes no wait for the device.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, Tensor] | None = None
+
+    def note(self, host: Tensor, moved: Tensor) -> None:
+        """Remember the targets of a batch, before and after it was moved."""
+        self._known = moved, moved._version, host
+
+    def forget(self) -> None:
+        """Know nothing."""
+        self._known = None
+
+    def of(self, targets: Tensor) -> Tensor:
+        """Return the host's copy if ``targets`` are the ones that were moved, unchanged since; else ``targets``."""
+        if self._known is None:
+            return targets
+        moved, version, host = self._known
+        return host if targets is moved and targets._version == version else targets
+
+
 def pick_samples(item: Any, index: Tensor, size: int) -> Any:
-    """Return a batch of ``size`` samples with only those at ``index``, whatever its nesting."""
+    """Return a batch of ``size`` samples with only those at ``index`` (on the CPU), whatever its nesting."""
     if isinstance(item, Tensor):
-        return item[index] if item.ndim > 0 and item.shape[0] == size else item
+        has_rows = item.ndim > 0 and item.shape[0] == size
+        return item[index.to(item.device, non_blocking=True)] if has_rows else item
     if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
         if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
             return type(item)(item[i] for i in index.tolist())

@@ -64,7 +64,7 @@ class Processes:
 
     def gather(self, targets: Tensor) -> tuple[list[Tensor], int]:
         """Return the flattened targets of all processes, and the number of this one."""
-        return gather_targets(targets, self._group), self.rank
+        return gather_targets(targets.to(self._strategy.root_device), self._group), self.rank
 
     def backward(self, function: Callable[..., None]) -> Callable[..., None]:
         """Return a backward that does not communicate, where this strategy can do without."""

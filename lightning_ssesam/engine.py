@@ -25,8 +25,9 @@ class MicroBatch(NamedTuple):
     """A part of the batch that is forwarded at once; most often all of it.
 
     Args:
-        sample_losses: Called as ``sample_losses(index, perturbed)``. Returns the unreduced losses, ``(N,)`` or dense
-            ``(N, ...)``, of the whole part where ``index`` is None, else of its samples ``index`` ``(M,)``.
+        sample_losses: Called as ``sample_losses(index, again)``. Returns the unreduced losses, ``(N,)`` or dense
+            ``(N, ...)``, of the whole part where ``index`` is None, else of its samples ``index`` ``(M,)``, which is
+            on the CPU. ``again`` is False in the one clean pass of every sample that counts (for logs, metrics).
         terms: The objective's terms, each with weights of the shape of this part's losses. Every part of a batch has
             the same number of terms, with the same radii.
 
@@ -118,7 +119,7 @@ class SharpnessEngine:
         parameters: Iterable[Tensor],
         buffers: Iterable[Buffers] = (),
         backward: Callable[..., None] = Tensor.backward,
-        passes: Literal["auto", "full", "split"] = "full",
+        passes: Literal["auto", "full", "split", "difference"] = "full",
         synchronize: Callable[[], None] | None = None,
         ascent: Literal["global", "local"] = "global",
         check_finite: Callable[[bool], bool] | None = None,
@@ -136,7 +137,11 @@ class SharpnessEngine:
             passes: ``"full"`` forwards a whole part in every pass, which is exact for every model. ``"split"``
                 forwards only the samples of each term, where the terms divide the batch among them; the same to
                 rounding if no layer mixes samples. ``"auto"`` is ``"split"``, unless a first step with full passes
-                shows that a forward changes buffers.
+                shows that a forward changes buffers. ``"difference"`` is for models with batch norm: one plain pass
+                over each part, and to its gradient it adds, for each perturbed term, the difference between the
+                gradients at the ascended and at the unperturbed weights, both from a forward of the term's own samples.
+                It is exact where no layer mixes samples, and in the limit of small radii. It is ``"full"`` where the
+                terms do not divide the batch, or leave one a single sample, of which there is no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes.
                 Called equally often in each: once at the end, and before that once per term of positive radius.
             ascent: ``"local"`` leaves out the latter, so that each process perturbs for its own samples.
@@ -153,7 +158,7 @@ class SharpnessEngine:
             NonFiniteError: If ``check_finite`` returns False.
 
         """
-        check_choice("passes", passes, ("auto", "full", "split"))
+        check_choice("passes", passes, ("auto", "full", "split", "difference"))
         check_choice("ascent", ascent, ("global", "local"))
         summands, buffers = _summands(batch), list(buffers)
         params = [p for p in parameters if p.requires_grad]
@@ -164,12 +169,16 @@ class SharpnessEngine:
         self._buffers.save(buffers)
         try:
             _set_gradients(params, None)
-            loss = _clean_passes(model, batch, summands, split=self._splits(passes))
-            if passes == "auto" and self._forward_moves_buffers is None:
-                self._forward_moves_buffers = self._buffers.differs()
-            if synchronize is not None and ascent == "global":
-                _synchronize_directions(params, summands, synchronize)
-            self._perturbed_passes(model, summands, buffers, report and synchronize is None)
+            plan = _plan(batch, summands, self._splits(passes))
+            share = synchronize if ascent == "global" else None
+            if passes == "difference" and _is_divided(plan):
+                loss, summands = self._difference_passes(model, batch, summands, plan, buffers, share)
+            else:
+                plan = _plan(batch, summands, splits=False) if passes == "difference" else plan
+                loss = _clean_passes(model, batch, summands, plan)
+                if passes == "auto" and self._forward_moves_buffers is None:
+                    self._forward_moves_buffers = self._buffers.differs()
+                self._perturbed_passes(model, summands, buffers, share, report and synchronize is None)
             if synchronize is not None:
                 synchronize()
             norm = _norm(params, _gradients(params)) if report or check_finite else None
@@ -185,41 +194,82 @@ class SharpnessEngine:
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
-        return _outcome(loss, norm, summands)
+        return _outcome(loss, norm, summands, len(batch[0].terms))
 
-    def _splits(self, passes: Literal["auto", "full", "split"]) -> bool:
+    def _splits(self, passes: str) -> bool:
         if passes == "auto":
             return not self._buffers.any() or self._forward_moves_buffers is False
-        return passes == "split"
+        return passes in ("split", "difference")
 
     def _perturbed_passes(
-        self, model: "_Model", summands: list["_Summand"], buffers: list[Buffers], report: bool
+        self,
+        model: "_Model",
+        summands: list["_Summand"],
+        buffers: list[Buffers],
+        synchronize: Callable[[], None] | None,
+        report: bool,
     ) -> None:
-        """Leave in ``.grad`` the sum of the summands' gradients."""
+        """Leave in ``.grad`` the sum of the summands' gradients, given those at the unperturbed weights."""
+        perturbed = [summand for summand in summands if summand.rho > 0]
+        for summand in perturbed:
+            _find_norm(model, summand, synchronize)
         for summand in summands:
             if summand.rho == 0:
                 _set_gradients(model.params, summand.gradient)
-            if summand.rho > 0 or report:
-                summand.norm = _norm(model.params, summand.gradient)
-        if not any(summand.rho > 0 for summand in summands):
+                summand.norm = _norm(model.params, summand.gradient) if report else None
+        if not perturbed:
             return
         random_state = torch_random_state(model.device)
+        self._save_clean(model, buffers)
+        for summand in perturbed:
+            self._ascended_passes(model, summand)
+        set_torch_random_state(random_state, model.device)
+
+    def _difference_passes(
+        self,
+        model: "_Model",
+        batch: Sequence[MicroBatch],
+        summands: list["_Summand"],
+        plan: "_Plan",
+        buffers: list[Buffers],
+        synchronize: Callable[[], None] | None,
+    ) -> tuple[Tensor, list["_Summand"]]:
+        """Leave in ``.grad`` the gradient of ``"difference"``. Return the mean loss, and what was added up."""
+        whole = _Summand(0.0, list(range(len(batch[0].terms))))
+        loss = _clean_passes(model, batch, [whole], _plan(batch, [whole], splits=False))
+        random_state = torch_random_state(model.device)
+        self._save_clean(model, buffers)
+        for number, summand in enumerate(summands):
+            if summand.rho > 0:
+                own = [[forward for forward in forwards if number in forward.shares] for forwards in plan]
+                _clean_passes(model, batch, summands, own, again=True)
+                self._clean_buffers.restore()
+                whole.subtract(summand)
+                _find_norm(model, summand, synchronize)
+                _set_gradients(model.params, whole.gradient)
+                self._ascended_passes(model, summand)
+                whole.gradient = _gradients(model.params)
+        set_torch_random_state(random_state, model.device)
+        return loss, [whole, *(summand for summand in summands if summand.rho > 0)]
+
+    def _save_clean(self, model: "_Model", buffers: list[Buffers]) -> None:
         self._clean_buffers.save(buffers)
         self._weights.save([_local(p) for p in model.params])
-        for summand in summands:
-            if summand.rho == 0 or not summand.passes:
-                continue
-            _ascend(model.params, summand)
-            # The direction is not needed any more; the passes need its memory.
-            summand.gradient = None
-            for one in summand.passes:
-                set_torch_random_state(one.random_state, model.device)
-                loss = _weighted_sum(one.sample_losses(one.index, True), one.weights)
-                model.backward(loss, retain_graph=False)
-                summand.sharpness = summand.sharpness + loss.detach()
-                self._clean_buffers.restore()
-            self._weights.restore()
-        set_torch_random_state(random_state, model.device)
+
+    def _ascended_passes(self, model: "_Model", summand: "_Summand") -> None:
+        """Add to ``.grad`` the gradient of a summand at its ascended weights."""
+        if not summand.passes:
+            return
+        _ascend(model.params, summand)
+        # The direction is not needed any more; the passes need its memory.
+        summand.gradient = None
+        for one in summand.passes:
+            set_torch_random_state(one.random_state, model.device)
+            loss = _weighted_sum(one.sample_losses(one.index, True), one.weights)
+            model.backward(loss, retain_graph=False)
+            summand.sharpness = summand.sharpness + loss.detach()
+            self._clean_buffers.restore()
+        self._weights.restore()
 
 
 @dataclass
@@ -257,6 +307,15 @@ class _Summand:
         own = [terms[number].weights for number in self.terms]
         return own[0] if len(own) == 1 else torch.stack(own).sum(0)
 
+    @torch.no_grad()
+    def subtract(self, other: "_Summand") -> None:
+        """Take the gradient of another summand from this one's."""
+        assert self.gradient is not None
+        for number, theirs in enumerate(other.gradient or []):
+            if theirs is not None:
+                own = self.gradient[number]
+                self.gradient[number] = -theirs if own is None else own.sub_(theirs)
+
 
 def _summands(batch: Sequence[MicroBatch]) -> list[_Summand]:
     if not batch:
@@ -272,14 +331,59 @@ def _summands(batch: Sequence[MicroBatch]) -> list[_Summand]:
     return summands + [_Summand(rho, [number]) for number, rho in enumerate(radii) if rho > 0]
 
 
-def _clean_passes(model: _Model, batch: Sequence[MicroBatch], summands: list[_Summand], split: bool) -> Tensor:
-    """Run every pass at the unperturbed weights; find the summands' gradients there. Return the mean loss."""
-    sums, count = [], 0
+class _Forward(NamedTuple):
+    """A clean forward: of which samples, all where that is None, and the weights of the summands that it serves."""
+
+    samples: Tensor | None
+    shares: dict[int, Tensor]
+
+
+_Plan = list[list[_Forward]]
+
+
+def _plan(batch: Sequence[MicroBatch], summands: list[_Summand], splits: bool) -> _Plan:
+    """Return the clean forwards of every part of the batch, each with the summands (by number) that it serves.
+
+    If it splits, every summand has its own samples, where each sample has weight in exactly one summand.
+    """
+    plan: _Plan = []
     for part in batch:
-        for index, shares in _forwards([summand.weights(part.terms) for summand in summands], split):
+        weights = [summand.weights(part.terms) for summand in summands]
+        whole = _Forward(None, dict(enumerate(weights)))
+        if not splits or len(weights) == 1 or weights[0].numel() == 0:
+            plan.append([whole])
+            continue
+        # One wait for the device, for all summands together, and none where the weights are on the host.
+        support = torch.stack([w.reshape(len(w), -1).ne(0).any(1) for w in weights]).cpu()
+        used = [number for number, row in enumerate(support) if bool(row.any())]
+        if bool((support.sum(0) != 1).any()):
+            # Samples that several terms weigh (mixup) or none does count once in what is logged all the same.
+            plan.append([whole])
+        elif len(used) == 1:
+            plan.append([_Forward(None, {used[0]: weights[used[0]]})])
+        else:
+            indices = {number: support[number].nonzero().flatten() for number in used}
+            plan.append([_Forward(index, {n: _rows(weights[n], index)}) for n, index in indices.items()])
+    return plan
+
+
+def _is_divided(plan: _Plan) -> bool:
+    """Whether every forward serves one summand with two samples or more, and not all of them are of whole parts."""
+    forwards = [forward for of_part in plan for forward in of_part]
+    sizes = [len(weights) for forward in forwards for weights in forward.shares.values()]
+    return len(plan) < len(forwards) == len(sizes) and min(sizes) > 1
+
+
+def _clean_passes(
+    model: _Model, batch: Sequence[MicroBatch], summands: list[_Summand], plan: _Plan, again: bool = False
+) -> Tensor:
+    """Run passes at the unperturbed weights; find the summands' gradients there. Return the mean loss."""
+    sums, count = [], 0
+    for part, forwards in zip(batch, plan, strict=True):
+        for index, shares in forwards:
             random_state = torch_random_state(model.device)
-            losses = part.sample_losses(index, False)
-            for left, (number, weights) in zip(reversed(range(len(shares))), shares, strict=True):
+            losses = part.sample_losses(index, again)
+            for left, (number, weights) in zip(reversed(range(len(shares))), shares.items(), strict=True):
                 summand = summands[number]
                 loss = _weighted_sum(losses, weights)
                 _set_gradients(model.params, summand.gradient)
@@ -293,37 +397,21 @@ def _clean_passes(model: _Model, batch: Sequence[MicroBatch], summands: list[_Su
     return torch.stack(sums).sum() / max(count, 1)
 
 
-def _forwards(weights: list[Tensor], split: bool) -> list[tuple[Tensor | None, list[tuple[int, Tensor]]]]:
-    """Return what to forward of a part of the batch, each with the summands (by number) that it serves.
-
-    With ``split`` every summand has its own samples, if each sample has weight in exactly one summand.
-    """
-    whole: list[tuple[Tensor | None, list[tuple[int, Tensor]]]] = [(None, list(enumerate(weights)))]
-    if not split or weights[0].numel() == 0:
-        return whole
-    # One wait for the device, for all summands together.
-    support = torch.stack([w.reshape(len(w), -1).ne(0).any(1) for w in weights]).cpu()
-    if bool((support.sum(0) != 1).any()):
-        # Samples that several terms weigh (mixup) or none does count once in what is logged all the same.
-        return whole
-    used = [number for number, row in enumerate(support) if bool(row.any())]
-    if len(used) == 1:
-        return [(None, [(used[0], weights[used[0]])])]
-    indices = [support[number].nonzero().flatten().to(weights[number].device) for number in used]
-    return [(index, [(number, weights[number][index])]) for number, index in zip(used, indices, strict=True)]
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor[index.to(tensor.device, non_blocking=True)]
 
 
-def _synchronize_directions(params: list[Tensor], summands: list[_Summand], synchronize: Callable[[], None]) -> None:
-    for summand in summands:
-        if summand.rho > 0:
-            _set_gradients(params, summand.gradient)
-            synchronize()
-            summand.gradient = [_owned(g) for g in _gradients(params)]
-            _set_gradients(params, None)
+def _find_norm(model: _Model, summand: _Summand, synchronize: Callable[[], None] | None) -> None:
+    """Find the norm of a summand's direction, which becomes that of all processes if they ascend together."""
+    if synchronize is not None:
+        _set_gradients(model.params, summand.gradient)
+        synchronize()
+        summand.gradient = [_owned(g) for g in _gradients(model.params)]
+        _set_gradients(model.params, None)
+    summand.norm = _norm(model.params, summand.gradient)
 
 
-def _outcome(loss: Tensor, norm: Tensor | None, summands: list[_Summand]) -> Outcome:
-    number_of_terms = sum(len(summand.terms) for summand in summands)
+def _outcome(loss: Tensor, norm: Tensor | None, summands: list[_Summand], number_of_terms: int) -> Outcome:
     norms: list[Tensor | None] = [None] * number_of_terms
     sharpness: list[Tensor | None] = [None] * number_of_terms
     for summand in summands:
@@ -349,7 +437,7 @@ def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
             f" {tuple(weights.shape)} (reduction='none'), but got"
             f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."
         )
-    return (weights.to(losses.device, _accumulation_dtype(losses)) * losses).sum()
+    return (weights.to(losses.device, _accumulation_dtype(losses), non_blocking=True) * losses).sum()
 
 
 @torch.no_grad()

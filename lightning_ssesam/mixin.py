@@ -11,11 +11,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice
-from lightning_ssesam.batches import clone_tensors, describe, pick_samples, terms_of_union
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.batches import HostTargets, clone_tensors, describe, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
 from lightning_ssesam.lightning_loops import (
@@ -50,6 +51,12 @@ class SharpnessAwareMixin(pl.LightningModule):
             samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode, changes
             other buffers in its forward, is compiled (for one shape of batch) or sharded. Choose ``"full"`` for a model
             that mixes the samples of a batch in some other way.
+        batch_norm: How split passes deal with batch norm in training mode, whose statistics are those of the whole
+            batch. ``"exact"`` (default): not at all. ``"group"``: the gradient is that of plain training, plus what
+            each perturbation changes in it; the latter is found with the statistics of the perturbed samples alone. For
+            small radii that is exact, and elsewhere about as accurate in the end (docs/performance.md).
+        interval: Perturb in every ``interval``-th update only, the first of them being number ``interval``, an integer
+            >= 1; the updates between are plain steps on the sum of the terms. Counted by ``global_step``.
         ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
             would. ``"local"`` perturbs in each process for its own samples and saves that communication (Foret et al.,
             ICLR 2021, section 4.1).
@@ -82,13 +89,15 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     Raises:
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
-            lacks its split, ``passes``, ``ascent`` or ``on_nonfinite`` is unknown, ``configure_optimizers`` returns
-            several optimizers, or the Trainer's strategy is one that it cannot work with.
+            lacks its split, one of the attributes above is out of range, ``configure_optimizers`` returns several
+            optimizers, or the Trainer's strategy is one that it cannot work with.
 
     """
 
     objective: Objective
     passes: Literal["auto", "full", "split"] = "auto"
+    batch_norm: Literal["exact", "group"] = "exact"
+    interval: int = 1
     ascent: Literal["global", "local"] = "global"
     on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
     log_sharpness: bool = False
@@ -97,9 +106,10 @@ class SharpnessAwareMixin(pl.LightningModule):
         super().__init__(*args, **kwargs)
         self.automatic_optimization = False
         self._sharpness_engine = SharpnessEngine()
-        self._current_pass: Literal["clean", "perturbed"] | None = None
+        self._current_pass: Literal["clean", "repeated"] | None = None
         self._step_logs = StepLogs()
-        self._pending: list[Any] = []
+        self._host_targets = HostTargets()
+        self._pending: list[tuple[Any, Tensor]] = []
         self.skipped_updates = 0
         self._outer_dtype = torch.get_default_dtype()
         self._is_pretending = False
@@ -135,7 +145,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         )
 
     def select_samples(self, batch: Any, index: Tensor) -> Any:
-        """Return the batch with only the samples at ``index`` ``(M,)``; used by split passes.
+        """Return the batch with only the samples at ``index`` ``(M,)``, a CPU tensor; used by split passes.
 
         By default picks the rows of every tensor in the batch, whatever its nesting, that has one row per sample, and
         the items of every list of plain values (file names) that has one per sample. Override it for batches of
@@ -173,17 +183,19 @@ class SharpnessAwareMixin(pl.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             # An epoch that was cut short may have left some over.
             self._pending.clear()
+        part = batch, self._host_targets.of(self.sample_targets(batch))
         if accumulates(self.trainer):
-            self._pending.append(clone_tensors(batch))
+            self._pending.append(clone_tensors(part))
             return None
-        batches, self._pending = [*self._pending, batch], []
+        parts, self._pending = [*self._pending, part], []
         with between_forwards(self.trainer, self._outer_dtype):
-            return self._update(batches, batch_idx)
+            return self._update(parts, batch_idx)
 
-    def _update(self, batches: list[Any], batch_idx: int) -> Tensor:
-        targets = [self.sample_targets(batch) for batch in batches]
+    def _update(self, parts: list[tuple[Any, Tensor]], batch_idx: int) -> Tensor:
+        # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
+        share = len(parts) / self.trainer.accumulate_grad_batches
         try:
-            outcome = self._find_gradient(batches, targets)
+            outcome = self._find_gradient(parts, share)
         except NonFiniteError as error:
             self._current_pass = None
             self._skip_or_raise(error)
@@ -200,25 +212,27 @@ class SharpnessAwareMixin(pl.LightningModule):
         # Now and not before the next step, so that no pass shares the memory with gradients that are used up.
         zero_grad(self.trainer, batch_idx)
         self.zero_grad()
-        self._log_outcome(outcome, sum(len(t) for t in targets), self._share(batches))
+        self._log_outcome(outcome, sum(len(targets) for _, targets in parts), share)
         return outcome.loss
 
-    def _find_gradient(self, batches: list[Any], targets: list[Tensor]) -> Outcome:
-        """Leave in ``.grad`` the gradient of the objective on several batches together."""
+    def _find_gradient(self, parts: list[tuple[Any, Tensor]], share: float) -> Outcome:
+        """Leave in ``.grad`` the gradient of the objective on several batches together, each with its targets."""
         processes, layers = Processes(self.trainer.strategy), _survey(self)
         gather = processes.gather if processes.size > 1 and self.ascent == "global" else None
-        parts = terms_of_union(self.objective, targets, gather)
+        terms = terms_of_union(self.objective, [targets for _, targets in parts], gather)
+        if (self.trainer.global_step + 1) % self.interval:
+            terms = [[term._replace(rho=0.0) for term in of_part] for of_part in terms]
         checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._sharpness_engine.compute(
-            [MicroBatch(self._losses_of(batch), terms) for batch, terms in zip(batches, parts, strict=True)],
+            [MicroBatch(self._losses_of(batch), of_part) for (batch, _), of_part in zip(parts, terms, strict=True)],
             self._trained_parameters(),
             layers.buffers,
-            processes.backward(partial(self._backward, share=self._share(batches))),
+            processes.backward(partial(self._backward, share=share)),
             self._choose_passes(layers, processes),
-            processes.synchronize,
-            self.ascent,
-            processes.all_agree if checks else None,
-            self.log_sharpness,
+            synchronize=processes.synchronize,
+            ascent=self.ascent,
+            check_finite=processes.all_agree if checks else None,
+            report=self.log_sharpness,
         )
 
     def _trained_parameters(self) -> list[Tensor]:
@@ -226,20 +240,16 @@ class SharpnessAwareMixin(pl.LightningModule):
         groups = self.trainer.optimizers[0].param_groups
         return list(dict.fromkeys([*self.parameters(), *(p for group in groups for p in group["params"])]))
 
-    def _share(self, batches: list[Any]) -> float:
-        # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
-        return len(batches) / self.trainer.accumulate_grad_batches
-
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may know no arguments, and need none for a single term.
         options = {"retain_graph": True} if retain_graph else {}
         self.manual_backward(loss if share == 1 else share * loss, **options)
 
     def _losses_of(self, batch: Any) -> SampleLosses:
-        def sample_losses(index: Tensor | None, perturbed: bool) -> Tensor:
+        def sample_losses(index: Tensor | None, again: bool) -> Tensor:
             selected = batch if index is None else self.select_samples(batch, index)
             # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
-            self._current_pass = "perturbed" if perturbed else "clean"
+            self._current_pass = "repeated" if again else "clean"
             self._step_logs.samples = len(self.sample_targets(selected))
             with self.trainer.precision_plugin.train_step_context():
                 return self.sample_losses(selected)
@@ -287,7 +297,9 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
         names = self._step_logs.flush(super().log)
         if "train/loss" not in names and size > 0:
-            self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
+            # Lightning waits every step for what is to be on the bar, whether there is one or not.
+            has_bar = self.trainer.progress_bar_callback is not None
+            self.log("train/loss", outcome.loss, prog_bar=has_bar, batch_size=size)
         if self.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
         if not self.log_sharpness or outcome.gradient_norm is None:
@@ -306,7 +318,7 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # No data in what is pickled or copied.
-        return {**super().__getstate__(), "_pending": []}
+        return {**super().__getstate__(), "_pending": [], "_host_targets": HostTargets()}
 
     # When a run starts.
 
@@ -329,15 +341,18 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.automatic_optimization = self._is_pretending = True
         return callbacks
 
-    def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split"]:
+    def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split", "difference"]:
         if self.passes == "full":
             return "full"
         obstacle = None
-        if layers.mixing is not None:
+        if layers.batch_norms and self.batch_norm == "exact":
             obstacle = (
-                f"`{layers.mixing}`, whose batch statistics are those of the whole batch. Use `passes='auto'` or"
-                " `passes='full'`, or put batch norm in evaluation mode."
+                f"`{next(iter(layers.batch_norms))}`, whose batch statistics are those of the whole batch. Use"
+                " `passes='auto'` or `passes='full'`, or put batch norm in evaluation mode; or set"
+                " `batch_norm='group'`, which gives each group of samples statistics of its own."
             )
+        elif processes.size > 1 and any(isinstance(layer, SyncBatchNorm) for layer in layers.batch_norms.values()):
+            obstacle = "`batch_norm='group'` and `sync_batchnorm`, as the processes differ in their groups."
         elif processes.is_sharded:
             # Every process must make the same passes, and each has samples of its own.
             obstacle = "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."
@@ -346,6 +361,8 @@ class SharpnessAwareMixin(pl.LightningModule):
                 raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
         elif obstacle is not None or layers.is_compiled:
             return "full"
+        if layers.batch_norms:
+            return "difference"
         # Of batch norm it is known when it changes its buffers; the engine finds out about others.
         return self.passes if layers.has_unknown_buffers else "split"
 
@@ -386,6 +403,9 @@ class SharpnessAwareMixin(pl.LightningModule):
         try:
             objective.check_ready()
             check_choice("passes", self.passes, ("auto", "full", "split"))
+            if check_choice("batch_norm", self.batch_norm, ("exact", "group")) == "group" and self.passes != "split":
+                raise bad_argument("batch_norm", "'exact', unless `passes='split'` is set", self.batch_norm)
+            check_integer("interval", self.interval, minimum=1)
             check_choice("ascent", self.ascent, ("global", "local"))
             check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
             if not isinstance(self.log_sharpness, bool):
@@ -398,19 +418,21 @@ class _Survey(NamedTuple):
     """What the choice of passes depends on."""
 
     buffers: list[Buffers]
-    mixing: str | None
+    batch_norms: dict[str, _BatchNorm]  # Those that normalize by statistics of the batch, by name.
     has_unknown_buffers: bool
     is_compiled: bool
 
 
 def _survey(module: torch.nn.Module) -> _Survey:
-    buffers, mixing, unknown, compiled = [], None, False, False
+    buffers: list[Buffers] = []
+    batch_norms: dict[str, _BatchNorm] = {}
+    unknown = compiled = False
     for name, layer in module.named_modules():
         is_batch_norm = isinstance(layer, _BatchNorm)
         if layer._buffers:
             buffers.append(layer._buffers)
             unknown = unknown or not is_batch_norm
         if is_batch_norm and (layer.training or layer.running_mean is None):
-            mixing = mixing or name
+            batch_norms[name] = layer
         compiled = compiled or is_compiled(layer)
-    return _Survey(buffers, mixing, unknown, compiled)
+    return _Survey(buffers, batch_norms, unknown, compiled)

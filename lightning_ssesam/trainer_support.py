@@ -7,7 +7,7 @@ is held by a test that compares with automatic optimization.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
@@ -72,6 +73,7 @@ class TrainerSupport(Callback):
             self._replace(owner, name, _followed_by(getattr(owner, name), partial(afterwards, trainer)))
         clean = _then(trainer.strategy.lightning_module_state_dict, self.module._sharpness_engine.restored)
         self._replace(trainer.strategy, "lightning_module_state_dict", clean)
+        self._replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
         # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.
         skip = epoch_loop.val_loop.increment_progress_to_evaluation_end
         self._replace(epoch_loop.val_loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
@@ -152,6 +154,23 @@ class TrainerSupport(Callback):
                 f"`{type(pl_module).__name__}.training_step` takes the place of SharpnessAwareMixin's, so that nothing"
                 " is trained. Remove it and define `sample_losses`, or call `super().training_step(batch, batch_idx)`."
             )
+
+    def _watched(self, batch_to_device: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
+        """Return a ``batch_to_device`` that notes the targets on the host, so that no step waits to see them."""
+        owners = [self.module, getattr(trainer, "datamodule", None)]
+        hooks = ["transfer_batch_to_device", "on_after_batch_transfer"]
+        may_change = any(owner is not None and is_overridden(hook, owner) for owner in owners for hook in hooks)
+
+        def call(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            moved = batch_to_device(batch, *args, **kwargs)
+            self.module._host_targets.forget()
+            if trainer.training and not may_change:
+                # What fails here fails in the step again, or looks for the targets on the device and finds them there.
+                with suppress(Exception):
+                    self.module._host_targets.note(*map(self.module.sample_targets, (batch, moved)))
+            return moved
+
+        return call
 
     def _after_batch(self, trainer: pl.Trainer) -> None:
         if not self.module._pending:
@@ -236,6 +255,7 @@ class TrainerSupport(Callback):
         self.module.automatic_optimization = self.module._is_pretending = False
         self.module._is_supported = False
         self.module._pending.clear()
+        self.module._host_targets.forget()
         self.module._sharpness_engine.release()
 
 

@@ -461,7 +461,8 @@ def test_losses_must_be_per_sample(losses, passes):
 
 def test_bad_arguments():
     with pytest.raises(
-        ValueError, match=r"Expected argument `passes` to be one of 'auto', 'full', 'split', but got 'half'\."
+        ValueError,
+        match=r"Expected argument `passes` to be one of 'auto', 'full', 'split', 'difference', but got 'half'\.",
     ):
         compute(lambda *_: torch.ones(1), [Term(torch.ones(1), 0.0)], [], passes="half")
     with pytest.raises(ValueError, match=r"Expected argument `rho` to be a finite number >= 0, but got -0\.1"):

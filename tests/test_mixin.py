@@ -197,7 +197,7 @@ class TestCounting:
         data = batches(1)
         model = Model(objective=SSESAM(SPLIT))
         expected = F.cross_entropy(model.net(data[0][0]), data[0][1]).item()
-        run = fit(model, data)
+        run = fit(model, data, enable_progress_bar=True)
         assert run.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
         assert run.progress_bar_metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
 
@@ -523,7 +523,7 @@ def test_objective_may_be_bound_in_setup():
 
 def test_trainer_serves_other_modules_afterwards():
     """What was put in place for one module is gone for the next."""
-    run = trainer(max_epochs=1)
+    run = trainer(max_epochs=1, enable_progress_bar=True)
     run.fit(Model(scheduler=exponential()), batches_loader(batches(2)))
     for number, model in enumerate([Automatic(scheduler=exponential()), Model(scheduler=exponential())], start=2):
         before = clones(model.parameters())

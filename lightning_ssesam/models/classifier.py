@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice
+from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_integer
 from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
@@ -44,6 +44,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         many_above: Many-shot classes have more training samples than this.
         few_below: Few-shot classes have fewer training samples than this.
         passes: As in :class:`~lightning_ssesam.SharpnessAwareMixin`, like the following.
+        batch_norm: ``"exact"``, or with ``passes="split"`` also ``"group"``.
+        interval: Perturb in every ``interval``-th update only, an integer >= 1.
         ascent: Where several processes share a batch, ``"global"`` or ``"local"``.
         on_nonfinite: ``"ignore"``, ``"skip"`` or ``"raise"``.
         log_sharpness: Whether to log the sharpness of each term and gradient norms.
@@ -68,6 +70,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         scheduler_monitor: str | None = None,
         passes: Literal["auto", "full", "split"] = "auto",
+        batch_norm: Literal["exact", "group"] = "exact",
+        interval: int = 1,
         ascent: Literal["global", "local"] = "global",
         on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
         log_sharpness: bool = False,
@@ -91,9 +95,11 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.test_metrics = _make_metrics(self.split)
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        interval = check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
-        self._scheduler_options = {"interval": interval, "monitor": scheduler_monitor}
+        check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
+        self._scheduler_options = {"interval": scheduler_interval, "monitor": scheduler_monitor}
         self.passes = check_choice("passes", passes, ("auto", "full", "split"))
+        self.batch_norm = check_choice("batch_norm", batch_norm, ("exact", "group"))
+        self.interval = check_integer("interval", interval, minimum=1)
         self.ascent = check_choice("ascent", ascent, ("global", "local"))
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
         self.log_sharpness = log_sharpness
