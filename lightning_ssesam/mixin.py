@@ -110,6 +110,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         self._step_logs = StepLogs()
         self._host_targets = HostTargets()
         self._pending: list[tuple[Any, Tensor]] = []
+        self._loss_on_bar: Tensor | None = None
         self.skipped_updates = 0
         self._outer_dtype = torch.get_default_dtype()
         self._is_pretending = False
@@ -297,9 +298,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
         names = self._step_logs.flush(super().log)
         if "train/loss" not in names and size > 0:
-            # Lightning waits every step for what is to be on the bar, whether there is one or not.
-            has_bar = self.trainer.progress_bar_callback is not None
-            self.log("train/loss", outcome.loss, prog_bar=has_bar, batch_size=size)
+            self.log("train/loss", outcome.loss, batch_size=size)
+            self._loss_on_bar = outcome.loss
         if self.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
         if not self.log_sharpness or outcome.gradient_norm is None:

@@ -74,6 +74,8 @@ class TrainerSupport(Callback):
         clean = _then(trainer.strategy.lightning_module_state_dict, self.module._sharpness_engine.restored)
         self._replace(trainer.strategy, "lightning_module_state_dict", clean)
         self._replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
+        if (bar := trainer.progress_bar_callback) is not None:
+            self._replace(bar, "get_metrics", self._with_loss(bar.get_metrics))
         # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.
         skip = epoch_loop.val_loop.increment_progress_to_evaluation_end
         self._replace(epoch_loop.val_loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
@@ -172,6 +174,15 @@ class TrainerSupport(Callback):
 
         return call
 
+    def _with_loss(self, get_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        """Return a ``get_metrics`` with the loss, for which ``prog_bar=True`` would wait every step, bar or no bar."""
+
+        def call(*args: Any) -> dict[str, Any]:
+            metrics, loss = get_metrics(*args), self.module._loss_on_bar
+            return metrics if loss is None else {**metrics, "train/loss": loss.item()}
+
+        return call
+
     def _after_batch(self, trainer: pl.Trainer) -> None:
         if not self.module._pending:
             self._resumption.mark(trainer)
@@ -256,6 +267,7 @@ class TrainerSupport(Callback):
         self.module._is_supported = False
         self.module._pending.clear()
         self.module._host_targets.forget()
+        self.module._loss_on_bar = None
         self.module._sharpness_engine.release()
 
 

@@ -152,7 +152,7 @@ class Automatic(L.LightningModule):
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
         loss = F.cross_entropy(self.net(inputs), targets)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     configure_optimizers = Model.configure_optimizers
