@@ -107,7 +107,8 @@ def test_scheduler_by_the_step():
 
 
 def test_options_of_the_mixin():
-    options = {"passes": "full", "ascent": "local", "on_nonfinite": "raise", "log_sharpness": True}
+    options = {"passes": "split", "ascent": "local", "on_nonfinite": "raise", "log_sharpness": True}
+    options |= {"batch_norm": "group", "interval": 3}
     model = LongTailClassifier(COUNTS, nn.Linear(8, 5), **options)
     assert {name: getattr(model, name) for name in options} == options
     run = trainer()
@@ -155,6 +156,8 @@ def test_small_conv_net(norm):
         ),
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), passes="half"), "`passes` to be one of 'auto', 'full'"),
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), on_nonfinite=1), "`on_nonfinite` to be one of 'ignore'"),
+        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), batch_norm="fixed"), "`batch_norm` to be one of 'exact'"),
+        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), interval=0), "`interval` to be an integer >= 1, but"),
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), scheduler_interval="batch"),
             "one of 'epoch', 'step', but",

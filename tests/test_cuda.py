@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import SPLIT, STRICT, Automatic, Model, assert_same_bits, classification_batch, fit, mlp
+from helpers import SPLIT, STRICT, Automatic, Model, assert_same_bits, classification_batch, convbn, fit, mlp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -73,3 +73,36 @@ def test_compiled_by_inductor():
     for model in models:
         fit(model, data, callbacks=[StageSwitch(step=2)], **GPU)
     torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", ["full", "split", "auto", "group"])
+def test_no_step_waits(passes):
+    """Not even to choose the samples of split passes, as their targets are looked at before they are moved."""
+
+    class Watched(Model):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 0:
+                # The first step may look whether a forward changes buffers.
+                return super().training_step(batch, batch_idx)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return super().training_step(batch, batch_idx)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    model = Watched(convbn() if passes == "group" else mlp(), SSESAM(SPLIT), "split" if passes == "group" else passes)
+    model.batch_norm = "group" if passes == "group" else "exact"
+    model.log_sharpness = True
+    shape = (3, 5, 5) if passes == "group" else (8,)
+    assert fit(model, [classification_batch(shape=shape) for _ in range(4)], **GPU).global_step == 4
+
+
+@pytest.mark.parametrize("passes", ["full", "split"])
+def test_memory_above_plain_training(passes):
+    net, data, peaks = nn.Sequential(nn.Linear(8, 2000), nn.Linear(2000, 2000), nn.Linear(2000, 5)), batches(), []
+    for model in (Automatic(copy.deepcopy(net)), Model(copy.deepcopy(net), SSESAM(SPLIT), passes)):
+        torch.cuda.reset_peak_memory_stats()
+        fit(model, data, **GPU)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model
+    assert peaks[1] - peaks[0] < 2.2 * sum(p.nbytes for p in net.parameters())

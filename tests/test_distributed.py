@@ -273,6 +273,23 @@ def with_sync_batch_norm(rank, objective):
     return train(rank, Model(net, OBJECTIVES[objective]()), data((3, 5, 5)))
 
 
+def grouped():
+    model = Model(network(convbn), SSESAM(SPLIT), "split")
+    model.batch_norm = "group"
+    return model
+
+
+def alike():
+    """Both processes have the batches of the first."""
+    return [data((3, 5, 5), even=True)[0]] * WORLD
+
+
+def with_interval():
+    model = Model(network(), SSESAM(SPLIT))
+    model.interval = 2
+    return model
+
+
 def automatic(rank):
     return train(rank, Automatic(network()), data(even=True))
 
@@ -307,6 +324,9 @@ SCENARIOS = {
     "switched": lambda rank: train(rank, Model(network(), SSESAM(SPLIT)), data(), callbacks=[StageSwitch(step=2)]),
     "sync batch norm SAM": lambda rank: with_sync_batch_norm(rank, "SAM"),
     "sync batch norm SSESAM 1": lambda rank: with_sync_batch_norm(rank, "SSESAM 1"),
+    "batch norm by groups, alike": lambda rank: train(rank, grouped(), alike()),
+    "batch norm by groups": lambda rank: train(rank, grouped(), data((3, 5, 5), even=True)),
+    "interval": lambda rank: train(rank, with_interval(), data()),
     "poisoned": poisoned,
     "poisoned loss": poisoned_loss,
     "raised": raised,
@@ -411,6 +431,19 @@ class TestDDP:
     def test_equals_one_process_too(self, results, name):
         expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()))
         assert_close(same_in_all(results, name)["state"], expected)
+
+    def test_interval(self, results):
+        expected, _ = one_process(with_interval(), unions(data()))
+        assert_close(same_in_all(results, "interval")["state"], expected)
+
+    def test_batch_norm_by_groups(self, results):
+        expected, _ = one_process(grouped(), alike()[0])
+        assert_close(same_in_all(results, "batch norm by groups, alike")["state"], expected)
+        # Where one process has groups that the other lacks, they still end alike, but for their own statistics.
+        states = [result["batch norm by groups"]["state"] for result in results]
+        for name, value in states[0].items():
+            assert value.isfinite().all()
+            assert torch.equal(value, states[1][name]) or "running" in name
 
     def test_gradients_as_views_of_buckets(self, results):
         expected, _ = one_process(Model(network(), SSESAM(SPLIT)), unions(data()), max_epochs=2)

@@ -2,6 +2,12 @@
 
 import contextlib
 import copy
+import gc
+import itertools
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ from helpers import (
     OBJECTIVES,
     SPLIT,
     STRICT,
+    Automatic,
     Model,
     assert_same_bits,
     batches_loader,
@@ -298,6 +305,42 @@ class TestBatchNormByGroups:
             fit(model, batches(1, shape=IMAGES))
 
 
+def peak_of(model, data):
+    """Bytes that a run has allocated at most at one time."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fit(model, data)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+class TestMemory:
+    @pytest.mark.parametrize("passes", ["full", "split", "group"])
+    @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "own"])
+    def test_two_copies_of_the_weights_above_plain_training(self, objective, passes):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 700), torch.nn.BatchNorm1d(700), torch.nn.Linear(700, 700))
+        net.append(torch.nn.Linear(700, 5))
+        if passes != "group":
+            net[1] = torch.nn.Identity()
+        size, data = sum(p.nbytes for p in net.parameters()), batches(2)
+        plain = peak_of(Automatic(copy.deepcopy(net)), data)
+        model = grouped(copy.deepcopy(net), OBJECTIVES[objective]())
+        if passes != "group":
+            model.passes, model.batch_norm = passes, "exact"
+        copies = (peak_of(model, data) - plain) / size
+        assert -0.1 < copies < 2.1
+
+    def test_split_passes_need_less_for_activations(self):
+        net, data = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(20)), torch.nn.Linear(8, 5)), []
+        for x, _ in batches(2, n=2000):
+            data.append((x, torch.arange(2000) % 5))
+        plain = peak_of(Automatic(copy.deepcopy(net)), data)
+        split = peak_of(Model(copy.deepcopy(net), SSESAM(SPLIT), "split"), data)
+        full = peak_of(Model(copy.deepcopy(net), SSESAM(SPLIT), "full"), data)
+        assert split < 0.8 * plain
+        assert full < 2 * plain
+
+
 class Meta(SingleDeviceStrategy):
     """A device whose tensors have no data: whoever asks for a value of theirs gets an exception."""
 
@@ -415,3 +458,23 @@ class TestNoWaiting:
 
         model = OnDevice(mlp(), SSESAM(SPLIT), "full")
         assert fit(model, batches(2), strategy=Meta(), accelerator="auto").global_step == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_benchmark_of_step_costs(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "benchmarks" / "step_cost.py"
+    flags = "--network=small --width=8 --image-size=8 --batch-size=20 --rounds=10 --warm-up=1 --json=table.json"
+    monkeypatch.setattr(sys, "argv", [str(script), *flags.split()])
+    runpy.run_path(str(script), run_name="__main__")
+    rows = {(row["norm"], row["name"]): row for row in json.loads(Path("table.json").read_text())["results"]}
+    printed = capsys.readouterr().out
+    for (_, name), row in rows.items():
+        assert f"| {name} | {row['ratio']:.2f} |" in printed
+    cost = {key: (row["forwards"], row["backwards"], row["floor"]) for key, row in rows.items()}
+    assert cost["group", "plain SGD"] == (1, 1, 1)
+    assert cost["group", "SAM, interval=5"] == pytest.approx((1.2, 1.2, 1.2))
+    assert cost["group", "SSE-SAM stage 1, split"] == (2, 4, 2)
+    assert cost["group", "SSE-SAM stage 2, split"] == pytest.approx((1.2, 3, 1.2))
+    assert cost["batch", "SSE-SAM stage 1, full"] == pytest.approx((3, 4, 11 / 3))
+    assert cost["batch", "SSE-SAM stage 1, group"] == (3, 5, 3)
+    assert cost["batch", "SSE-SAM stage 2, group"] == pytest.approx((1.4, 3, 1.4))

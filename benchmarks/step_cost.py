@@ -1,0 +1,501 @@
+"""What a training step costs, in units of a plain one: time, passes and memory of every objective and mode.
+
+    python benchmarks/step_cost.py
+
+Every contender is a module in a Trainer of its own, and the Trainers take turns: one step each in random order, over
+and over, so that whatever else the machine does hits all of them. The unit is the same network's step under
+Lightning's automatic optimization with SGD, the mean of two such contenders in the same round; how far these two are
+from 1 is the noise of the table. Peers take part if they can be imported: ``pip install pytorch-optimizer``; Composer
+(``pip install mosaicml``), which needs an older torch, in an environment of its own.
+
+    python benchmarks/step_cost.py --json table.json        # machine-readable
+    python benchmarks/step_cost.py --scaling                # over batch size, width, tail share, number of classes
+    python benchmarks/step_cost.py --network resnet50 --precision bf16-mixed --image-size 224   # on a GPU
+    python benchmarks/step_cost.py --network small --compiled
+
+docs/performance.md has what came out, and what follows from it.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import threading
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin
+from lightning_ssesam.models import SmallConvNet
+
+INTERVAL = 5
+PLAIN = "plain SGD"
+
+
+def make_network(options, norm):
+    """Return the network that is trained, with ``norm`` "group" or "batch"."""
+    torch.manual_seed(0)
+    if options.network == "small":
+        net = SmallConvNet(options.classes, in_channels=3, width=options.width, norm=norm)
+    elif options.network == "vit_b_16":
+        net = torchvision.models.vit_b_16(num_classes=options.classes, image_size=options.image_size)
+    else:
+        layer = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 32)
+        net = getattr(torchvision.models, options.network)(num_classes=options.classes, norm_layer=layer)
+        if options.image_size <= 64:
+            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return torch.compile(net, dynamic=True) if options.compiled else net
+
+
+def make_batch(options):
+    """Return images and class indices, with the number of tail samples that the share asks for."""
+    tail = round(options.batch_size * options.tail_share)
+    targets = torch.cat([torch.randint(2, options.classes, (options.batch_size - tail,)), torch.randint(2, (tail,))])
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
+    return images, targets[torch.randperm(options.batch_size)]
+
+
+class Plain(L.LightningModule):
+    """The unit: automatic optimization with SGD."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def loss(self, batch, reduction="mean"):
+        """Return the cross-entropy of a batch."""
+        images, targets = batch
+        return F.cross_entropy(self.net(images), targets, reduction=reduction)
+
+    def training_step(self, batch, batch_idx):
+        """Called for every batch."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def make_sgd(self):
+        """Return the optimizer that all contenders have."""
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+    def configure_optimizers(self):
+        """Called when the run starts."""
+        return self.make_sgd()
+
+
+class Ours(SharpnessAwareMixin, Plain):
+    """An objective of this project."""
+
+    training_step = SharpnessAwareMixin.training_step
+
+    def __init__(self, net, objective, **attributes):
+        super().__init__(net)
+        self.objective = objective
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def sample_losses(self, batch):
+        """Return the loss of every sample."""
+        return self.loss(batch, reduction="none")
+
+
+class Peer(Plain):
+    """Somebody else's SAM in manual optimization, as its documentation shows."""
+
+    def __init__(self, net, make_optimizer):
+        super().__init__(net)
+        self.automatic_optimization = False
+        self.make_optimizer = make_optimizer
+
+    def configure_optimizers(self):
+        """Called when the run starts."""
+        return self.make_optimizer(self)
+
+    def training_step(self, batch, batch_idx):
+        """Called for every batch."""
+        optimizer = self.optimizers()
+        losses = []
+
+        def closure(**kwargs):
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            losses.append(loss.detach())
+            return loss
+
+        if self.takes_first_gradient:
+            closure()
+        optimizer.step(closure)
+        self.log("train/loss", losses[0])
+
+    takes_first_gradient = False
+
+
+class PeerWithFirstGradient(Peer):
+    """One whose step expects that the gradient is there."""
+
+    takes_first_gradient = True
+
+
+def peers():
+    """Return the peers that are installed: name, class, maker of the optimizer."""
+    found = []
+    try:
+        import pytorch_optimizer
+
+        def make(module):
+            return pytorch_optimizer.SAM(module.parameters(), torch.optim.SGD, rho=0.05, lr=0.01, momentum=0.9)
+
+        found.append((f"SAM of pytorch-optimizer {version_of('pytorch-optimizer')}", PeerWithFirstGradient, make))
+    except ImportError:
+        print("pytorch-optimizer is not installed, and does not take part.")
+    try:
+        from composer.algorithms.sam import SAMOptimizer
+
+        found.append(
+            (
+                f"SAM of Composer {version_of('mosaicml')}",
+                Peer,
+                lambda module: SAMOptimizer(module.make_sgd(), rho=0.05),
+            )
+        )
+    except ImportError:
+        print("Composer is not installed, and does not take part.")
+    return found
+
+
+def version_of(package):
+    """Return the version of an installed package."""
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def second(objective):
+    """Return a staged objective in its second stage."""
+    objective.stage = 2
+    return objective
+
+
+def contenders(options, norm):
+    """Return name, floor of the cost (None where there is none to speak of), and a maker of the module."""
+    net = partial(make_network, options, norm)
+    split = ClassSplit([5, 5] + [100] * (options.classes - 2), tail=[0, 1])
+    share = round(options.batch_size * options.tail_share) / options.batch_size
+
+    def ours(objective, **attributes):
+        return lambda: Ours(net(), objective(), **attributes)
+
+    stage_1, stage_2 = partial(SSESAM, split), lambda: second(SSESAM(split))
+    rows = [
+        (PLAIN, 1.0, lambda: Plain(net())),
+        (f"{PLAIN} again", 1.0, lambda: Plain(net())),
+        ("ERM", 1.0, ours(ERM)),
+        ("SAM", 2.0, ours(SAM)),
+        (f"SAM, interval={INTERVAL}", 1 + 1 / INTERVAL, ours(SAM, interval=INTERVAL)),
+    ]
+    full = [
+        ("SSE-SAM stage 1, full", 11 / 3, ours(stage_1, passes="full")),
+        ("SSE-SAM stage 2, full", 8 / 3, ours(stage_2, passes="full")),
+    ]
+    if norm == "batch":
+        group = {"passes": "split", "batch_norm": "group"}
+        rows += [
+            *full,
+            ("SSE-SAM stage 1, group", 3.0, ours(stage_1, **group)),
+            ("SSE-SAM stage 2, group", 1 + 2 * share, ours(stage_2, **group)),
+        ]
+    else:
+        rows += [
+            ("ImbSAM, split", 1 + share, ours(partial(ImbSAM, split), passes="split")),
+            ("SSE-SAM stage 1, split", 2.0, ours(stage_1, passes="split")),
+            ("SSE-SAM stage 2, split", 1 + share, ours(stage_2, passes="split")),
+            *full,
+        ]
+    rows += [(name, None, lambda c=c, make=make: c(net(), make)) for name, c, make in options.peers]
+    return [row for row in rows if options.only is None or row[0].startswith(PLAIN) or options.only in row[0]]
+
+
+def make_trainer(options, **kwargs):
+    """Return a Trainer that does nothing but train."""
+    return L.Trainer(
+        accelerator=options.device,
+        devices=1,
+        precision=options.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Turns:
+    """A loader that hands out a batch when it is told to, so that Trainers in several threads take turns."""
+
+    def __init__(self, batch):
+        self.batch, self.is_over = batch, False
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __len__(self):
+        return 1 << 30
+
+    def __iter__(self):
+        while True:
+            self.done.release()
+            self.go.acquire()
+            if self.is_over:
+                return
+            yield self.batch
+
+
+class Contender:
+    """A Trainer in a thread, that makes a step when asked to."""
+
+    def __init__(self, options, module, batch):
+        self.turns, self.error = Turns(batch), None
+        self.thread = threading.Thread(target=self._run, args=(options, module), daemon=True)
+        self.thread.start()
+        self._wait()
+
+    def _run(self, options, module):
+        try:
+            make_trainer(options, max_epochs=1).fit(module, self.turns)
+        except BaseException as error:
+            self.error = error
+        self.turns.done.release()
+
+    def _wait(self):
+        self.turns.done.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def step(self):
+        """Make a step. Return the seconds it took, from batch to next batch."""
+        synchronize()
+        start = time.perf_counter()
+        self.turns.go.release()
+        self._wait()
+        synchronize()
+        return time.perf_counter() - start
+
+    def end(self):
+        """End the training."""
+        self.turns.is_over = True
+        self.turns.go.release()
+        self.thread.join()
+
+
+class Counts(Callback):
+    """Counts forwards, in batches, and backward passes."""
+
+    def __init__(self, module, batch_size):
+        self.forwards = self.backwards = 0.0
+        self.hook = module.net.register_forward_pre_hook(partial(self._count, batch_size))
+
+    def _count(self, batch_size, module, args):
+        self.forwards += len(args[0]) / batch_size
+
+    def on_after_backward(self, trainer, pl_module):
+        """Called after every backward."""
+        self.backwards += 1
+
+
+def passes_and_memory(options, make, batch):
+    """Return forwards and backwards a step, and the peak of allocated bytes over a training of a few steps."""
+    # What is freed while it runs must not be what was there before.
+    gc.collect()
+    module = make()
+    # The second step finds everything allocated that stays.
+    steps = max(2, getattr(module, "interval", 1))
+    counts = Counts(module, options.batch_size)
+    trainer = make_trainer(options, max_epochs=1, callbacks=[counts])
+    data = torch.utils.data.DataLoader([batch] * steps, batch_size=None)
+    if options.device == "gpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainer.fit(module, data)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.fit(module, data)
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
+    counts.hook.remove()
+    size = sum(p.nbytes for p in module.parameters())
+    return {"forwards": counts.forwards / steps, "backwards": counts.backwards / steps, "peak": peak, "weights": size}
+
+
+def measure(options, norm):
+    """Return a row for every contender."""
+    batch, rows = make_batch(options), contenders(options, norm)
+    results = [{"name": name, "norm": norm, "floor": floor} for name, floor, _ in rows]
+    if not options.no_memory:
+        for result, (_, _, make) in zip(results, rows, strict=True):
+            result |= passes_and_memory(options, make, batch)
+    racing = [Contender(options, make(), batch) for _, _, make in rows]
+    seconds = [[0.0] * len(racing) for _ in range(options.warm_up + options.rounds)]
+    shuffle = random.Random(0).shuffle
+    for of_round in seconds:
+        order = list(range(len(racing)))
+        shuffle(order)
+        for number in order:
+            of_round[number] = racing[number].step()
+    for contender in racing:
+        contender.end()
+    seconds = seconds[options.warm_up :]
+    units = [statistics.mean(of_round[:2]) for of_round in seconds]
+    for number, result in enumerate(results):
+        times = [of_round[number] for of_round in seconds]
+        if "interval" in result["name"]:
+            result |= compare(in_intervals(times), in_intervals(units))
+        else:
+            result |= compare(times, units)
+    return results
+
+
+def compare(times, units):
+    """Return the milliseconds and the ratios to the units of the same round."""
+    ratios = [value / unit for value, unit in zip(times, units, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"ms": 1000 * statistics.median(times), "ratio": median, "quartiles": [low, high], "ratios": ratios}
+
+
+def in_intervals(values):
+    """Return the means of consecutive intervals, of which one step is perturbed."""
+    groups = [values[start : start + INTERVAL] for start in range(0, len(values) - INTERVAL + 1, INTERVAL)]
+    return [statistics.mean(group) for group in groups]
+
+
+def print_table(results):
+    """Print rows as a Markdown table."""
+    unit = results[0]
+    has_memory = "peak" in unit
+    print(f"\n| {unit['norm']} norm | cost | quartiles | floor |", end="")
+    print(" forwards | backwards | peak memory, MiB |" if has_memory else "")
+    print("|---|---|---|---|" + "---|---|---|" * has_memory)
+    for row in results:
+        low, high = row["quartiles"]
+        floor = "" if row["floor"] is None else f"{row['floor']:.2f}"
+        print(f"| {row['name']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {floor} |", end="")
+        if has_memory:
+            print(f" {row['forwards']:.2f} | {row['backwards']:.1f} | {row['peak'] / 2**20:.0f} |", end="")
+        print()
+    print(f"\nA plain step takes {unit['ms']:.1f} ms.", end="")
+    print(f" One copy of the weights is {unit['weights'] / 2**20:.1f} MiB." if has_memory else "")
+
+
+SWEEP = {
+    "batch_size": [16, 64, 256],
+    "width": [16, 64, 128],
+    "tail_share": [0.05, 0.2, 0.5],
+    "classes": [10, 1000, 100_000],
+}
+
+
+def scaling(options):
+    """Return the rows of a sweep over one setting after the other."""
+    results = []
+    for setting, values in SWEEP.items():
+        print(
+            f"\n| {setting} | plain step, ms | ERM | SAM | SSE-SAM stage 1 | stage 2 | 1 + tail share |\n"
+            + "|---" * 7
+            + "|"
+        )
+        for value in values:
+            changed = argparse.Namespace(**{**vars(options), setting: value, "no_memory": True, "network": "small"})
+            changed.peers = []
+            rows = measure(changed, "group")
+            ratio = {row["name"]: row["ratio"] for row in rows}
+            names = ["ERM", "SAM", "SSE-SAM stage 1, split", "SSE-SAM stage 2, split"]
+            floor = next(row["floor"] for row in rows if row["name"] == names[-1])
+            cells = [f"{rows[0]['ms']:.1f}", *(f"{ratio[name]:.2f}" for name in names), f"{floor:.2f}"]
+            print(f"| {value:,} | {' | '.join(cells)} |", flush=True)
+            results += [{setting: value, **row} for row in rows]
+    return results
+
+
+def parse_arguments():
+    """Return the settings of the run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--network", default="resnet18", help="small, vit_b_16, or a ResNet of torchvision")
+    parser.add_argument("--norm", choices=["group", "batch", "both"], default="both")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--tail-share", type=float, default=0.2, help="share of tail samples in a batch")
+    parser.add_argument("--classes", type=int, default=10, help="3 or more, two of them tail")
+    parser.add_argument("--width", type=int, default=32, help="of --network small")
+    parser.add_argument("--precision", default="32-true", help="as the Trainer's")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile the network")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each contender that count")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
+    parser.add_argument("--threads", type=int, help="CPU threads for an operation")
+    parser.add_argument("--only", help="contenders with this in their name, next to plain SGD")
+    parser.add_argument("--no-memory", action="store_true", help="leave out counts and memory")
+    parser.add_argument("--scaling", action="store_true", help="sweep over the settings of a small network")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    options = parser.parse_args()
+    options.device = "gpu" if torch.cuda.is_available() else "cpu"
+    return options
+
+
+def share_memory_among_threads():
+    """Let all threads allocate from one place, where the C library allows it: else some are faster, by chance."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        m_arena_max = -8
+        ctypes.CDLL(None).mallopt(m_arena_max, 1)
+
+
+def main():
+    """Measure and print."""
+    share_memory_among_threads()
+    options = parse_arguments()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    hardware = torch.cuda.get_device_name() if options.device == "gpu" else platform.processor() or platform.machine()
+    about = {
+        "hardware": f"{hardware}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}",
+        **{name: value for name, value in vars(options).items() if name != "json"},
+    }
+    print(f"{about['hardware']}; {about['versions']}; {options.network}, batches of {options.batch_size}")
+    if options.scaling:
+        results = scaling(options)
+    else:
+        options.peers = peers()
+        norms = ["group", "batch"] if options.norm == "both" else [options.norm]
+        if options.network == "vit_b_16":
+            norms = ["group"]  # It has layer norm, and like group norm that does not mix samples.
+        results = []
+        for norm in norms:
+            rows = measure(options, norm)
+            print_table(rows)
+            results += rows
+    if options.json:
+        options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
