@@ -227,7 +227,7 @@ def contenders(options, norm):
             *full,
         ]
     rows += [(name, None, lambda c=c, make=make: c(net(), make)) for name, c, make in options.peers]
-    return [row for row in rows if options.only is None or row[0].startswith(PLAIN) or options.only in row[0]]
+    return [row for row in rows if options.only is None or row[0].startswith(PLAIN) or row[0] in options.only]
 
 
 def make_trainer(options, **kwargs):
@@ -407,10 +407,13 @@ def print_table(results):
 
 SWEEP = {
     "batch_size": [16, 64, 256],
-    "width": [16, 64, 128],
+    "width": [16, 32, 64],
     "tail_share": [0.05, 0.2, 0.5],
     "classes": [10, 1000, 100_000],
 }
+
+
+SWEPT = ["ERM", "SAM", "SSE-SAM stage 1, split", "SSE-SAM stage 2, split"]
 
 
 def scaling(options):
@@ -423,13 +426,10 @@ def scaling(options):
             + "|"
         )
         for value in values:
-            changed = argparse.Namespace(**{**vars(options), setting: value, "no_memory": True, "network": "small"})
-            changed.peers = []
-            rows = measure(changed, "group")
-            ratio = {row["name"]: row["ratio"] for row in rows}
-            names = ["ERM", "SAM", "SSE-SAM stage 1, split", "SSE-SAM stage 2, split"]
-            floor = next(row["floor"] for row in rows if row["name"] == names[-1])
-            cells = [f"{rows[0]['ms']:.1f}", *(f"{ratio[name]:.2f}" for name in names), f"{floor:.2f}"]
+            fixed = {"network": "small", "image_size": 16, "no_memory": True, "peers": [], "only": SWEPT}
+            rows = measure(argparse.Namespace(**{**vars(options), **fixed, setting: value}), "group")
+            ratios = {row["name"]: row["ratio"] for row in rows}
+            cells = [f"{rows[0]['ms']:.1f}", *(f"{ratios[name]:.2f}" for name in SWEPT), f"{rows[-1]['floor']:.2f}"]
             print(f"| {value:,} | {' | '.join(cells)} |", flush=True)
             results += [{setting: value, **row} for row in rows]
     return results
@@ -450,11 +450,15 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each contender that count")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
     parser.add_argument("--threads", type=int, help="CPU threads for an operation")
-    parser.add_argument("--only", help="contenders with this in their name, next to plain SGD")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="contenders that race with plain SGD, as in the table"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out counts and memory")
     parser.add_argument("--scaling", action="store_true", help="sweep over the settings of a small network")
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
+    if options.rounds < 2 * INTERVAL:
+        parser.error(f"--rounds must be at least {2 * INTERVAL}, for two intervals of {INTERVAL}")
     options.device = "gpu" if torch.cuda.is_available() else "cpu"
     return options
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_ssesam.engine import move, rows
 from lightning_ssesam.objectives import Objective, Term
 
 Gather = Callable[[Tensor], tuple[list[Tensor], int]]
@@ -21,11 +22,11 @@ class HostTargets:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, Tensor] | None = None
+        self._known: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     def note(self, host: Tensor, moved: Tensor) -> None:
         """Remember the targets of a batch, before and after it was moved."""
-        self._known = moved, moved._version, host
+        self._known = moved, _state(moved), host
 
     def forget(self) -> None:
         """Know nothing."""
@@ -35,15 +36,20 @@ class HostTargets:
         """Return the host's copy if ``targets`` are the ones that were moved, unchanged since; else ``targets``."""
         if self._known is None:
             return targets
-        moved, version, host = self._known
-        return host if targets is moved and targets._version == version else targets
+        moved, state, host = self._known
+        return host if targets is moved and _state(targets) == state else targets
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    # What is written into `tensor.data` in place goes unseen.
+    return tensor.data_ptr(), tensor._version
 
 
 def pick_samples(item: Any, index: Tensor, size: int) -> Any:
     """Return a batch of ``size`` samples with only those at ``index`` (on the CPU), whatever its nesting."""
     if isinstance(item, Tensor):
         has_rows = item.ndim > 0 and item.shape[0] == size
-        return item[index.to(item.device, non_blocking=True)] if has_rows else item
+        return rows(item, index) if has_rows else item
     if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
         if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
             return type(item)(item[i] for i in index.tolist())
@@ -80,7 +86,9 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     """
     if gather is None and len(targets) == 1:
         return [list(objective.terms(targets[0]))]
-    flat = _alike([_flatten(t) for t in targets])
+    # Of some batches the targets may be known on the host, of others only on the device.
+    device = next((t.device for t in targets if t.device.type != "cpu"), targets[0].device)
+    flat = _alike([move(_flatten(t), device) for t in targets])
     start, scale, union = 0, 1, torch.cat(flat)
     if gather is not None:
         everywhere, rank = gather(union)

@@ -141,14 +141,15 @@ class SharpnessEngine:
                 over each part, and to its gradient it adds, for each perturbed term, the difference between the
                 gradients at the ascended and at the unperturbed weights, both from a forward of the term's own samples.
                 It is exact where no layer mixes samples, and in the limit of small radii. It is ``"full"`` where the
-                terms do not divide the batch, or leave one a single sample, of which there is no variance.
+                terms do not divide the batch, only one has samples, or one has a single sample in a part, of which
+                there is no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes.
                 Called equally often in each: once at the end, and before that once per term of positive radius.
             ascent: ``"local"`` leaves out the latter, so that each process perturbs for its own samples.
             check_finite: Called at the end with whether the loss and the gradient are finite; returns whether they
                 are in every process.
             report: Whether to find the norm of the final gradient, and of the terms of radius 0, too; of the latter
-                not with ``synchronize``, which leaves them out.
+                not with ``synchronize`` or ``"difference"``, which leave them out.
 
         Returns:
             The mean loss, gradient norms and sharpness.
@@ -170,15 +171,16 @@ class SharpnessEngine:
         try:
             _set_gradients(params, None)
             plan = _plan(batch, summands, self._splits(passes))
-            share = synchronize if ascent == "global" else None
+            together = synchronize if ascent == "global" else None
             if passes == "difference" and _is_divided(plan):
-                loss, summands = self._difference_passes(model, batch, summands, plan, buffers, share)
+                loss, summands = self._difference_passes(model, batch, summands, plan, buffers, together)
             else:
                 plan = _plan(batch, summands, splits=False) if passes == "difference" else plan
                 loss = _clean_passes(model, batch, summands, plan)
                 if passes == "auto" and self._forward_moves_buffers is None:
                     self._forward_moves_buffers = self._buffers.differs()
-                self._perturbed_passes(model, summands, buffers, share, report and synchronize is None)
+                reports_plain = report and synchronize is None and passes != "difference"
+                self._perturbed_passes(model, summands, buffers, together, reports_plain)
             if synchronize is not None:
                 synchronize()
             norm = _norm(params, _gradients(params)) if report or check_finite else None
@@ -242,8 +244,8 @@ class SharpnessEngine:
         for number, summand in enumerate(summands):
             if summand.rho > 0:
                 own = [[forward for forward in forwards if number in forward.shares] for forwards in plan]
-                _clean_passes(model, batch, summands, own, again=True)
-                self._clean_buffers.restore()
+                if any(own):
+                    _clean_passes(model, batch, summands, own, self._clean_buffers)
                 whole.subtract(summand)
                 _find_norm(model, summand, synchronize)
                 _set_gradients(model.params, whole.gradient)
@@ -363,7 +365,7 @@ def _plan(batch: Sequence[MicroBatch], summands: list[_Summand], splits: bool) -
             plan.append([_Forward(None, {used[0]: weights[used[0]]})])
         else:
             indices = {number: support[number].nonzero().flatten() for number in used}
-            plan.append([_Forward(index, {n: _rows(weights[n], index)}) for n, index in indices.items()])
+            plan.append([_Forward(index, {n: rows(weights[n], index)}) for n, index in indices.items()])
     return plan
 
 
@@ -375,14 +377,21 @@ def _is_divided(plan: _Plan) -> bool:
 
 
 def _clean_passes(
-    model: _Model, batch: Sequence[MicroBatch], summands: list[_Summand], plan: _Plan, again: bool = False
+    model: _Model,
+    batch: Sequence[MicroBatch],
+    summands: list[_Summand],
+    plan: _Plan,
+    buffers: BufferSnapshot | None = None,
 ) -> Tensor:
-    """Run passes at the unperturbed weights; find the summands' gradients there. Return the mean loss."""
+    """Run passes at the unperturbed weights; find the summands' gradients there. Return the mean loss.
+
+    With buffers to restore the samples have had their clean pass, and these passes leave nothing but gradients.
+    """
     sums, count = [], 0
     for part, forwards in zip(batch, plan, strict=True):
         for index, shares in forwards:
             random_state = torch_random_state(model.device)
-            losses = part.sample_losses(index, again)
+            losses = part.sample_losses(index, buffers is not None)
             for left, (number, weights) in zip(reversed(range(len(shares))), shares.items(), strict=True):
                 summand = summands[number]
                 loss = _weighted_sum(losses, weights)
@@ -392,13 +401,21 @@ def _clean_passes(
                 _set_gradients(model.params, None)
                 summand.sharpness = summand.sharpness - loss.detach()
                 summand.passes.append(_Pass(part.sample_losses, index, weights, random_state))
+            if buffers is not None:
+                buffers.restore()
             sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
             count += losses.numel()
     return torch.stack(sums).sum() / max(count, 1)
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    return tensor[index.to(tensor.device, non_blocking=True)]
+def rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of a tensor at an index on the host."""
+    return tensor[move(index, tensor.device)]
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without a wait where that is safe (as Lightning moves batches)."""
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
 
 
 def _find_norm(model: _Model, summand: _Summand, synchronize: Callable[[], None] | None) -> None:
@@ -437,7 +454,7 @@ def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
             f" {tuple(weights.shape)} (reduction='none'), but got"
             f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."
         )
-    return (weights.to(losses.device, _accumulation_dtype(losses), non_blocking=True) * losses).sum()
+    return (move(weights.to(_accumulation_dtype(losses)), losses.device) * losses).sum()
 
 
 @torch.no_grad()

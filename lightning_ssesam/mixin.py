@@ -51,10 +51,12 @@ class SharpnessAwareMixin(pl.LightningModule):
             samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode, changes
             other buffers in its forward, is compiled (for one shape of batch) or sharded. Choose ``"full"`` for a model
             that mixes the samples of a batch in some other way.
-        batch_norm: How split passes deal with batch norm in training mode, whose statistics are those of the whole
-            batch. ``"exact"`` (default): not at all. ``"group"``: the gradient is that of plain training, plus what
-            each perturbation changes in it; the latter is found with the statistics of the perturbed samples alone. For
-            small radii that is exact, and elsewhere about as accurate in the end (docs/performance.md).
+        batch_norm: ``"group"`` lets ``passes = "split"`` work with batch norm in training mode, whose statistics are
+            those of the whole batch: the gradient is that of plain training, plus what each perturbation changes in it,
+            the latter found with the statistics of the perturbed samples alone. For small radii that is exact, and
+            elsewhere about as accurate in the end (docs/performance.md). An update is full where a term has a single
+            sample in a batch, or samples belong to several terms. ``"exact"`` (default): no such thing. A layer that is
+            called ``batch_norm`` is left alone.
         interval: Perturb in every ``interval``-th update only, the first of them being number ``interval``, an integer
             >= 1; the updates between are plain steps on the sum of the terms. Counted by ``global_step``.
         ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
@@ -69,7 +71,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             for an accelerator once a step.
         log_sharpness: Whether to log of every term the norm of its gradient as ``train/grad_norm_{term}``, and, if it
             is perturbed, how far its loss rises as ``train/sharpness_{term}``; and the norm of the final gradient, not
-            yet clipped, as ``train/grad_norm``. The terms are ``all``, or ``head`` and ``tail``.
+            yet clipped, as ``train/grad_norm``. The terms are ``all``, or ``head`` and ``tail``. Between perturbed
+            updates (``interval``) a logger repeats the last values; with ``batch_norm = "group"`` terms that are not
+            perturbed have none.
         skipped_updates: How many updates ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
 
     Example::
@@ -96,7 +100,7 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     objective: Objective
     passes: Literal["auto", "full", "split"] = "auto"
-    batch_norm: Literal["exact", "group"] = "exact"
+    batch_norm: Literal["exact", "group"]  # No default here, which would hide a layer that a user gives this name.
     interval: int = 1
     ascent: Literal["global", "local"] = "global"
     on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
@@ -129,6 +133,8 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def sample_targets(self, batch: Any) -> Tensor:
         """Return the targets of a batch: class indices ``(N,)`` or ``(N, ...)``, or probabilities ``(N, C)``.
+
+        Called outside of the step too, with the batch as it is before it is moved to the device.
 
         By default the second item of a pair, or ``batch["target"]``, ``batch["label"]`` or ``batch["labels"]``.
         Override it for batches of another form.
@@ -221,7 +227,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         processes, layers = Processes(self.trainer.strategy), _survey(self)
         gather = processes.gather if processes.size > 1 and self.ascent == "global" else None
         terms = terms_of_union(self.objective, [targets for _, targets in parts], gather)
-        if (self.trainer.global_step + 1) % self.interval:
+        if (self.trainer.global_step + 1) % check_integer("interval", self.interval, minimum=1):
             terms = [[term._replace(rho=0.0) for term in of_part] for of_part in terms]
         checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._sharpness_engine.compute(
@@ -341,11 +347,16 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.automatic_optimization = self._is_pretending = True
         return callbacks
 
+    @property
+    def _batch_norm(self) -> Literal["exact", "group"]:
+        choice: Any = getattr(self, "batch_norm", "exact")
+        return "exact" if isinstance(choice, torch.nn.Module) else choice
+
     def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split", "difference"]:
         if self.passes == "full":
             return "full"
         obstacle = None
-        if layers.batch_norms and self.batch_norm == "exact":
+        if layers.batch_norms and self._batch_norm == "exact":
             obstacle = (
                 f"`{next(iter(layers.batch_norms))}`, whose batch statistics are those of the whole batch. Use"
                 " `passes='auto'` or `passes='full'`, or put batch norm in evaluation mode; or set"
@@ -402,9 +413,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             )
         try:
             objective.check_ready()
-            check_choice("passes", self.passes, ("auto", "full", "split"))
-            if check_choice("batch_norm", self.batch_norm, ("exact", "group")) == "group" and self.passes != "split":
-                raise bad_argument("batch_norm", "'exact', unless `passes='split'` is set", self.batch_norm)
+            check_passes(self.passes, self._batch_norm)
             check_integer("interval", self.interval, minimum=1)
             check_choice("ascent", self.ascent, ("global", "local"))
             check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
@@ -412,6 +421,13 @@ class SharpnessAwareMixin(pl.LightningModule):
                 raise bad_argument("log_sharpness", "True or False", self.log_sharpness)
         except (RuntimeError, ValueError) as error:
             raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
+
+
+def check_passes(passes: Any, batch_norm: Any) -> None:
+    """Raise ``ValueError`` if :attr:`SharpnessAwareMixin.passes` and ``batch_norm`` are not what they may be."""
+    check_choice("passes", passes, ("auto", "full", "split"))
+    if check_choice("batch_norm", batch_norm, ("exact", "group")) == "group" and passes != "split":
+        raise bad_argument("batch_norm", "'exact', unless `passes='split'` is set", batch_norm)
 
 
 class _Survey(NamedTuple):

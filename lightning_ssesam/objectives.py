@@ -103,7 +103,8 @@ class Objective(ABC):
 
         Args:
             targets: Class indices ``(N,)`` or dense ``(N, ...)``, any integer dtype; or class probabilities
-                ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
+                ``(N, C)`` or ``(N, C, ...)``, any floating dtype. On the CPU if they are known there, which saves a
+                wait for the device; else on the device.
 
         """
 

@@ -75,7 +75,7 @@ class TrainerSupport(Callback):
         self._replace(trainer.strategy, "lightning_module_state_dict", clean)
         self._replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
         if (bar := trainer.progress_bar_callback) is not None:
-            self._replace(bar, "get_metrics", self._with_loss(bar.get_metrics))
+            self._replace(bar, "get_metrics", self._with_loss(bar.get_metrics, trainer))
         # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.
         skip = epoch_loop.val_loop.increment_progress_to_evaluation_end
         self._replace(epoch_loop.val_loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
@@ -174,12 +174,16 @@ class TrainerSupport(Callback):
 
         return call
 
-    def _with_loss(self, get_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        """Return a ``get_metrics`` with the loss, for which ``prog_bar=True`` would wait every step, bar or no bar."""
+    def _with_loss(self, get_metrics: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
+        """Return a ``get_metrics`` that finds the loss among the Trainer's ``progress_bar_metrics``.
 
-        def call(*args: Any) -> dict[str, Any]:
-            metrics, loss = get_metrics(*args), self.module._loss_on_bar
-            return metrics if loss is None else {**metrics, "train/loss": loss.item()}
+        To log it with ``prog_bar=True`` would wait for it every step, and not only when a bar is drawn.
+        """
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (loss := self.module._loss_on_bar) is not None:
+                trainer._logger_connector._progress_bar_metrics["train/loss"] = loss.item()
+            return get_metrics(*args, **kwargs)
 
         return call
 

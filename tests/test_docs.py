@@ -3,11 +3,12 @@
 import ast
 import functools
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import batches_loader, classification_batch, mlp
+from helpers import batches_loader, classification_batch, convbn, mlp
 
 from lightning_ssesam import ClassSplit
 
@@ -15,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def code_of(name):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
-    return "\n".join(blocks)
+    return "\n".join(textwrap.dedent(block) for block in blocks)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -39,6 +40,19 @@ def test_method(capsys):
     exec(code, {})
     printed = capsys.readouterr().out.splitlines()
     assert printed == re.findall(r"^# (\[.*)$", code, re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_performance(capsys):
+    names = {}
+    code = code_of("docs/performance.md")
+    exec(code_of("README.md") + code, names)
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^ *# (.*)$", code, re.MULTILINE)
+    model = names["Fast"](convbn(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
+    trainer = names["trainer"]
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, batches_loader([classification_batch(shape=(3, 5, 5))]))
+    assert trainer.global_step == 4
 
 
 def test_links_lead_somewhere():

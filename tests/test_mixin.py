@@ -205,7 +205,27 @@ class TestCounting:
         run = fit(model, data, callbacks=[made], enable_progress_bar=True)
         assert run.callback_metrics["train/loss"].item() == pytest.approx(expected, rel=1e-6)
         assert shown == [pytest.approx(expected, rel=1e-6)]
-        assert "train/loss" not in made.get_metrics(run, model)
+        assert run.progress_bar_metrics["train/loss"] == pytest.approx(expected, rel=1e-6)
+
+    def test_bar_of_ones_own(self):
+        class Hiding(TQDMProgressBar):
+            def get_metrics(self, trainer, pl_module):
+                metrics = super().get_metrics(trainer, pl_module)
+                seen.append(metrics.pop("train/loss", None))
+                return metrics
+
+            def on_train_batch_end(self, trainer, pl_module, *args):
+                shown.append(self.get_metrics(trainer=trainer, pl_module=pl_module))
+
+        class Logging(Model):
+            def on_train_batch_end(self, *args):
+                self.log("own", 42.0, prog_bar=True)
+
+        shown, seen = [], []
+        fit(Logging(), batches(2), callbacks=[Hiding()], enable_progress_bar=True)
+        assert [metrics.get("train/loss") for metrics in shown] == [None, None]
+        assert shown[1]["own"] == 42
+        assert all(value > 0 for value in seen)
 
 
 def exponential(interval="epoch", **kwargs):

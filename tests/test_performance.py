@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     OBJECTIVES,
     SPLIT,
@@ -41,7 +42,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ssesam import SAM, SSESAM, StageSwitch, mixin
+from lightning_ssesam import ERM, SAM, SSESAM, StageSwitch, Term, mixin
+from lightning_ssesam.batches import HostTargets
 
 pytestmark = STRICT
 
@@ -137,6 +139,12 @@ class TestInterval:
         seen = fit(model, batches(2)).callback_metrics
         assert {"train/sharpness_head", "train/sharpness_tail", "train/grad_norm_tail"} <= set(seen)
 
+    def test_interval_that_a_callback_spoils(self):
+        model = with_interval(2, mlp(), SAM(0.1))
+        model.on_train_batch_start = lambda batch, batch_idx: setattr(model, "interval", 0)
+        with pytest.raises(ValueError, match="Expected argument `interval` to be an integer >= 1, but got 0"):
+            fit(model, batches(1))
+
     @pytest.mark.parametrize("interval", [0, -1, 1.5, "2", None, True])
     def test_bad_values(self, interval):
         with pytest.raises(MisconfigurationException, match="Expected argument `interval` to be an integer >= 1, but"):
@@ -187,6 +195,32 @@ class TestBatchNormByGroups:
         expected = naive_gradient(net, terms, x, y)
         torch.testing.assert_close(engine_gradient(net, terms, x, y, "difference"), expected, rtol=0, atol=1e-14)
 
+    def test_term_without_samples_next_to_others(self):
+        class Three(ERM):
+            def terms(self, targets):
+                first = (targets < 3).double() / len(targets)
+                return Term(first, 0.1), Term(1 / len(targets) - first, 0.2), Term(0 * first, 0.3)
+
+        net, (x, y) = convbn(), classification_batch(shape=IMAGES)
+        terms = Three().terms(y)
+        actual = engine_gradient(net, terms, x, y, "difference")
+        torch.testing.assert_close(actual, difference_gradient(net, terms, x, y), rtol=0, atol=1e-14)
+
+    def test_buffers_that_the_forward_reads(self):
+        class Counting(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("count", torch.zeros(()))
+
+            def forward(self, x):
+                seen.append(self.count.item())
+                self.count += 1
+                return x
+
+        net, seen, (x, y) = convbn().append(Counting()), [], classification_batch(shape=IMAGES)
+        engine_gradient(net, SSESAM(SPLIT).terms(y), x, y, "difference")
+        assert seen == [0, 1, 1, 1, 1]
+
     def test_is_near_full_passes_for_small_radii(self):
         net, (x, y) = convbn(), classification_batch(64, IMAGES)
         errors = []
@@ -225,6 +259,40 @@ class TestBatchNormByGroups:
         for model in models:
             fit(model, data, accumulate_grad_batches=accumulate)
         assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    def test_mixed_targets_in_one_of_several_batches_take_full_passes(self):
+        net, data = convbn(), batches(2, shape=IMAGES)
+        data[1][1].fill_(0)
+        data = [(x, F.one_hot(y, 5).double()) for x, y in data]
+        data[1][1][0] = 0.2
+        models = [grouped(copy.deepcopy(net), SSESAM(SPLIT)), Model(copy.deepcopy(net), SSESAM(SPLIT), "full")]
+        for model in models:
+            fit(model, data, accumulate_grad_batches=2)
+        assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    def test_small_radii_with_other_buffers_and_accumulation(self):
+        spectral = torch.nn.utils.parametrizations.spectral_norm
+        net = torch.nn.Sequential(spectral(torch.nn.Linear(8, 16)), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 5))
+        data, nets = batches(2), []
+        for objective in (SSESAM(SPLIT, 1e-9, 1e-9), ERM()):
+            nets.append(copy.deepcopy(net))
+            model = Model(nets[-1], objective, "split")
+            model.batch_norm = "group"
+            fit(model, data, accumulate_grad_batches=2)
+        torch.testing.assert_close(list(nets[0].parameters()), list(nets[1].parameters()), rtol=0, atol=1e-8)
+
+    def test_layer_of_ones_own_that_is_called_batch_norm(self):
+        class Named(Model):
+            def __init__(self):
+                super().__init__(mlp(), SSESAM(SPLIT))
+                self.batch_norm = torch.nn.BatchNorm1d(8)
+
+            def sample_losses(self, batch):
+                return super().sample_losses((self.batch_norm(batch[0]), batch[1]))
+
+        sizes = sizes_of_forwards((model := Named()).batch_norm)
+        fit(model, batches(1))
+        assert sizes == [24, 24, 24]
 
     def test_accumulation_with_a_batch_without_tail(self):
         net, data = convbn(), [*batches(1, shape=IMAGES), *batches(1, shape=IMAGES, classes=range(3))]
@@ -428,6 +496,33 @@ class TestNoWaiting:
 
         data = [{"x": x, "label": y, "names": [str(k) for k in range(24)]} for x, y in batches(2)]
         assert fit(Named(mlp(), SSESAM(SPLIT)), data, strategy=Meta(), accelerator="auto").global_step == 2
+
+    @pytest.mark.parametrize("passes", ["full", "split"])
+    def test_accumulated_batches_of_which_some_change(self, passes):
+        class Changing(Watched):
+            def on_train_batch_start(self, batch, batch_idx):
+                if batch_idx % 2 == 0:
+                    batch[1] = batch[1].clone()
+
+        data = [list(batch) for batch in batches(4)]
+        model = Changing(mlp(), SAM(0.1), passes)
+        run = fit(model, data, strategy=Meta(), accelerator="auto", accumulate_grad_batches=2)
+        assert run.global_step == 2
+
+    def test_host_targets_of_a_tensor_with_other_data(self):
+        host, known = torch.arange(5), HostTargets()
+        moved = host.clone()
+        assert known.of(moved) is moved
+        known.note(host, moved)
+        assert known.of(moved) is host
+        assert known.of(other := moved[:]) is other
+        moved.data = moved.flip(0)
+        assert known.of(moved) is moved
+
+    def test_one_term_is_not_looked_at(self):
+        model = Model(mlp(), SAM(0.1), "split")
+        model.sample_targets = lambda batch: batch[1] + 0
+        assert fit(model, batches(2), strategy=Meta(), accelerator="auto").global_step == 2
 
     @pytest.mark.parametrize("way", ["replaced", "in place", "hook", "computed"])
     def test_targets_that_change_after_the_transfer_are_looked_at_where_they_are(self, way):

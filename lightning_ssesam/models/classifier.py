@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_integer
 from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
-from lightning_ssesam.mixin import SharpnessAwareMixin
+from lightning_ssesam.mixin import SharpnessAwareMixin, check_passes
 from lightning_ssesam.models.backbones import BackboneFactory
 from lightning_ssesam.objectives import SSESAM, Objective
 from lightning_ssesam.split import ClassSplit
@@ -97,8 +97,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         self._make_scheduler = scheduler
         check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
         self._scheduler_options = {"interval": scheduler_interval, "monitor": scheduler_monitor}
-        self.passes = check_choice("passes", passes, ("auto", "full", "split"))
-        self.batch_norm = check_choice("batch_norm", batch_norm, ("exact", "group"))
+        check_passes(passes, batch_norm)
+        self.passes, self.batch_norm = passes, batch_norm
         self.interval = check_integer("interval", interval, minimum=1)
         self.ascent = check_choice("ascent", ascent, ("global", "local"))
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
