@@ -127,8 +127,8 @@ class Peer(Plain):
 
     def training_step(self, batch, batch_idx):
         """Called for every batch."""
-        optimizer = self.optimizers()
-        losses = []
+        # As it is: Lightning's wrapper does not hand on what Composer's tells its closure.
+        optimizer, losses = self.optimizers(use_pl_optimizer=False), []
 
         def closure(**kwargs):
             optimizer.zero_grad()
