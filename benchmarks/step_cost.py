@@ -459,6 +459,10 @@ def parse_arguments():
     options = parser.parse_args()
     if options.rounds < 2 * INTERVAL:
         parser.error(f"--rounds must be at least {2 * INTERVAL}, for two intervals of {INTERVAL}")
+    if not 0 < options.tail_share < 1 or options.classes < 3:
+        parser.error("--tail-share must be between 0 and 1, --classes at least 3")
+    if options.network not in ("small", "vit_b_16") and not options.network.startswith("resnet"):
+        parser.error(f"--network must be small, vit_b_16, or a ResNet of torchvision, but is {options.network}")
     options.device = "gpu" if torch.cuda.is_available() else "cpu"
     return options
 

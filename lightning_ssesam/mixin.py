@@ -53,10 +53,10 @@ class SharpnessAwareMixin(pl.LightningModule):
             that mixes the samples of a batch in some other way.
         batch_norm: ``"group"`` lets ``passes = "split"`` work with batch norm in training mode, whose statistics are
             those of the whole batch: the gradient is that of plain training, plus what each perturbation changes in it,
-            the latter found with the statistics of the perturbed samples alone. For small radii that is exact, and
-            elsewhere about as accurate in the end (docs/performance.md). An update is full where a term has a single
-            sample in a batch, or samples belong to several terms. ``"exact"`` (default): no such thing. A layer that is
-            called ``batch_norm`` is left alone.
+            the latter found with the statistics of the perturbed samples alone. Other numbers, and about the same
+            accuracy where it was measured (docs/performance.md). An update is full where a term has a single sample in
+            a batch (in any of several that are accumulated), or samples belong to several terms. ``"exact"`` (default):
+            no such thing. A layer that is called ``batch_norm`` is left alone.
         interval: Perturb in every ``interval``-th update only, the first of them being number ``interval``, an integer
             >= 1; the updates between are plain steps on the sum of the terms. Counted by ``global_step``.
         ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
@@ -427,7 +427,8 @@ def check_passes(passes: Any, batch_norm: Any) -> None:
     """Raise ``ValueError`` if :attr:`SharpnessAwareMixin.passes` and ``batch_norm`` are not what they may be."""
     check_choice("passes", passes, ("auto", "full", "split"))
     if check_choice("batch_norm", batch_norm, ("exact", "group")) == "group" and passes != "split":
-        raise bad_argument("batch_norm", "'exact', unless `passes='split'` is set", batch_norm)
+        expected = f"'exact' where `passes='split'` is not set besides (it is {passes!r})"
+        raise bad_argument("batch_norm", expected, batch_norm)
 
 
 class _Survey(NamedTuple):
