@@ -140,9 +140,9 @@ class SharpnessEngine:
                 shows that a forward changes buffers. ``"difference"`` is for models with batch norm: one plain pass
                 over each part, and to its gradient it adds, for each perturbed term, the difference between the
                 gradients at the ascended and at the unperturbed weights, both from a forward of the term's own samples.
-                It is exact where no layer mixes samples, and in the limit of small radii. It is ``"full"`` where the
-                terms do not divide the batch, only one has samples, or one has a single sample in a part, of which
-                there is no variance.
+                It is exact where no layer mixes samples; elsewhere what a perturbation changes is approximated. It is
+                ``"full"`` where the terms do not divide the batch, only one has samples, or one has a single sample in
+                a part, of which there is no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes.
                 Called equally often in each: once at the end, and before that once per term of positive radius.
             ascent: ``"local"`` leaves out the latter, so that each process perturbs for its own samples.

@@ -73,7 +73,8 @@ class TrainerSupport(Callback):
             self._replace(owner, name, _followed_by(getattr(owner, name), partial(afterwards, trainer)))
         clean = _then(trainer.strategy.lightning_module_state_dict, self.module._sharpness_engine.restored)
         self._replace(trainer.strategy, "lightning_module_state_dict", clean)
-        self._replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
+        if trainer.strategy.root_device.type != "cpu":
+            self._replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
         if (bar := trainer.progress_bar_callback) is not None:
             self._replace(bar, "get_metrics", self._with_loss(bar.get_metrics, trainer))
         # When it resumes, Lightning may make an iterator over the validation data that an unbroken run has not made.

@@ -68,6 +68,10 @@ def classification_batch(n=24, shape=(8,), classes=range(5)):
     return torch.randn(n, *shape), torch.tensor(list(classes))[torch.randint(len(classes), (n,))]
 
 
+def batches(number=6, n=24, shape=(8,), **kwargs):
+    return [classification_batch(n, shape, **kwargs) for _ in range(number)]
+
+
 def sample_losses_of(net, inputs, targets):
     """What the engine calls, for a plain network."""
 

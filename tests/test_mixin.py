@@ -16,8 +16,8 @@ from helpers import (
     Automatic,
     Model,
     assert_same_bits,
+    batches,
     batches_loader,
-    classification_batch,
     clones,
     convbn,
     fit,
@@ -41,10 +41,6 @@ pytestmark = STRICT
 def logged(logger):
     with Path(logger.log_dir, "metrics.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def batches(number=6, n=24, shape=(8,), **kwargs):
-    return [classification_batch(n, shape, **kwargs) for _ in range(number)]
 
 
 def naive_training(net, objective, data, optimizer):

@@ -20,6 +20,7 @@ from helpers import (
     Automatic,
     Model,
     assert_same_bits,
+    batches,
     batches_loader,
     buffers_of,
     classification_batch,
@@ -47,10 +48,6 @@ from lightning_ssesam import ERM, SAM, SSESAM, StageSwitch, Term, mixin
 from lightning_ssesam.batches import HostTargets
 
 pytestmark = STRICT
-
-
-def batches(number=6, n=24, shape=(8,), **kwargs):
-    return [classification_batch(n, shape, **kwargs) for _ in range(number)]
 
 
 def with_interval(interval, *args):
@@ -361,7 +358,8 @@ class TestBatchNormByGroups:
     def test_needs_split_passes(self, passes):
         model = grouped(convbn())
         model.passes = passes
-        message = "`batch_norm` to be 'exact' where `passes='split'` is not set besides \\(it is '"
+        message = "Expected argument `batch_norm` to be 'exact' where `passes='split'` is not set besides"
+        message += rf" \(it is '{passes}'\), but got 'group'"
         with pytest.raises(MisconfigurationException, match=message):
             fit(model, batches(1, shape=IMAGES))
 

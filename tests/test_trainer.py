@@ -18,6 +18,7 @@ from helpers import (
     Automatic,
     Model,
     assert_same_bits,
+    batches,
     batches_loader,
     classification_batch,
     clones,
@@ -58,10 +59,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ssesam import SAM, SSESAM, ImbSAM, StageSwitch, Term
 
 pytestmark = STRICT
-
-
-def batches(number=6, n=24, shape=(8,), **kwargs):
-    return [classification_batch(n, shape, **kwargs) for _ in range(number)]
 
 
 def both(data, net=None, scheduler=None, optimizer=None, ours=Model, theirs=Automatic, callbacks=list, **kwargs):
