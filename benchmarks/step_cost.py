@@ -227,6 +227,8 @@ def contenders(options, norm):
             *full,
         ]
     rows += [(name, None, lambda c=c, make=make: c(net(), make)) for name, c, make in options.peers]
+    if unknown := set(options.only or []) - {name for name, _, _ in rows}:
+        raise SystemExit(f"--only: {', '.join(sorted(unknown))} not among {', '.join(name for name, _, _ in rows)}")
     return [row for row in rows if options.only is None or row[0].startswith(PLAIN) or row[0] in options.only]
 
 
@@ -437,11 +439,13 @@ def scaling(options):
 
 def parse_arguments():
     """Return the settings of the run."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--network", default="resnet18", help="small, vit_b_16, or a ResNet of torchvision")
-    parser.add_argument("--norm", choices=["group", "batch", "both"], default="both")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--norm", choices=["group", "batch", "both"], default="both", help="of ResNets and small")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples in a batch")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels on a side")
     parser.add_argument("--tail-share", type=float, default=0.2, help="share of tail samples in a batch")
     parser.add_argument("--classes", type=int, default=10, help="3 or more, two of them tail")
     parser.add_argument("--width", type=int, default=32, help="of --network small")
@@ -488,7 +492,15 @@ def main():
         "versions": f"torch {torch.__version__}, lightning {L.__version__}, Python {platform.python_version()}",
         **{name: value for name, value in vars(options).items() if name != "json"},
     }
-    print(f"{about['hardware']}; {about['versions']}; {options.network}, batches of {options.batch_size}")
+    tail = round(options.batch_size * options.tail_share)
+    print(f"{about['hardware']}; {about['versions']}")
+    print(
+        f"{options.network}, images of {options.image_size}x{options.image_size}, batches of {options.batch_size} with"
+        f" {tail} tail samples, {options.precision}, {options.rounds} rounds"
+    )
+    print(
+        "cost: time of a step in units of plain SGD's, the median; floor: its arithmetic, a backward being 2 forwards"
+    )
     if options.scaling:
         results = scaling(options)
     else:

@@ -47,6 +47,7 @@ class Outcome(NamedTuple):
             where they ascend together; None where it was not needed, or the term shares its backward with others.
         sharpness: Of each term, its loss at the ascended weights minus its loss at the unperturbed ones, in this
             process; None for a term of radius 0.
+        is_difference: Whether the passes were those of ``"difference"``.
 
     """
 
@@ -54,6 +55,7 @@ class Outcome(NamedTuple):
     gradient_norm: Tensor | None = None
     gradient_norms: Sequence[Tensor | None] = ()
     sharpness: Sequence[Tensor | None] = ()
+    is_difference: bool = False
 
 
 class NonFiniteError(FloatingPointError):
@@ -172,7 +174,8 @@ class SharpnessEngine:
             _set_gradients(params, None)
             plan = _plan(batch, summands, self._splits(passes))
             together = synchronize if ascent == "global" else None
-            if passes == "difference" and _is_divided(plan):
+            is_difference = passes == "difference" and _is_divided(plan)
+            if is_difference:
                 loss, summands = self._difference_passes(model, batch, summands, plan, buffers, together)
             else:
                 plan = _plan(batch, summands, splits=False) if passes == "difference" else plan
@@ -196,7 +199,7 @@ class SharpnessEngine:
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
-        return _outcome(loss, norm, summands, len(batch[0].terms))
+        return _outcome(loss, norm, summands, len(batch[0].terms))._replace(is_difference=is_difference)
 
     def _splits(self, passes: str) -> bool:
         if passes == "auto":

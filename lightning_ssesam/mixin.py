@@ -55,8 +55,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             those of the whole batch: the gradient is that of plain training, plus what each perturbation changes in it,
             the latter found with the statistics of the perturbed samples alone. Other numbers, and about the same
             accuracy where it was measured (docs/performance.md). An update is full where a term has a single sample in
-            a batch (in any of several that are accumulated), or samples belong to several terms. ``"exact"`` (default):
-            no such thing. A layer that is called ``batch_norm`` is left alone.
+            a batch (in any of several that are accumulated), or samples belong to several terms; ``train/full_passes``
+            logs the share of such updates in an epoch. ``"exact"`` (default): no such thing. A layer that is called
+            ``batch_norm`` is left alone.
         interval: Perturb in every ``interval``-th update only, the first of them being number ``interval``, an integer
             >= 1; the updates between are plain steps on the sum of the terms. Counted by ``global_step``.
         ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
@@ -308,6 +309,8 @@ class SharpnessAwareMixin(pl.LightningModule):
             self._loss_on_bar = outcome.loss
         if self.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
+        if self._batch_norm == "group" and any(rise is not None for rise in outcome.sharpness):
+            self.log("train/full_passes", float(not outcome.is_difference), on_step=False, on_epoch=True)
         if not self.log_sharpness or outcome.gradient_norm is None:
             return
         values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}

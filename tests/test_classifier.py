@@ -158,6 +158,10 @@ def test_small_conv_net(norm):
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), on_nonfinite=1), "`on_nonfinite` to be one of 'ignore'"),
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), batch_norm="fixed"), "`batch_norm` to be one of 'exact'"),
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), batch_norm="group"), "`batch_norm` to be 'exact' where"),
+        (
+            lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), log_sharpness=1),
+            "`log_sharpness` to be True or False, but",
+        ),
         (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), interval=0), "`interval` to be an integer >= 1, but"),
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), scheduler_interval="batch"),

@@ -258,6 +258,14 @@ class TestBatchNormByGroups:
             fit(model, data, accumulate_grad_batches=accumulate)
         assert_same_bits(models[0].parameters(), models[1].parameters())
 
+    def test_share_of_full_passes_is_logged(self):
+        data = batches(4, shape=IMAGES)
+        data[1][1].fill_(0)
+        data[2][1][:] = torch.tensor([0] * 23 + [3])
+        trainer = fit(grouped(convbn(), stage_2(SSESAM(SPLIT))), data)
+        assert trainer.callback_metrics["train/full_passes"] == 0.5
+        assert "train/full_passes" not in fit(Model(convbn(), SSESAM(SPLIT)), data).callback_metrics
+
     def test_mixed_targets_in_one_of_several_batches_take_full_passes(self):
         net, data = convbn(), batches(2, shape=IMAGES)
         data[1][1].fill_(0)

@@ -23,7 +23,7 @@ class SmallConvNet(nn.Module):
         num_classes: C, an integer >= 1.
         in_channels: Channels of the images, an integer >= 1.
         width: Channels of the first layer, a multiple of 8; the others have twice as many.
-        norm: ``"group"``, which lets the training use split passes, or ``"batch"``.
+        norm: ``"group"``, with which the training takes cheaper, split passes, or ``"batch"``.
 
     Shape:
         Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.

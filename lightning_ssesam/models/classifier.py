@@ -44,7 +44,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         many_above: Many-shot classes have more training samples than this.
         few_below: Few-shot classes have fewer training samples than this.
         passes: As in :class:`~lightning_ssesam.SharpnessAwareMixin`, like the following.
-        batch_norm: ``"exact"``, or with ``passes="split"`` also ``"group"``.
+        batch_norm: ``"exact"``; or, with ``passes="split"``, ``"group"``: cheaper steps for networks with batch norm,
+            by other numbers than those of full passes.
         interval: Perturb in every ``interval``-th update only, an integer >= 1.
         ascent: Where several processes share a batch, ``"global"`` or ``"local"``.
         on_nonfinite: ``"ignore"``, ``"skip"`` or ``"raise"``.
@@ -102,6 +103,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.interval = check_integer("interval", interval, minimum=1)
         self.ascent = check_choice("ascent", ascent, ("global", "local"))
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
+        if not isinstance(log_sharpness, bool):
+            raise bad_argument("log_sharpness", "True or False", log_sharpness)
         self.log_sharpness = log_sharpness
 
     @override
