@@ -9,6 +9,7 @@ import logging
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ssesam import ERM, SAM, SSESAM, StageSwitch, Term, mixin
 from lightning_ssesam.batches import HostTargets
+from lightning_ssesam.mixin import _survey
 
 pytestmark = STRICT
 
@@ -257,6 +259,17 @@ class TestBatchNormByGroups:
         for model in models:
             fit(model, data, accumulate_grad_batches=accumulate)
         assert_same_bits(models[0].parameters(), models[1].parameters())
+
+    def test_refuses_statistics_of_all_processes(self):
+        # Torch's own layer runs on GPUs only.
+        model = grouped(torch.nn.SyncBatchNorm.convert_sync_batchnorm(convbn()))
+        processes = SimpleNamespace(size=2, is_sharded=False)
+        with pytest.raises(
+            MisconfigurationException, match="cannot work with `batch_norm='group'` and `sync_batchnorm`"
+        ):
+            model._choose_passes(_survey(model), processes)
+        processes.size = 1
+        assert model._choose_passes(_survey(model), processes) == "difference"
 
     def test_share_of_full_passes_is_logged(self):
         data = batches(5, shape=IMAGES)
