@@ -2,7 +2,7 @@
 
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import DigitsLT
-from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
+from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective, Term
@@ -17,6 +17,7 @@ __all__ = [
     "ClassSplit",
     "DigitsLT",
     "HeadTailAccuracy",
+    "HeadTailConfusion",
     "ImbSAM",
     "LongTailClassifier",
     "ManyMediumFewAccuracy",

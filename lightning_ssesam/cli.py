@@ -2,10 +2,11 @@
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import lightning_ssesam
 
@@ -19,7 +20,8 @@ commands:
   fit        train a LongTailClassifier
   validate   evaluate it on the validation data
   test       evaluate it on the test data
-  compare    train ERM, SAM, ImbSAM and SSESAM side by side; a table, a CSV file and a picture
+  compare    train ERM, SAM, ImbSAM and SSESAM, or methods of your own, side by side; tables, pictures, an HTML report
+  sweep      search for the radii of SSESAM and its switch, on validation data
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
 line: give options one by one or in a YAML file with `--config`, where a name without a suffix is one of the shipped
@@ -46,20 +48,47 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif args[0] == "compare":
         _compare(args[1:])
+    elif args[0] == "sweep":
+        _sweep(args[1:])
     elif args[0] in _LIGHTNING_COMMANDS:
         _lightning(_with_shipped_configs(args))
     else:
-        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare"])
+        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare", "sweep"])
         sys.exit(f"error: Expected a command, one of {commands}, but got {args[0]!r}.")
 
 
 def _compare(args: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from lightning_ssesam.compare import compare, usable_jobs
 
-    from lightning_ssesam.compare import compare
+    _call(compare, "compare", args, config=True, jobs=usable_jobs())
 
+
+def _sweep(args: list[str]) -> None:
+    from lightning_ssesam.sweep import sweep
+
+    _call(sweep, "sweep", args)
+
+
+def _call(function: Callable[..., Any], name: str, args: list[str], config: bool = False, **defaults: Any) -> None:
+    """Call a function with what the command line says of its arguments; with ``config=`` the text of all that."""
+    from jsonargparse import ArgumentParser
+
+    from lightning_ssesam.compare import DEFAULT_SGD
+
+    description = (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
+    parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_function_arguments(function, as_group=False, skip={"config"})
+    parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
     with _one_line_errors(), _quiet_interrupt():
-        auto_cli(compare, args=args, as_positional=False, prog="lightning-ssesam compare")
+        chosen = parser.parse_args(_with_shipped_configs([name, *args])[1:])
+        # The later name; versions that have it warn of the earlier one.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        arguments = vars(instantiate(chosen))
+        arguments.pop("config")
+        if config:
+            arguments["config"] = parser.dump(chosen)
+        function(**arguments)
 
 
 def _lightning(args: list[str]) -> None:

@@ -1,86 +1,96 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
-import csv
-import logging
-import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import tqdm
-from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
-from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
-from lightning_ssesam.metrics import HeadTailAccuracy
-from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
+from lightning_ssesam.models import BackboneFactory, SmallConvNet
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
+from lightning_ssesam.report import Comparison, write_report
+from lightning_ssesam.runs import Experiment, Run, RunStore, quiet
+from lightning_ssesam.tables import format_table, write_runs
 
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
-PICTURE = "comparison.png"
-GROUPS = ("head", "tail", "many", "medium", "few", "all")
+
+DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+# The methods come one after the other for every seed, so that whatever ends early is a fair comparison.
+_Task = tuple[Experiment, str, int]
 
 
 @dataclass
-class Run:
-    """One training and what it came to.
+class Method:
+    """What sets one method of a comparison apart; what is not given is the comparison's own.
 
-    Attributes:
-        method: Name of the method.
-        seed: Seed of the initial weights and the batch order.
-        accuracy: Test accuracy in [0, 1] of each of :data:`GROUPS`.
-        class_recalls: Test recall of each class in [0, 1], length C.
-        head_curve: Validation accuracy of the head after every epoch.
-        tail_curve: Validation accuracy of the tail after every epoch.
-        diverged: Whether the last training loss was not finite.
+    Args:
+        objective: Objective by class path, with its arguments.
+        loss: Loss by class path, with its arguments; cross-entropy by default.
+        backbone: Network by class path, with its arguments.
+        optimizer: Optimizer by class path, with its arguments.
+        data: Data module by class path, with its arguments: another sampler, say. Class counts must be the same.
+        callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
+        model: Further arguments of LongTailClassifier, such as interval.
 
     """
 
-    method: str
-    seed: int
-    accuracy: dict[str, float] = field(default_factory=dict)
-    class_recalls: list[float] = field(default_factory=list)
-    head_curve: list[float] = field(default_factory=list)
-    tail_curve: list[float] = field(default_factory=list)
-    diverged: bool = False
+    objective: Callable[[], Objective] = ERM
+    loss: Callable[[], nn.Module] | None = None
+    backbone: BackboneFactory | None = None
+    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
+    data: Callable[[], LongTailDataModule] | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 def compare(
-    methods: str | list[str] = list(METHODS),  # noqa: B006 (never changed; the command line shows it)
+    methods: str | list[str] | dict[str, Method] = list(METHODS),  # noqa: B006 (never changed; the help shows it)
     seeds: int = 5,
     epochs: int = 60,
     data: Callable[[], LongTailDataModule] = DigitsLT,
     backbone: BackboneFactory = SmallConvNet,
-    optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(
-        params, lr=0.05, momentum=0.9, weight_decay=5e-4
-    ),
+    optimizer: Callable[[Iterable[Any]], Optimizer] = DEFAULT_SGD,
     sam_rho: float = 0.2,
     imbsam_rho: float = 0.2,
     head_rho: float = 0.05,
     tail_rho: float = 0.2,
     gamma: float = 0.7,
-    tail_fraction: float = 0.2,
+    tail_fraction: float | None = None,
+    tail_below: int | None = None,
+    model: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
     threads: int = 1,
+    jobs: int = 1,
     output: Path = Path("comparison"),
+    config: str | None = None,
 ) -> list[Run]:
-    """Train every method with every seed on one data set, then print a table and draw a picture.
+    """Train every method with every seed on one data set; print a table, write a report.
 
     With one seed every method gets the same initial weights, batch order and number of epochs; the learning rate falls
-    to 0 along a cosine. Writes to the output folder, replacing earlier files: results.csv (a row for each run,
-    written as soon as it ends) and comparison.png. Accuracies are on the test set, after the last epoch; the curves
-    are on the validation set.
+    to 0 along a cosine. Accuracies are on the test set, after the last epoch; the curves are on the validation set.
+    Every run is kept in the output folder as soon as it ends: the same command again, after an interruption say, makes
+    only those that are not there, or were made with other settings.
+
+    Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
+    run), summary.csv, table.md, comparison.png, trade_off.png and confusion.png.
 
     Args:
-        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them.
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them; or, in a YAML file, names of your own and
+            what sets each method apart. The others are compared with the first.
         seeds: How many seeds, counted from 0, for the initial weights and the batch order.
         epochs: Length of each training.
         data: Data module by class path, with its arguments.
@@ -91,9 +101,15 @@ def compare(
         head_rho: Radius of SSESAM for the head, in stage 1.
         tail_rho: Radius of SSESAM for the tail.
         gamma: Share of the training after which SSESAM's stage 2 begins.
-        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples.
+        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples; 0.2
+            if tail_below is not given either.
+        tail_below: Tail classes have fewer training samples than this.
+        model: Further arguments of LongTailClassifier, such as tta or passes.
+        trainer: Further arguments of the Trainer, such as precision or accelerator.
         threads: CPU threads for an operation. More than one pays for large networks only.
+        jobs: Trainings at a time, each in a process of its own; with several GPUs, each on the next one.
         output: Folder for the results.
+        config: What the report shows as the configuration that repeats it; the command line fills it in.
 
     Returns:
         The runs, method by method.
@@ -103,184 +119,152 @@ def compare(
         ModuleNotFoundError: If matplotlib is not installed.
 
     """
-    from lightning_ssesam.figures import draw_comparison
-
-    check_integer("seeds", seeds, minimum=1)
-    check_integer("epochs", epochs, minimum=1)
-    check_integer("threads", threads, minimum=1)
+    for name, value in {"seeds": seeds, "epochs": epochs, "threads": threads, "jobs": jobs}.items():
+        check_integer(name, value, minimum=1)
     check_fraction("gamma", gamma)
-    if isinstance(methods, str):
-        methods = methods.split(",")
-    objectives = _objectives(methods, sam_rho, imbsam_rho, head_rho, tail_rho)
-    module = data()
-    split = module.split(tail_fraction=tail_fraction)
-    for make in objectives.values():
-        make().bind(split)
-
-    def make_model(method: str) -> LongTailClassifier:
-        return LongTailClassifier(
-            module.class_counts,
-            backbone,
-            objectives[method](),
-            optimizer=optimizer,
-            scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
-            tail_fraction=tail_fraction,
-            many_above=split.many_above,
-            few_below=split.few_below,
+    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
+    of_method = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
+    if tail_fraction is None and tail_below is None:
+        tail_fraction = 0.2
+    tail = {"tail_fraction": tail_fraction, "tail_below": tail_below}
+    experiments = [
+        Experiment(
+            name,
+            method.data or data,
+            method.backbone or backbone,
+            method.objective,
+            method.optimizer or optimizer,
+            epochs,
+            loss=method.loss,
+            callbacks=method.callbacks,
+            gamma=gamma,
+            model={**tail, **(model or {}), **method.model},
+            trainer=trainer or {},
+            threads=threads,
         )
-
-    def train(run: Run) -> None:
-        pl.seed_everything(run.seed, verbose=False)
-        _train(run, make_model(run.method), module, epochs, gamma)
-
-    # Whatever cannot be built is refused before the results of an earlier comparison are replaced.
-    make_model(methods[0]).configure_optimizers()
-    _prepare_folder(output)
-    runs = [Run(method, seed) for seed in range(seeds) for method in methods]
-    with _quiet(), _threads(threads):
-        _train_all(runs, train, output / "results.csv", split.num_classes)
-    runs.sort(key=lambda run: methods.index(run.method))
+        for name, method in of_method.items()
+    ]
+    # Whatever cannot be built is refused before anything is trained or written.
+    module = data()
+    split = module.split(**tail)
+    with quiet():
+        fingerprints = {experiment.method: experiment.fingerprint(split) for experiment in experiments}
+        experiments[0].make_trainer([])
+    module.prepare_data()
+    store = RunStore(output / "runs")
+    tasks = [(experiment, fingerprints[experiment.method], seed) for seed in range(seeds) for experiment in experiments]
+    runs = _finish(tasks, store, jobs, output)
+    comparison = Comparison(runs, split, module, epochs, gamma if _has_stages(experiments) else None, config)
     print(format_table(runs))
-    switch = gamma * epochs if "SSESAM" in methods else None
-    title = f"{type(module).__name__}: mean over {_seeds(runs)}, with one standard deviation"
-    picture = draw_comparison(runs, split, switch, title, output / PICTURE)
-    print(f"\nWritten: {output / 'results.csv'}, {picture}")
+    written = write_report(comparison, output)
+    print(f"\nWritten: {', '.join(str(path) for path in written)}")
     return runs
 
 
-def format_table(runs: list[Run]) -> str:
-    """Return the accuracies of each method in percent, mean and standard deviation over seeds, as text."""
-    width = max(len(method) for method in METHODS)
-    lines = [
-        f"Test accuracy in %, mean and standard deviation over {_seeds(runs)}",
-        " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)]),
-    ]
-    for method in dict.fromkeys(run.method for run in runs):
-        cells = []
-        for group in GROUPS:
-            values = [100 * run.accuracy[group] for run in runs if run.method == method]
-            spread = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-            cells.append(f"{f'{statistics.mean(values):.1f}{spread}':>12}")
-        lines.append(" ".join([f"{method:{width}}", *cells]))
-    if diverged := [f"{run.method} with seed {run.seed}" for run in runs if run.diverged]:
-        lines.append(f"Diverged, with a loss that is not finite: {', '.join(diverged)}")
-    return "\n".join(lines)
-
-
-def _seeds(runs: list[Run]) -> str:
-    number = len({run.seed for run in runs})
-    return f"{number} seed{'s' if number > 1 else ''}"
-
-
-def _objectives(
-    methods: list[str], sam_rho: float, imbsam_rho: float, head_rho: float, tail_rho: float
-) -> dict[str, Callable[[], Objective]]:
-    if not methods or len(set(methods)) < len(methods) or not set(methods) <= set(METHODS):
+def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
+    if isinstance(methods, dict) and methods:
+        return methods
+    names = methods.split(",") if isinstance(methods, str) else list(methods)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
         raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
-    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
-    for name, radius in radii.items():
-        check_radius(name, radius)
     makers: dict[str, Callable[[], Objective]] = {
         "ERM": ERM,
-        "SAM": lambda: SAM(sam_rho),
-        "ImbSAM": lambda: ImbSAM(rho=imbsam_rho),
-        "SSESAM": lambda: SSESAM(head_rho=head_rho, tail_rho=tail_rho),
+        "SAM": partial(SAM, radii["sam_rho"]),
+        "ImbSAM": partial(ImbSAM, rho=radii["imbsam_rho"]),
+        "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
     }
-    return {method: makers[method] for method in methods}
+    return {name: Method(makers[name]) for name in names}
 
 
-def _prepare_folder(output: Path) -> None:
+def _has_stages(experiments: list[Experiment]) -> bool:
+    return any(experiment.objective().num_stages > 1 for experiment in experiments)
+
+
+def _finish(tasks: list[_Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
+    """Make the runs that are missing. Return all of them, method by method."""
+    done = {(e.method, seed): store.load(e.method, seed, fingerprint) for e, fingerprint, seed in tasks}
+    missing = [task for task in tasks if done[task[0].method, task[2]] is None]
+    if len(missing) < len(tasks):
+        print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
+    order = list(dict.fromkeys(experiment.method for experiment, _, _ in tasks))
+
+    def finished() -> list[Run]:
+        runs = [run for run in done.values() if run is not None]
+        return sorted(runs, key=lambda run: order.index(run.method))
+
+    make = _one_by_one if jobs == 1 or len(missing) < 2 else partial(_in_processes, jobs=min(jobs, len(missing)))
+    fingerprints = {experiment.method: fingerprint for experiment, fingerprint, _ in tasks}
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / PICTURE).unlink(missing_ok=True)
-    except OSError as error:
-        raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(output)) from error
+        for run in make(missing):
+            store.save(run, fingerprints[run.method])
+            done[run.method, run.seed] = run
+            write_runs(finished(), output / "results.csv")
+    except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
+        # Lightning turns the first into the second.
+        print(f"\nInterrupted after {len(finished())} of {len(tasks)} runs, which are in {store.folder}.")
+        print("Run it again to make the others.")
+        if finished():
+            print(format_table(finished()))
+        if isinstance(error, BrokenProcessPool):
+            raise
+        raise KeyboardInterrupt from None
+    write_runs(finished(), output / "results.csv")
+    return finished()
 
 
-def _train_all(runs: list[Run], train: Callable[[Run], None], path: Path, num_classes: int) -> None:
-    """Train one run after the other; each is in the file as soon as it has ended."""
-    finished: list[Run] = []
-    with path.open("w", newline="") as file:
-        results = csv.writer(file)
-        results.writerow(["method", "seed", *GROUPS, *(f"class_{k}" for k in range(num_classes))])
-        try:
-            for run in (progress := tqdm(runs, unit="run")):
-                progress.set_description(f"{run.method}, seed {run.seed}")
-                train(run)
-                values = [*(run.accuracy[group] for group in GROUPS), *run.class_recalls]
-                results.writerow([run.method, run.seed, *(round(value, 6) for value in values)])
-                file.flush()
-                finished.append(run)
-        except (KeyboardInterrupt, SystemExit):
-            # Lightning turns the first into the second.
-            print(f"\nInterrupted after {len(finished)} of {len(runs)} runs, which are in {path}.")
-            if finished:
-                print(format_table(finished))
-            raise KeyboardInterrupt from None
+def _one_by_one(tasks: list[_Task]) -> Iterator[Run]:
+    for experiment, _, seed in (progress := tqdm(tasks, unit="run")):
+        progress.set_description(f"{experiment.method}, seed {seed}")
+        yield experiment.run(seed)
 
 
-class _Recorder(Callback):
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after validation: note the curves."""
-        self.run.head_curve.append(trainer.callback_metrics["val/acc_head"].item())
-        self.run.tail_curve.append(trainer.callback_metrics["val/acc_tail"].item())
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last epoch: note whether the training came to anything."""
-        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
-
-    @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the module resets its metrics: note the recalls."""
-        assert isinstance(pl_module, LongTailClassifier)
-        self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
-
-
-def _train(run: Run, model: LongTailClassifier, data: LongTailDataModule, epochs: int, gamma: float) -> None:
-    callbacks: list[Callback] = [_Recorder(run)]
-    if model.objective.num_stages > 1:
-        callbacks.append(StageSwitch(at=gamma))
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=data)
-    (tested,) = trainer.test(model, datamodule=data, verbose=False)
-    run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+def _in_processes(tasks: list[_Task], jobs: int) -> Iterator[Run]:
+    # Not forked: a process that has used several threads, or a GPU, cannot be.
+    context = multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count()
+    free = context.Queue()
+    for number in range(jobs):
+        free.put(number % gpus if gpus else None)
+    executor = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(free,))
     try:
-        yield
+        waiting = {executor.submit(_run, experiment, seed) for experiment, _, seed in tasks}
+        with tqdm(total=len(tasks), unit="run") as progress:
+            while waiting:
+                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    run = future.result()
+                    progress.update()
+                    progress.set_description(f"{run.method}, seed {run.seed}")
+                    yield run
+    except BaseException:
+        _kill(executor)
+        raise
     finally:
-        torch.set_num_threads(before)
+        executor.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning says of every single training."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+_device: int | None = None
+
+
+def _start_worker(free: Any) -> None:
+    global _device
+    _device = free.get()
+    # Ctrl-C reaches every process of a terminal; the first one deals with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(experiment: Experiment, seed: int) -> Run:
+    return experiment.run(seed, _device)
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    for process in list((executor._processes or {}).values()):
+        process.kill()
+
+
+def usable_jobs(threads: int = 1) -> int:
+    """Return how many trainings fit this machine at a time: one for each GPU, or for each so many CPU cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // threads, 8))

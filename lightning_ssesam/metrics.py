@@ -149,6 +149,72 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
         return {"many": split.many, "medium": split.medium, "few": split.few}
 
 
+class HeadTailConfusion(Metric):
+    """Where the errors go: what share of the head's and of the tail's samples is taken for another head or tail class.
+
+    Every class of a group counts the same, however many samples it has, as in :class:`HeadTailAccuracy`; with that
+    one's accuracy the two shares of a group make 1, unless a score is NaN. A group of which no class occurred is NaN.
+
+    Args:
+        split: Head and tail classes.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Returns:
+        From ``forward`` and ``compute``: a dictionary of scalars ``{"head_to_head", "head_to_tail", "tail_to_head",
+        "tail_to_tail"}``, in [0, 1]; ``"tail_to_head"`` is the share of tail samples that is taken for a head class.
+
+    Example:
+        >>> from torch import tensor
+        >>> metric = HeadTailConfusion(ClassSplit([100, 50, 5], tail=[2]))
+        >>> metric.update(tensor([0, 1, 2, 1, 0]), tensor([0, 0, 1, 2, 2]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'head_to_head': 0.25, 'head_to_tail': 0.5, 'tail_to_head': 1.0, 'tail_to_tail': 0.0}
+
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update: bool = False
+
+    wrong: Tensor
+    total: Tensor
+
+    def __init__(self, split: ClassSplit, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(split, ClassSplit):
+            raise bad_argument("split", "a ClassSplit", split)
+        self.split = split
+        self.add_state("wrong", torch.zeros(2, split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    @override
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch; ``preds`` and ``target`` as in :meth:`HeadTailAccuracy.update`.
+
+        Raises:
+            ValueError: If shapes, dtypes or class indices do not fit.
+
+        """
+        _check_batch(preds, target, self.split.num_classes)
+        predicted, target = _predicted(preds).flatten(), target.flatten().long()
+        is_error = (predicted != target) & (predicted >= 0)
+        is_tail = self.split.tail_on(target.device)[predicted.clamp(min=0)]
+        for row, chosen in enumerate((is_error & ~is_tail, is_error & is_tail)):
+            self.wrong[row].scatter_add_(0, target, chosen.long())
+        self.total.scatter_add_(0, target, torch.ones_like(target))
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """Return the four shares."""
+        shares = self.wrong / self.total
+        groups = {"head": self.split.head.to(shares.device), "tail": self.split.tail_on(shares.device)}
+        return {
+            f"{source}_to_{target}": row[mask].nanmean()
+            for source, mask in groups.items()
+            for target, row in zip(groups, shares, strict=True)
+        }
+
+
 def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
     if target.is_floating_point():
         raise bad_argument("target", "class indices of an integer dtype", target.dtype)
@@ -169,13 +235,16 @@ def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
             raise bad_argument(name, f"class indices in [0, {num_classes})", found)
 
 
+def _predicted(preds: Tensor) -> Tensor:
+    """Return the predicted classes ``(N, ...)``; -1, which is no class and so is wrong, where a score is NaN."""
+    # argmax takes NaN for the largest score.
+    return preds.argmax(dim=1).masked_fill(preds.isnan().any(dim=1), -1) if preds.is_floating_point() else preds
+
+
 def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return how many samples of each class were predicted right, and how many there were, both ``(C,)``."""
-    if preds.is_floating_point():
-        # argmax takes NaN for the largest score; -1 is no class, so that it counts as wrong.
-        preds = preds.argmax(dim=1).masked_fill(preds.isnan().any(dim=1), -1)
     target = target.flatten().long()
-    hits = (preds.flatten() == target).long()
+    hits = (_predicted(preds).flatten() == target).long()
     zeros = torch.zeros(num_classes, dtype=torch.long, device=target.device)
     # Unlike bincount these do not wait for the device.
     return zeros.scatter_add(0, target, hits), zeros.scatter_add(0, target, torch.ones_like(target))

@@ -9,7 +9,6 @@ import yaml
 from helpers import STRICT
 
 from lightning_ssesam.cli import main
-from lightning_ssesam.compare import GROUPS, Run, compare, format_table
 
 pytestmark = STRICT
 
@@ -135,7 +134,7 @@ def test_bad_values_get_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "error: Expected a command, one of fit, validate, test, compare, but got 'trian'."),
+        (["trian"], "error: Expected a command, one of fit, validate, test, compare, sweep, but got 'trian'."),
         (["fit", "--config=nope"], "error: Expected `--config` to be a YAML file or one of digits_lt, but got 'nope'."),
         (
             ["test", "-c", "nope.yaml"],
@@ -157,128 +156,29 @@ def test_misuse_gets_one_line(arguments, message):
 def test_help(arguments, capsys):
     main(arguments)
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "compare"):
+    for command in ("fit", "validate", "test", "compare", "sweep"):
         assert f"\n  {command} " in text
     assert "digits_lt" in text
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_help_of_compare_names_every_option(capsys):
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("compare", ["--methods", "--seeds", "--epochs", "--data", "--gamma", "--jobs", "--output", "--config"]),
+        ("sweep", ["--trials", "--head_rho", "--metric", "--prune", "--output", "--config"]),
+    ],
+)
+def test_help_names_every_option(command, options, capsys):
     with pytest.raises(SystemExit):
-        main(["compare", "--help"])
+        main([command, "--help"])
     text = capsys.readouterr().out
-    for option in ("--methods", "--seeds", "--epochs", "--data", "--gamma", "--output"):
-        assert option in text
-    assert "Share of the training after which" in text
+    for option in options:
+        assert f"  {option} " in text
+    assert "stage 2 begins" in " ".join(text.split())
 
 
 def test_as_a_module_and_a_command():
     for command in ([sys.executable, "-m", "lightning_ssesam"], [Path(sys.executable).parent / "lightning-ssesam"]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == "lightning-ssesam 0.1.0\n"
-
-
-def test_compare(capsys):
-    main(["compare", "--epochs=2", "--seeds=2", "--methods=ERM,SSESAM", "--output=out/here", "--data.seed=4"])
-    printed = capsys.readouterr().out
-    assert "mean and standard deviation over 2 seeds" in printed
-    with Path("out/here/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        ("ERM", "0"),
-        ("SSESAM", "0"),
-        ("ERM", "1"),
-        ("SSESAM", "1"),
-    ]
-    for row in rows:
-        recalls = [float(row[f"class_{k}"]) for k in range(10)]
-        assert float(row["all"]) == pytest.approx(sum(recalls) / 10, abs=1e-6)
-        assert float(row["head"]) == pytest.approx(sum(recalls[:4]) / 4, abs=1e-6)
-        assert float(row["tail"]) == pytest.approx(sum(recalls[4:]) / 6, abs=1e-6)
-    picture = Path("out/here/comparison.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) > 20_000
-
-
-def test_compare_is_paired_and_repeatable():
-    runs = [compare(["ERM", "SAM"], seeds=1, epochs=1, sam_rho=0.0, output=Path(name)) for name in ("a", "b")]
-    # SAM with radius 0 is ERM: same weights, batches and results.
-    assert runs[0][0].class_recalls == runs[0][1].class_recalls == runs[1][0].class_recalls
-    assert runs[0][0].tail_curve == runs[1][1].tail_curve
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, capsys):
-    calls = []
-
-    def interrupted(run, *args):
-        calls.append(run)
-        if len(calls) == 2:
-            raise error
-        run.accuracy, run.class_recalls = dict.fromkeys(GROUPS, 0.5), [0.5] * 10
-
-    monkeypatch.setattr("lightning_ssesam.compare._train", interrupted)
-    Path("crash").mkdir()
-    Path("crash/comparison.png").touch()
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "--seeds=1", "--output=crash"])
-    assert stop.value.code == 130
-    with Path("crash/results.csv").open() as file:
-        assert [row["method"] for row in csv.DictReader(file)] == ["ERM"]
-    assert not Path("crash/comparison.png").exists()
-    printed = capsys.readouterr().out
-    assert "Interrupted after 1 of 4 runs, which are in crash/results.csv" in printed
-    assert "over 1 seed\n" in printed
-
-
-def test_what_cannot_be_built_replaces_nothing():
-    Path("comparison").mkdir()
-    Path("comparison/results.csv").write_text("earlier")
-    for wrong in ("--backbone.width=9", "--optimizer.lr=-1"):
-        with pytest.raises((SystemExit, ValueError)):
-            main(["compare", wrong])
-    assert Path("comparison/results.csv").read_text() == "earlier"
-
-
-def test_divergence_is_reported(capsys):
-    compare("ERM", seeds=1, epochs=2, optimizer=lambda params: torch.optim.SGD(params, lr=1e20))
-    assert "Diverged, with a loss that is not finite: ERM with seed 0" in capsys.readouterr().out
-
-
-def test_table():
-    runs = [
-        Run(method, seed, dict.fromkeys(GROUPS, value + seed / 10))
-        for method, value in (("ERM", 0.5), ("SSESAM", 0.7))
-        for seed in (0, 1)
-    ]
-    lines = format_table(runs).splitlines()
-    assert lines[1].split() == list(GROUPS)
-    assert lines[2].split()[:4] == ["ERM", "55.0", "±", "7.1"]
-    assert lines[3].split()[:4] == ["SSESAM", "75.0", "±", "7.1"]
-    assert "±" not in format_table(runs[:1])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods=[SGD]"], "`methods` to be some of ERM, SAM, ImbSAM, SSESAM, each once, but got ['SGD']"),
-        (["--methods=[]"], "`methods` to be some of"),
-        (["--methods=[ERM, ERM]"], "`methods` to be some of"),
-        (["--seeds=0"], "`seeds` to be an integer >= 1, but got 0"),
-        (["--epochs=0"], "`epochs` to be an integer >= 1, but got 0"),
-        (["--threads=0"], "`threads` to be an integer >= 1, but got 0"),
-        (["--gamma=1"], "`gamma` to be a number strictly between 0 and 1, but got 1.0"),
-        (["--sam_rho=-1"], "`sam_rho` to be a finite number >= 0, but got -1.0"),
-        (["--data.imbalance_factor=1000"], "`imbalance_factor` to be at most max_count = 100"),
-        (["--tail_fraction=2"], "`tail_fraction` to be a number strictly between 0 and 1"),
-        (["--output=file/here"], "`output` to be a folder that can be made (Not a directory), but got 'file/here'"),
-        (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
-    ],
-)
-def test_compare_refuses_before_it_trains(arguments, message, monkeypatch):
-    monkeypatch.setattr("lightning_ssesam.compare._train", lambda *args: pytest.fail("trained"))
-    Path("file").touch()
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", *arguments])
-    assert str(stop.value).startswith(f"error: Expected argument {message}")
-    assert not Path("comparison").exists()

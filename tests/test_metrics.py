@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import multiprocessing, tensor
 
-from lightning_ssesam import ClassSplit, HeadTailAccuracy, ManyMediumFewAccuracy
+from lightning_ssesam import ClassSplit, HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
 
 SPLIT = ClassSplit([500, 300, 50, 30, 5, 4], tail=[3, 4, 5])
 
@@ -138,3 +138,43 @@ def test_bad_batches(preds, target, message):
 def test_bad_split():
     with pytest.raises(ValueError, match=r"`split` to be a ClassSplit, but got \[1, 2\]"):
         HeadTailAccuracy([1, 2])
+
+
+class TestConfusion:
+    @pytest.mark.parametrize("classes", [6, 4, 2])
+    @pytest.mark.parametrize("scores", [True, False])
+    def test_equals_naive_twin_over_batches(self, classes, scores):
+        target, logits = torch.randint(classes, (80,)), torch.randn(80, 6)
+        metric = HeadTailConfusion(SPLIT)
+        for start in range(0, 80, 13):
+            chosen = logits[start : start + 13]
+            metric.update(chosen if scores else chosen.argmax(1), target[start : start + 13])
+        preds, groups = logits.argmax(1).tolist(), {"head": SPLIT.head.tolist(), "tail": SPLIT.tail.tolist()}
+        for source, mask in groups.items():
+            for to, taken in groups.items():
+                shares = []
+                for k in [k for k in range(6) if mask[k] and k in target]:
+                    of_class = [p for p, t in zip(preds, target.tolist(), strict=True) if t == k]
+                    shares.append(sum(p != k and taken[p] for p in of_class) / len(of_class))
+                expected = sum(shares) / len(shares) if shares else float("nan")
+                assert metric.compute()[f"{source}_to_{to}"].item() == pytest.approx(expected, nan_ok=True)
+
+    def test_shares_and_accuracy_make_one(self):
+        target, preds = torch.randint(6, (200,)), torch.randint(6, (200,))
+        accuracy, confusion = HeadTailAccuracy(SPLIT)(preds, target), HeadTailConfusion(SPLIT)(preds, target)
+        for group in ("head", "tail"):
+            total = accuracy[group] + confusion[f"{group}_to_head"] + confusion[f"{group}_to_tail"]
+            assert total.item() == pytest.approx(1)
+
+    def test_nan_is_an_error_of_no_kind(self):
+        scores = torch.tensor([[float("nan"), 0, 0, 0, 0, 0.0], [1, 0, 0, 0, 0, 0.0]])
+        value = HeadTailConfusion(SPLIT)(scores, tensor([1, 1]))
+        assert value["head_to_head"] == 0.5
+        assert value["head_to_tail"] == 0
+        assert value["tail_to_head"].isnan()
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match="`split` to be a ClassSplit, but got 3"):
+            HeadTailConfusion(3)
+        with pytest.raises(ValueError, match="`target` to be class indices in \\[0, 6\\)"):
+            HeadTailConfusion(SPLIT).update(tensor([0]), tensor([6]))

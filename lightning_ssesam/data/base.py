@@ -1,25 +1,59 @@
-"""What every long-tailed data module tells about itself."""
+"""What every long-tailed data module tells about itself, and its loaders."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import override
 
+from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data.labels import labels_of
+from lightning_ssesam.data.samplers import ClassSampler
 from lightning_ssesam.split import ClassSplit
+
+_EVALUATION_BATCH = 256
 
 
 class LongTailDataModule(pl.LightningDataModule):
     """A data module that knows its class counts as soon as it is built.
 
+    A subclass sets ``class_counts`` and overrides :meth:`make_sets`, or the loaders themselves.
+
     Attributes:
         class_counts: Training samples of each class, length C.
         many_above: Classes with more training samples than this are many-shot.
         few_below: Classes with fewer training samples than this are few-shot.
+        val_is_test: Whether the validation set is the test set, for want of one of its own.
+
+    Args:
+        batch_size: Samples in a training batch, an integer >= 1.
+        num_workers: Processes that load samples, an integer >= 0; 0 loads them in the training process.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
+            ``ClassBalancedSampler``; shuffled by default.
+
+    Raises:
+        ValueError: If an argument is out of range.
 
     """
 
     class_counts: list[int]
     many_above: int = 100
     few_below: int = 20
+    val_is_test: bool = False
+
+    def __init__(
+        self, batch_size: int = 32, num_workers: int = 0, sampler: Callable[[Tensor], Sampler[int]] | None = None
+    ) -> None:
+        super().__init__()
+        self.batch_size = check_integer("batch_size", batch_size, minimum=1)
+        self.num_workers = check_integer("num_workers", num_workers, minimum=0)
+        if sampler is not None and not callable(sampler):
+            raise bad_argument("sampler", "a class or a function that makes it", sampler)
+        self.sampler = sampler
+        self._sets: dict[str, Dataset[Any]] = {}
 
     @property
     def num_classes(self) -> int:
@@ -35,3 +69,55 @@ class LongTailDataModule(pl.LightningDataModule):
         """
         thresholds = {"many_above": self.many_above, "few_below": self.few_below}
         return ClassSplit.from_counts(self.class_counts, **{**thresholds, **kwargs})
+
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Return the data sets ``"train"``, ``"test"`` and, unless ``val_is_test``, ``"val"``."""
+        return {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Called when a run starts: make the data sets, once."""
+        if not self._sets:
+            self._sets = self.make_sets()
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches, shuffled or drawn by the sampler."""
+        if self.sampler is None:
+            return self._loader("train", batch_size=self.batch_size, shuffle=True)
+        sampler = self.sampler(labels_of(self._set("train")))
+        shares = self.trainer and self.trainer.distributed_sampler_kwargs
+        if isinstance(sampler, ClassSampler) and shares:
+            sampler.share(**shares)
+        return self._loader("train", batch_size=self.batch_size, sampler=sampler)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the validation set, in batches of up to 256."""
+        # A subclass with loaders of its own may do without validation.
+        if type(self).make_sets is LongTailDataModule.make_sets:
+            return []
+        return self._loader("test" if self.val_is_test else "val", batch_size=_EVALUATION_BATCH)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test set, in batches of up to 256."""
+        return self._loader("test", batch_size=_EVALUATION_BATCH)
+
+    def _loader(self, name: str, **options: Any) -> DataLoader[Any]:
+        return DataLoader(
+            self._set(name),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _set(self, name: str) -> Dataset[Any]:
+        # Outside a Trainer, nobody has called these.
+        if not self._sets:
+            self.prepare_data()
+            self.setup("fit")
+        if name not in self._sets:
+            raise NotImplementedError(f"Expected {type(self).__name__} to override `make_sets` or `{name}_dataloader`.")
+        return self._sets[name]

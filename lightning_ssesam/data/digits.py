@@ -1,12 +1,16 @@
 """Scikit-learn's handwritten digits, made long-tailed: real images that need no download."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, TensorDataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
-from lightning_ssesam.data.profiles import Profile, long_tailed_counts, long_tailed_indices
+from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
 
 # The rarest digit has 174 scans. They pay for the test and validation images of a class and its largest training set.
 _TEST_PER_CLASS = 50
@@ -27,6 +31,8 @@ class DigitsLT(LongTailDataModule):
         profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
         batch_size: Samples in a training batch, an integer >= 1.
         seed: Chooses which image goes into which set, an integer >= 0.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
+            ``ClassBalancedSampler``; shuffled by default.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -38,19 +44,20 @@ class DigitsLT(LongTailDataModule):
     few_below = 10
 
     def __init__(
-        self, imbalance_factor: float = 50.0, profile: Profile = "exponential", batch_size: int = 32, seed: int = 0
+        self,
+        imbalance_factor: float = 50.0,
+        profile: Profile = "exponential",
+        batch_size: int = 32,
+        seed: int = 0,
+        sampler: Callable[[Tensor], Sampler[int]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, sampler=sampler)
         self.class_counts = long_tailed_counts(10, _LARGEST_CLASS, imbalance_factor, profile)
-        self.batch_size = check_integer("batch_size", batch_size, minimum=1)
         self.seed = check_integer("seed", seed, minimum=0)
-        self._sets: dict[str, Dataset[tuple[torch.Tensor, ...]]] = {}
 
     @override
-    def setup(self, stage: str) -> None:
-        """Called when a run starts: choose the images of each set."""
-        if self._sets:
-            return
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Choose the images of each set."""
         from sklearn.datasets import load_digits
 
         pixels, digits = load_digits(return_X_y=True)
@@ -59,33 +66,13 @@ class DigitsLT(LongTailDataModule):
         images = (images - images.mean()) / images.std()
         generator = torch.Generator().manual_seed(self.seed)
         left = torch.arange(len(labels))
+        sets: dict[str, Dataset[Any]] = {}
         for name, counts in {
             "test": [_TEST_PER_CLASS] * 10,
             "val": [_VAL_PER_CLASS] * 10,
             "train": self.class_counts,
         }.items():
-            picked = long_tailed_indices(labels[left], counts, generator)
-            chosen = left[picked]
-            self._sets[name] = TensorDataset(images[chosen], labels[chosen])
-            keep = torch.ones(len(left), dtype=torch.bool)
-            keep[picked] = False
-            left = left[keep]
-
-    @override
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return the shuffled training batches."""
-        return DataLoader(self._set("train"), batch_size=self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return the validation set, in batches of up to 256."""
-        return DataLoader(self._set("val"), batch_size=256)
-
-    @override
-    def test_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return the test set, in batches of up to 256."""
-        return DataLoader(self._set("test"), batch_size=256)
-
-    def _set(self, name: str) -> Dataset[tuple[torch.Tensor, ...]]:
-        self.setup("fit")
-        return self._sets[name]
+            picked, others = hold_out(labels[left], counts, generator)
+            sets[name] = TensorDataset(images[left[picked]], labels[left[picked]])
+            left = left[others]
+        return sets

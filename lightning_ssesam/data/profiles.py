@@ -1,6 +1,7 @@
 """How many training samples each class keeps in a long-tailed data set, and which ones."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal
@@ -38,18 +39,35 @@ def long_tailed_counts(
     """
     check_integer("num_classes", num_classes, minimum=1)
     check_integer("max_count", max_count, minimum=1)
-    check_choice("profile", profile, ("exponential", "step"))
-    ratio = _smallest_over_largest(imbalance_factor)
-    if profile == "step":
-        kept = [1.0 if k < num_classes / 2 else ratio for k in range(num_classes)]
-    else:
-        kept = [ratio ** (k / max(num_classes - 1, 1)) for k in range(num_classes)]
-    # The slack keeps 5000 * 0.01 and the like from falling below the integer that they are.
-    counts = [math.floor(max_count * share * (1 + 1e-12)) for share in kept]
+    counts = [_count(max_count, share) for share in _shares(num_classes, imbalance_factor, profile)]
     if min(counts) < 1:
         largest = f"at most max_count = {max_count}, so that every class keeps a sample"
         raise bad_argument("imbalance_factor", largest, imbalance_factor)
     return counts
+
+
+def largest_max_count(class_sizes: Sequence[int], imbalance_factor: float, profile: Profile = "exponential") -> int:
+    """Return the largest ``max_count`` whose :func:`long_tailed_counts` the classes have enough samples for.
+
+    Args:
+        class_sizes: Samples at hand of each class, shape ``(C,)``, the largest class first, integers >= 1.
+        imbalance_factor: As in :func:`long_tailed_counts`.
+        profile: As in :func:`long_tailed_counts`.
+
+    Example:
+        >>> largest_max_count([60, 50, 7], 4)
+        31
+        >>> long_tailed_counts(3, 31, 4)
+        [31, 15, 7]
+
+    """
+    shares = _shares(len(class_sizes), imbalance_factor, profile)
+
+    def too_many(max_count: int) -> bool:
+        return any(_count(max_count, share) > size for share, size in zip(shares, class_sizes, strict=True))
+
+    # One of each class is never too many.
+    return bisect_left(range(2, class_sizes[0] + 1), True, key=too_many) + 1
 
 
 def long_tailed_indices(
@@ -70,13 +88,38 @@ def long_tailed_indices(
 
     """
     labels = torch.as_tensor(labels)
+    # Sorted once, so that it stays fast with thousands of classes.
+    order = labels.argsort(stable=True)
+    bounds = torch.searchsorted(labels[order], torch.arange(len(class_counts) + 1)).tolist()
     chosen = []
     for label, count in enumerate(class_counts):
-        members = (labels == label).nonzero().flatten()
+        members = order[bounds[label] : bounds[label + 1]]
         if len(members) < count:
             raise bad_argument("class_counts", f"at most the {len(members)} samples at hand of class {label}", count)
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(chosen).sort().values
+
+
+def hold_out(labels: Tensor, class_counts: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choose samples as :func:`long_tailed_indices` does; return their indices and those of all others."""
+    picked = long_tailed_indices(labels, class_counts, generator)
+    left = torch.ones(len(labels), dtype=torch.bool)
+    left[picked] = False
+    return picked, left.nonzero().flatten()
+
+
+def _shares(num_classes: int, imbalance_factor: float, profile: Profile) -> list[float]:
+    """Return the size of each class over that of the largest."""
+    check_choice("profile", profile, ("exponential", "step"))
+    ratio = _smallest_over_largest(imbalance_factor)
+    if profile == "step":
+        return [1.0 if k < num_classes / 2 else ratio for k in range(num_classes)]
+    return [ratio ** (k / max(num_classes - 1, 1)) for k in range(num_classes)]
+
+
+def _count(max_count: int, share: float) -> int:
+    # The slack keeps 5000 * 0.01 and the like from falling below the integer that they are.
+    return math.floor(max_count * share * (1 + 1e-12))
 
 
 def _smallest_over_largest(imbalance_factor: Any) -> float:

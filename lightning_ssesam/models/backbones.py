@@ -1,7 +1,8 @@
-"""Small networks for small images."""
+"""Networks for small images, and larger ones by name."""
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -46,8 +47,8 @@ class SmallConvNet(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
             layers += [
-                nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, outputs) if norm == "group" else nn.BatchNorm2d(outputs),
+                _conv(inputs, outputs, stride),
+                _norm(norm, outputs),
                 nn.ReLU(),
             ]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -57,3 +58,188 @@ class SmallConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.features(images))
         return logits
+
+
+class NormalizedLinear(nn.Module):
+    """A linear classifier without bias on normalized features and weights: its logits are cosines.
+
+    The classifier that LDAM expects (Cao et al., NeurIPS 2019), whose loss multiplies the cosines by its scale.
+
+    Args:
+        in_features: D, an integer >= 1.
+        out_features: C, an integer >= 1.
+
+    Shape:
+        Features ``(N, D)`` to logits ``(N, C)`` in [-1, 1].
+
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        check_integer("in_features", in_features, minimum=1)
+        check_integer("out_features", out_features, minimum=1)
+        self.in_features, self.out_features = in_features, out_features
+        # Only the directions matter, and those of a normal distribution are uniform.
+        self.weight = nn.Parameter(nn.init.normal_(nn.Linear(in_features, out_features, bias=False).weight.detach()))
+
+    @override
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(F.normalize(features), F.normalize(self.weight))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class CIFARResNet(nn.Module):
+    """ResNet-20, 32, 44, 56 or 110 for images of 32x32 pixels (He et al., CVPR 2016, section 4.2).
+
+    Three stages of 16, 32 and 64 channels. Shortcuts have no parameters: where a stage begins they take every second
+    pixel and fill the new channels with 0 (option A of the paper).
+
+    Args:
+        num_classes: C, an integer >= 1.
+        depth: Number of layers with weights, 6n + 2 with n >= 1; LDAM and its successors use 32.
+        in_channels: Channels of the images, an integer >= 1.
+        norm: ``"batch"`` as in the paper; or ``"group"``, with which the training takes cheaper, split passes.
+        normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
+
+    Shape:
+        Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        depth: int = 32,
+        in_channels: int = 3,
+        norm: Literal["batch", "group"] = "batch",
+        normalized: bool = False,
+    ) -> None:
+        super().__init__()
+        check_integer("num_classes", num_classes, minimum=1)
+        check_integer("in_channels", in_channels, minimum=1)
+        check_choice("norm", norm, ("batch", "group"))
+        if (check_integer("depth", depth, minimum=8) - 2) % 6:
+            raise bad_argument("depth", "6n + 2, such as 20, 32 or 56", depth)
+        layers: list[nn.Module] = [_conv(in_channels, 16, 1), _norm(norm, 16), nn.ReLU()]
+        channels = 16
+        for width in (16, 32, 64):
+            for _ in range((depth - 2) // 6):
+                layers.append(_Block(channels, width, norm))
+                channels = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = NormalizedLinear(64, num_classes) if normalized else nn.Linear(64, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, norm: Literal["batch", "group"]) -> None:
+        super().__init__()
+        self.stride = 1 if inputs == outputs else 2
+        self.added = outputs - inputs
+        self.residual = nn.Sequential(
+            _conv(inputs, outputs, self.stride),
+            _norm(norm, outputs),
+            nn.ReLU(),
+            _conv(outputs, outputs, 1),
+            _norm(norm, outputs),
+        )
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.added // 2
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.added - half))
+        return F.relu(self.residual(x) + shortcut)
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _norm(norm: Literal["batch", "group"], channels: int) -> nn.Module:
+    return nn.GroupNorm(8, channels) if norm == "group" else nn.BatchNorm2d(channels)
+
+
+def torchvision_resnet(
+    num_classes: int,
+    arch: str = "resnet34",
+    stem: Literal["cifar", "imagenet"] = "cifar",
+    norm: Literal["batch", "group"] = "batch",
+    normalized: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Return a ResNet of torchvision, with a stem for small images if asked for.
+
+    Args:
+        num_classes: C, an integer >= 1.
+        arch: Name of a ResNet in ``torchvision.models``, such as ``"resnet18"``, ``"resnet34"``, ``"wide_resnet50_2"``.
+        stem: ``"cifar"``: a 3x3 convolution of stride 1 and no pooling before the first stage, for images of 32x32;
+            ``"imagenet"``: torchvision's own.
+        norm: ``"batch"``; or ``"group"``, with which the training takes cheaper, split passes.
+        normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
+        **kwargs: Further arguments of the torchvision function.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: If torchvision is not installed.
+
+    """
+    from torchvision import models
+
+    check_integer("num_classes", num_classes, minimum=1)
+    check_choice("stem", stem, ("cifar", "imagenet"))
+    check_choice("norm", norm, ("batch", "group"))
+    names = [name for name in models.list_models(module=models) if "resnet" in name or name.startswith("resnext")]
+    check_choice("arch", arch, names)
+    if norm == "group":
+        kwargs["norm_layer"] = _group_norm
+    net: Any = models.get_model(arch, num_classes=num_classes, **kwargs)
+    if stem == "cifar":
+        net.conv1 = _conv(3, net.conv1.out_channels, 1)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    if normalized:
+        net.fc = NormalizedLinear(net.fc.in_features, num_classes)
+    network: nn.Module = net
+    return network
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+def timm_model(num_classes: int, name: str, **kwargs: Any) -> nn.Module:
+    """Return a model of timm by its name (``pip install timm``).
+
+    Args:
+        num_classes: C, an integer >= 1.
+        name: As in ``timm.list_models()``.
+        **kwargs: Further arguments of ``timm.create_model``, such as ``pretrained`` or ``in_chans``.
+
+    Raises:
+        ModuleNotFoundError: If timm is not installed.
+        ValueError: If timm has no model of that name.
+
+    """
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("`timm_model` needs timm: pip install timm", name=error.name) from error
+
+    check_integer("num_classes", num_classes, minimum=1)
+    if not timm.is_model(name):
+        raise bad_argument("name", "a model of timm (see timm.list_models())", name)
+    model: nn.Module = timm.create_model(name, num_classes=num_classes, **kwargs)
+    return model

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_integer
-from lightning_ssesam.metrics import HeadTailAccuracy, ManyMediumFewAccuracy
+from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin, check_passes
 from lightning_ssesam.models.backbones import BackboneFactory
 from lightning_ssesam.objectives import SSESAM, Objective
@@ -23,7 +23,8 @@ class LongTailClassifier(SharpnessAwareMixin):
 
     Makes the :class:`~lightning_ssesam.ClassSplit` from the class counts and hands it to the objective, to the loss
     (if it has a method ``bind``) and to the metrics. Logs ``train/loss``; on validation and test data ``val/loss`` and
-    ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all`` (and ``test/...``).
+    ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all`` (and ``test/...``); on test data also
+    ``test/head_to_tail`` and so on, of :class:`~lightning_ssesam.HeadTailConfusion`.
 
     Attributes:
         split: The class split made from the class counts.
@@ -50,6 +51,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         ascent: Where several processes share a batch, ``"global"`` or ``"local"``.
         on_nonfinite: ``"ignore"``, ``"skip"`` or ``"raise"``.
         log_sharpness: Whether to log the sharpness of each term and gradient norms.
+        tta: Test-time augmentation, for validation and test: ``"hflip"`` averages the class probabilities of every
+            image ``(N, C, H, W)`` and of its horizontal mirror image; ``"none"`` (default).
 
     Raises:
         ValueError: If the counts or thresholds are out of range, or the loss is reduced.
@@ -76,6 +79,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         ascent: Literal["global", "local"] = "global",
         on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
         log_sharpness: bool = False,
+        tta: Literal["none", "hflip"] = "none",
     ) -> None:
         super().__init__()
         for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
@@ -93,7 +97,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.objective.bind(self.split)
         self.loss = _bound_loss(loss, self.split)
         self.val_metrics = _make_metrics(self.split)
-        self.test_metrics = _make_metrics(self.split)
+        self.test_metrics = _make_metrics(self.split).append(HeadTailConfusion(self.split))
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
@@ -106,6 +110,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         if not isinstance(log_sharpness, bool):
             raise bad_argument("log_sharpness", "True or False", log_sharpness)
         self.log_sharpness = log_sharpness
+        self.tta = check_choice("tta", tta, ("none", "hflip"))
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
@@ -156,16 +161,19 @@ class LongTailClassifier(SharpnessAwareMixin):
         inputs, targets = batch
         logits = self(inputs)
         self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(targets))
+        if self.tta == "hflip":
+            logits = logits.softmax(1) + self(inputs.flip(-1)).softmax(1)
         for metric in self._metrics(stage):
             metric.update(logits, targets)
 
     def _log_accuracies(self, stage: Literal["val", "test"]) -> None:
-        accuracies: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for metric in self._metrics(stage):
-            accuracies.update(metric.compute())
+            prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
+            values.update({prefix + name: value for name, value in metric.compute().items()})
             metric.reset()
-        for group, value in accuracies.items():
-            self.log(f"{stage}/acc_{group}", value, prog_bar=stage == "val" and group in ("head", "tail"))
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in ("acc_head", "acc_tail"))
 
     def _metrics(self, stage: Literal["val", "test"]) -> list[Metric]:
         metrics = self.val_metrics if stage == "val" else self.test_metrics

@@ -1,0 +1,133 @@
+"""CIFAR-10 and CIFAR-100, made long-tailed as in the literature."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, Subset
+from typing_extensions import override
+
+from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.images import Transform, default_transforms
+from lightning_ssesam.data.labels import labels_of
+from lightning_ssesam.data.long_tailed import LongTailed
+from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
+
+
+class CIFAR10LT(LongTailDataModule):
+    """Long-tailed CIFAR-10 by the protocol of Cao et al., "LDAM", NeurIPS 2019; downloaded by torchvision.
+
+    Class 0 keeps most training images, and the balanced test set of 10,000 is also the validation set, as published.
+    Batches are pairs of images ``(N, 3, 32, 32)``, float32, and class indices ``(N,)``, int64.
+
+    Attributes:
+        val_is_test: Whether the validation set is the test set: if ``val_per_class`` is 0.
+
+    Args:
+        root: The folder that has the files or gets them.
+        imbalance_factor: Largest over smallest class size, or its inverse; > 0.
+        profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
+        batch_size: Samples in a training batch, an integer >= 1.
+        num_workers: Processes that load images, an integer >= 0.
+        val_per_class: Training images of each class that are held out for validation before the others are made
+            long-tailed, an integer >= 0. With 0 the test set validates.
+        seed: Chooses the images, an integer >= 0.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
+            ``ClassBalancedSampler``; shuffled by default.
+        train_transform: From PIL images to tensors; by default a random crop after padding with 4 pixels, a random
+            flip, and what ``test_transform`` does.
+        test_transform: From PIL images to tensors; by default to float32 and normalised.
+        download: Whether to download files that are not there.
+
+    Raises:
+        ValueError: If an argument is out of range; from ``setup``, if the files are not there.
+
+    """
+
+    _dataset = "CIFAR10"
+    _num_classes = 10
+    _train_per_class = 5000
+    _mean = (0.4914, 0.4822, 0.4465)
+    _std = (0.2023, 0.1994, 0.2010)
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        imbalance_factor: float = 100.0,
+        profile: Profile = "exponential",
+        batch_size: int = 64,
+        num_workers: int = 0,
+        val_per_class: int = 0,
+        seed: int = 0,
+        sampler: Callable[[Tensor], Sampler[int]] | None = None,
+        train_transform: Transform | None = None,
+        test_transform: Transform | None = None,
+        download: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers, sampler)
+        if check_integer("val_per_class", val_per_class, minimum=0) >= self._train_per_class:
+            raise bad_argument(
+                "val_per_class", f"less than the {self._train_per_class} images of a class", val_per_class
+            )
+        self.root = Path(root)
+        self.imbalance_factor, self.profile = imbalance_factor, profile
+        self.val_per_class, self.val_is_test = val_per_class, val_per_class == 0
+        self.seed = check_integer("seed", seed, minimum=0)
+        self.train_transform, self.test_transform = train_transform, test_transform
+        self.download = download
+        self.class_counts = long_tailed_counts(self._num_classes, self._max_count, imbalance_factor, profile)
+
+    @property
+    def _max_count(self) -> int:
+        return self._train_per_class - self.val_per_class
+
+    @override
+    def prepare_data(self) -> None:
+        """Called in one process when a run starts: download what is not there."""
+        if self.download:
+            from torchvision import datasets
+
+            getattr(datasets, self._dataset)(self.root, train=False, download=True)
+
+    @override
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Read the files, hold out what validates, and make the rest long-tailed."""
+        to_train, to_test = default_transforms(32, self._mean, self._std, resize=False)
+        train, test = self._read(train=True), self._read(train=False)
+        train.transform, test.transform = self.train_transform or to_train, self.test_transform or to_test
+        generator = torch.Generator().manual_seed(self.seed)
+        held_out, left = hold_out(labels_of(train), [self.val_per_class] * self._num_classes, generator)
+        rest = Subset(train, left.tolist())
+        sets = {
+            "test": test,
+            "train": LongTailed(rest, self.imbalance_factor, self.profile, self.seed, self._max_count),
+        }
+        if not self.val_is_test:
+            # The same arrays, with the transform of the test images.
+            plain = copy.copy(train)
+            plain.transform = test.transform
+            sets["val"] = Subset(plain, held_out.tolist())
+        return sets
+
+    def _read(self, train: bool) -> Any:
+        from torchvision import datasets
+
+        try:
+            return getattr(datasets, self._dataset)(self.root, train=train)
+        except RuntimeError as error:
+            expected = f"a folder with the files of {self._dataset}, or any with download=True"
+            raise bad_argument("root", expected, str(self.root)) from error
+
+
+class CIFAR100LT(CIFAR10LT):
+    """Long-tailed CIFAR-100; as :class:`CIFAR10LT`, with 500 training images of each of 100 classes."""
+
+    _dataset = "CIFAR100"
+    _num_classes = 100
+    _train_per_class = 500
+    _mean = (0.5071, 0.4867, 0.4408)
+    _std = (0.2675, 0.2565, 0.2761)

@@ -1,0 +1,177 @@
+"""One's own images, in one folder a class."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from typing_extensions import override
+
+from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer
+from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms
+from lightning_ssesam.data.long_tailed import LongTailed
+from lightning_ssesam.data.profiles import Profile, hold_out
+
+Samples: TypeAlias = list[tuple[str, int]]
+
+
+class ImageFolderLT(LongTailDataModule):
+    """A data set of one's own: a folder of images for each class, already long-tailed or made so.
+
+    ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
+    folder for each class. What is missing is drawn at random from the training images of each class, no image twice;
+    every class keeps at least one to train on. Batches are pairs of images ``(N, 3, image_size, image_size)``,
+    float32, and class indices ``(N,)``, int64, in the order of the sorted folder names.
+
+    Attributes:
+        class_names: The names of the folders, length C.
+        val_is_test: Whether the validation set is the test set: if there is no ``val`` and ``val_fraction`` is 0.
+
+    Args:
+        root: The folder.
+        imbalance_factor: Largest over smallest class size that the training images are to have, or its inverse, > 0;
+            see :class:`~lightning_ssesam.data.LongTailed`. By default they stay as they are.
+        profile: ``"exponential"`` or ``"step"``.
+        val_fraction: Share of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
+        test_fraction: Share of each class that is for testing if there is no ``test``, in (0, 1).
+        image_size: Height and width of the images, an integer >= 1.
+        batch_size: Samples in a training batch, an integer >= 1.
+        num_workers: Processes that load images, an integer >= 0.
+        seed: Chooses the images of each set, an integer >= 0.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
+            ``ClassBalancedSampler``; shuffled by default.
+        train_transform: From PIL images to tensors; by default random crops and flips, normalised as for ImageNet.
+        test_transform: From PIL images to tensors; by default the centre, normalised as for ImageNet.
+
+    Raises:
+        ValueError: If an argument is out of range, the folder is not as above, or a test class has no training
+            images; when a batch is made, if an image cannot be read.
+        ModuleNotFoundError: If torchvision is not installed.
+
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        imbalance_factor: float | None = None,
+        profile: Profile = "exponential",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        image_size: int = 224,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        sampler: Callable[[Tensor], Sampler[int]] | None = None,
+        train_transform: Transform | None = None,
+        test_transform: Transform | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, sampler)
+        self.root = Path(root)
+        self.image_size = check_integer("image_size", image_size, minimum=1)
+        self.seed = check_integer("seed", seed, minimum=0)
+        self.train_transform, self.test_transform = train_transform, test_transform
+        self.class_names, parts = _parts(self.root)
+        missing = _missing(parts, val_fraction, test_fraction)
+        self._parts = {**parts, **_divide(parts["train"], missing, self.seed)}
+        self.val_is_test = "val" not in self._parts
+        train = _Files(self._parts["train"])
+        self.class_counts: list[int] = train.targets.bincount().tolist()
+        if imbalance_factor is not None:
+            tailed = LongTailed(train, imbalance_factor, profile, self.seed)
+            self.class_counts = tailed.class_counts
+            self._parts["train"] = _chosen(train.samples, tailed.indices)
+
+    @override
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Return the sets that were listed and drawn when this was built."""
+        to_train, to_test = default_transforms(self.image_size)
+        transforms = {"train": self.train_transform or to_train}
+        plain = self.test_transform or to_test
+        return {name: _Files(samples, transforms.get(name, plain)) for name, samples in self._parts.items()}
+
+
+class _Files(ImageFiles):
+    def __init__(self, samples: Samples, transform: Transform | None = None) -> None:
+        self.samples, self.transform = samples, transform
+        self.targets = torch.tensor([label for _, label in samples])
+
+    @override
+    def path(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
+    """Return the class names and the samples of ``train`` and of those of ``val`` and ``test`` that there are."""
+    folders = _folders(root)
+    if not {"train", "test"} <= set(folders):
+        if set(folders) <= {"train", "val", "test"}:
+            expected = "a folder with `train` and `test`, or with a folder for each class"
+            raise bad_argument("root", expected, Phrase(f"{root} with only {', '.join(folders)}"))
+        return folders, {"train": _samples(root, folders)}
+    names = _folders(root / "train")
+    parts = {"train": _samples(root / "train", names)}
+    for part in {"val", "test"} & set(folders):
+        if unknown := set(_folders(root / part)) - set(names):
+            expected = f"a folder whose {part} classes are among its training classes"
+            raise bad_argument("root", expected, Phrase(f"{root} with {', '.join(sorted(unknown))} in {part} alone"))
+        parts[part] = _samples(root / part, names, every=False)
+        if not parts[part]:
+            raise bad_argument("root", f"a folder with images in {part}", Phrase(f"{root} with none there"))
+    return names, parts
+
+
+def _folders(root: Path) -> list[str]:
+    from torchvision.datasets.folder import find_classes
+
+    try:
+        names: list[str] = find_classes(root)[0]
+    except OSError as error:
+        raise bad_argument("root", "a folder with folders of images", Phrase(f"{root}: {error}")) from error
+    return names
+
+
+def _samples(root: Path, names: list[str], every: bool = True) -> Samples:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    classes = {name: label for label, name in enumerate(names)}
+    try:
+        samples: Samples = make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=not every)
+    except FileNotFoundError as error:
+        raise bad_argument("root", "a folder with images of every class", Phrase(f"{root}: {error}")) from error
+    return samples
+
+
+def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:
+    """Return the share of each class that makes each set that is not there."""
+    check_fraction("test_fraction", test_fraction)
+    if val_fraction != 0:
+        check_fraction("val_fraction", val_fraction)
+    fractions = {"test": test_fraction, "val": val_fraction}
+    wanted = {name: fraction for name, fraction in fractions.items() if name not in parts and fraction > 0}
+    if sum(wanted.values()) >= 1:
+        raise bad_argument("val_fraction", f"less than 1 - test_fraction = {1 - test_fraction:g}", val_fraction)
+    return wanted
+
+
+def _divide(samples: Samples, fractions: Mapping[str, float], seed: int) -> dict[str, Samples]:
+    """Draw sets of these shares of each class, rounded; the rest, one of each class at least, is for training."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    sizes = _Files(samples).targets.bincount().tolist()
+    for name, fraction in fractions.items():
+        labels = _Files(samples).targets
+        left = labels.bincount().tolist()
+        counts = [min(math.floor(size * fraction + 0.5), rest - 1) for size, rest in zip(sizes, left, strict=True)]
+        if sum(counts) == 0:
+            raise bad_argument(f"{name}_fraction", "large enough to hold out an image of some class", fraction)
+        picked, others = hold_out(labels, counts, generator)
+        parts[name], samples = _chosen(samples, picked), _chosen(samples, others)
+    return {**parts, "train": samples}
+
+
+def _chosen(samples: Samples, indices: Tensor) -> Samples:
+    return [samples[index] for index in indices.tolist()]

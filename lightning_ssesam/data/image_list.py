@@ -1,0 +1,189 @@
+"""Images named in list files, as ImageNet-LT, Places-LT and iNaturalist 2018 are published."""
+
+import os
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from typing_extensions import override
+
+from lightning_ssesam._validation import check_integer
+from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class ImageList(ImageFiles):
+    """The images that a list file names, one a line: a path, which may contain spaces, a space and the label.
+
+    Only where each line starts and its label are kept in memory, 12 bytes an image; a path is read from the file when
+    it is asked for. Blank lines do not count.
+
+    Attributes:
+        targets: The label of every image, shape ``(N,)``, int32.
+        num_classes: C.
+
+    Args:
+        path: The list file.
+        root: The folder that the paths in it start from.
+        num_classes: C, an integer >= 1; by default the largest label + 1.
+        transform: From a PIL image in RGB to what a batch is made of.
+
+    Raises:
+        ValueError: If the file cannot be read, or a line of it is wrong; when an image is asked for, if it cannot be
+            read. The message says which file and line.
+
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        root: str | Path = ".",
+        num_classes: int | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        limit = 2**31 if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
+        self.list_file, self.root, self.transform = str(path), str(root), transform
+        try:
+            starts, labels = _scan(self.list_file, limit)
+        except OSError as error:
+            raise _bad_file(self.list_file, error.strerror or repr(error)) from error
+        if not labels:
+            raise _bad_file(self.list_file, "a file without any")
+        self._starts = torch.frombuffer(starts, dtype=torch.int64)
+        self.targets = torch.frombuffer(labels, dtype=torch.int32)
+        self.num_classes = int(self.targets.max()) + 1 if num_classes is None else num_classes
+
+    @override
+    def path(self, index: int) -> str:
+        """Return where an image is."""
+        # Opened each time: nothing is shared with, or sent to, the processes of a loader.
+        with open(self.list_file, "rb") as file:
+            file.seek(int(self._starts[index]))
+            fields = file.readline().rsplit(None, 1)
+        if len(fields) != 2 or fields[1].lstrip(b"0") != (b"%d" % int(self.targets[index])).lstrip(b"0"):
+            raise self._bad_line(index, "Expected the line that was here when the file was scanned, but got another.")
+        return os.path.join(self.root, os.fsdecode(fields[0]))
+
+    @override
+    def image(self, index: int) -> Any:
+        """Return an image as it is read, a PIL image in RGB."""
+        try:
+            return super().image(index)
+        except ValueError as error:
+            raise self._bad_line(index, str(error)) from error
+
+    def _bad_line(self, index: int, sentence: str) -> ValueError:
+        with open(self.list_file, "rb") as file:
+            number = file.read(int(self._starts[index])).count(b"\n") + 1
+        return ValueError(f"{self.list_file}, line {number}: {sentence}")
+
+
+class ImageListLT(LongTailDataModule):
+    """A long-tailed data set of list files, such as ImageNet-LT, Places-LT and iNaturalist 2018.
+
+    The training list is read as soon as it is built, the images when they are needed; the first of every list already
+    in ``setup``, so that a wrong folder is found before training. Batches are pairs of images
+    ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64.
+
+    Attributes:
+        val_is_test: Whether the validation set is the test set: if ``val`` is not given.
+
+    Args:
+        train: List file of the training images; see :class:`ImageList`.
+        test: List file of the test images.
+        val: List file of the validation images; without one the test set validates.
+        root: The folder that the paths in the lists start from.
+        num_classes: C, an integer >= 1; by default the largest training label + 1.
+        image_size: Height and width of the images, an integer >= 1.
+        batch_size: Samples in a training batch, an integer >= 1.
+        num_workers: Processes that load images, an integer >= 0.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
+            ``ClassBalancedSampler``; shuffled by default.
+        train_transform: From PIL images to tensors; by default random crops and flips, normalised as for ImageNet.
+        test_transform: From PIL images to tensors; by default the centre, normalised as for ImageNet.
+
+    Raises:
+        ValueError: If an argument is out of range, a file cannot be read, a line of it is wrong, or a class has no
+            training image.
+
+    """
+
+    def __init__(
+        self,
+        train: str | Path,
+        test: str | Path,
+        val: str | Path | None = None,
+        root: str | Path = ".",
+        num_classes: int | None = None,
+        image_size: int = 224,
+        batch_size: int = 64,
+        num_workers: int = 4,
+        sampler: Callable[[Tensor], Sampler[int]] | None = None,
+        train_transform: Transform | None = None,
+        test_transform: Transform | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, sampler)
+        self.root, self.test, self.val = root, test, val
+        self.image_size = check_integer("image_size", image_size, minimum=1)
+        self.train_transform, self.test_transform = train_transform, test_transform
+        self.val_is_test = val is None
+        self._train = ImageList(train, root, num_classes)
+        self.class_counts = _class_counts(self._train)
+
+    @override
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Read the other lists, and the first image of each."""
+        to_train, to_test = default_transforms(self.image_size)
+        self._train.transform = self.train_transform or to_train
+        lists = {"test": self.test} if self.val is None else {"test": self.test, "val": self.val}
+        sets = {
+            name: ImageList(path, self.root, self.num_classes, self.test_transform or to_test)
+            for name, path in lists.items()
+        }
+        sets["train"] = self._train
+        for images in sets.values():
+            images.image(0)
+        return dict(sets)
+
+
+def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
+    """Return where each line that is not blank starts, and its label."""
+    starts, labels = array("q"), array("i")
+    with open(path, "rb") as file:
+        start = file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
+        for number, line in enumerate(file, start=1):
+            fields = line.rsplit(None, 1)
+            # Ten digits hold every label, and int refuses thousands.
+            if len(fields) == 2 and len(fields[1]) <= 10 and fields[1].isdigit() and (label := int(fields[1])) < limit:
+                starts.append(start)
+                labels.append(label)
+            elif fields:
+                expected = "a path and a label" if len(fields) == 1 else f"a label that is an integer in [0, {limit})"
+                raise ValueError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")
+            start += len(line)
+    return starts, labels
+
+
+def _bad_file(path: str, got: str) -> ValueError:
+    return ValueError(f"{path}: Expected a text file with lines of a path and a label, but got {got}.")
+
+
+def _class_counts(images: ImageList) -> list[int]:
+    # Not bincount: of a label such as 2,000,000,000 it would make a vector of that length.
+    present, counts = np.unique(images.targets.numpy(), return_counts=True)
+    missing = images.num_classes - len(present)
+    if missing:
+        gaps = np.flatnonzero(present != np.arange(len(present)))
+        first = int(gaps[0]) if len(gaps) else len(present)
+        expected = f"an image of every class in [0, {images.num_classes})"
+        raise ValueError(
+            f"{images.list_file}: Expected {expected}, but got none of {missing} of them, such as class {first}."
+        )
+    return [int(count) for count in counts]

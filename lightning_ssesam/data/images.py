@@ -1,0 +1,94 @@
+"""What the sets of image files share: how a file is read, and the usual transforms."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from lightning_ssesam._validation import check_integer
+
+Transform: TypeAlias = Callable[[Any], Any]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Up to this size the images are shown whole, as is usual for CIFAR and Tiny ImageNet.
+_SMALL = 64
+
+
+class ImageFiles(Dataset[tuple[Any, int]]):
+    """Pairs of an image, read from its file as RGB and transformed, and its label.
+
+    Attributes:
+        targets: The label of every image, shape ``(N,)``.
+        transform: From a PIL image to what a batch is made of.
+
+    """
+
+    targets: Tensor
+    transform: Transform | None
+
+    def path(self, index: int) -> str:
+        """Return where an image is."""
+        raise NotImplementedError(f"{type(self).__name__} has no `path`.")
+
+    def image(self, index: int) -> Any:
+        """Return an image as it is read, a PIL image in RGB.
+
+        Raises:
+            ValueError: If it is missing or cannot be read, with its path.
+
+        """
+        return read_image(self.path(index))
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.image(index)
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def read_image(path: str) -> Any:
+    """Return the image in a file, whatever its colours, as a PIL image in RGB."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # A broken file makes PIL raise almost anything.
+    except Exception as error:
+        raise ValueError(f"Expected {path} to be an image that can be read, but got {error!r}.") from error
+
+
+def default_transforms(
+    image_size: int,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    resize: bool = True,
+) -> tuple[Transform, Transform]:
+    """Return the usual transforms of training and of test images, from PIL images to tensors.
+
+    Args:
+        image_size: Height and width of what comes out, an integer >= 1. Up to 64, training images are moved by up to
+            an eighth of it; above, they are random parts of any size, and test images lose their edges.
+        mean: Of each channel, to be subtracted.
+        std: Of each channel, to divide by.
+        resize: Whether small images are brought to that size first.
+
+    """
+    from torchvision.transforms import v2
+
+    size = check_integer("image_size", image_size, minimum=1)
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    if size > _SMALL:
+        train = [v2.RandomResizedCrop(size)]
+        test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+    else:
+        test = [v2.Resize((size, size))] if resize else []
+        train = [*test, v2.RandomCrop(size, padding=size // 8)]
+    return v2.Compose([*train, v2.RandomHorizontalFlip(), *to_tensor]), v2.Compose([*test, *to_tensor])

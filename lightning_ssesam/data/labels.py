@@ -1,0 +1,67 @@
+"""The label of every sample, from whatever a data set keeps them in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from lightning_ssesam._validation import Phrase, bad_argument
+
+
+def as_labels(labels: Sequence[int] | Tensor, name: str = "labels") -> Tensor:
+    """Return labels as an int64 vector ``(N,)``.
+
+    Args:
+        labels: Class indices, integers >= 0, at least one.
+        name: What the error calls them.
+
+    Raises:
+        ValueError: If they are anything else.
+
+    """
+    expected = "a non-empty vector of class indices"
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise bad_argument(name, expected, labels) from None
+    whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if values.ndim != 1 or values.numel() == 0 or not whole:
+        got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
+        raise bad_argument(name, expected, got)
+    if int(values.min()) < 0:
+        raise bad_argument(name, expected, Phrase(f"a label of {int(values.min())}"))
+    return values.to("cpu", torch.int64)
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """Return the labels ``(N,)`` of a map-style data set, without loading a sample.
+
+    They are its attribute ``targets`` or ``labels``, the second entries of its ``samples``, the second tensor of a
+    ``TensorDataset``, or those that a ``Subset`` chooses of these.
+
+    Raises:
+        ValueError: If there are none, or they are not class indices, one a sample.
+
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
+    if len(labels) != len(dataset):
+        raise bad_argument(
+            f"labels of {type(dataset).__name__}", f"one for each of {len(dataset)} samples", Phrase(str(len(labels)))
+        )
+    return labels
+
+
+def _kept_labels(dataset: Any) -> Any:
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        return dataset.tensors[1]
+    for name in ("targets", "labels"):
+        if getattr(dataset, name, None) is not None:
+            return getattr(dataset, name)
+    if getattr(dataset, "samples", None) is not None:
+        return [sample[1] for sample in dataset.samples]
+    expected = "a data set with `targets`, `labels` or `samples`; else pass its labels"
+    raise bad_argument("dataset", expected, Phrase(type(dataset).__name__))

@@ -1,0 +1,101 @@
+"""Any labelled data set, made long-tailed."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from lightning_ssesam._validation import Phrase, bad_argument, check_integer
+from lightning_ssesam.data.labels import as_labels, labels_of
+from lightning_ssesam.data.profiles import Profile, largest_max_count, long_tailed_counts, long_tailed_indices
+from lightning_ssesam.split import ClassSplit
+
+Sample = TypeVar("Sample", covariant=True)
+
+
+class LongTailed(Dataset[Sample]):
+    """The samples of a map-style data set that make it long-tailed, chosen at random.
+
+    The classes get the sizes of :func:`~lightning_ssesam.data.long_tailed_counts` in the order of their sizes in the
+    data set, the largest first; among equal ones the lower class index. A balanced data set so becomes what Cao et
+    al., "LDAM", NeurIPS 2019 make of it.
+
+    Attributes:
+        class_counts: Samples of each class, length C.
+        indices: Of the chosen samples in the data set, shape ``(N,)``, int64, ascending.
+        targets: Their labels, shape ``(N,)``, int64.
+
+    Args:
+        dataset: Any with a length and an index that knows its labels: with an attribute ``targets``, ``labels`` or
+            ``samples`` (pairs that end in the label), a ``TensorDataset`` whose second tensor has them, or a
+            ``Subset`` of these.
+        imbalance_factor: Largest over smallest class size, or its inverse; > 0.
+        profile: ``"exponential"`` or ``"step"``.
+        seed: Chooses the samples, an integer >= 0.
+        max_count: Samples of the largest class, an integer >= 1; by default as many as leave every class enough.
+        labels: The label of every sample of ``dataset``, if it does not know them or a transform changes them.
+
+    Raises:
+        ValueError: If an argument is out of range, the labels cannot be found, or a class has too few samples.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> balanced = TensorDataset(torch.randn(30, 8), torch.arange(30) % 3)
+        >>> LongTailed(balanced, imbalance_factor=5).class_counts
+        [10, 4, 2]
+
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Sample],
+        imbalance_factor: float,
+        profile: Profile = "exponential",
+        seed: int = 0,
+        max_count: int | None = None,
+        labels: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        found = labels_of(dataset) if labels is None else as_labels(labels)
+        size = len(dataset)  # type: ignore[arg-type]
+        if len(found) != size:
+            raise bad_argument("labels", f"one for each of {size} samples", Phrase(str(len(found))))
+        self.dataset = dataset
+        self.class_counts = _class_counts(found, imbalance_factor, profile, max_count)
+        generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
+        self.indices = long_tailed_indices(found, self.class_counts, generator)
+        self.targets = found[self.indices]
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.class_counts)
+
+    def split(self, **kwargs: Any) -> ClassSplit:
+        """Return the :class:`~lightning_ssesam.ClassSplit`, made with the arguments of ``ClassSplit.from_counts``."""
+        return ClassSplit.from_counts(self.class_counts, **kwargs)
+
+    @override
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[int(self.indices[index])]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def _class_counts(labels: Tensor, imbalance_factor: float, profile: Profile, max_count: int | None) -> list[int]:
+    sizes = labels.bincount()
+    if bool((sizes == 0).any()):
+        missing = (sizes == 0).nonzero().flatten().tolist()
+        raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing[:10]}"))
+    order = sizes.argsort(descending=True, stable=True)
+    most = largest_max_count(sizes[order].tolist(), imbalance_factor, profile)
+    if max_count is not None and check_integer("max_count", max_count, minimum=1) > most:
+        raise bad_argument("max_count", f"at most {most}, for which every class has enough samples", max_count)
+    counts = torch.empty_like(sizes)
+    counts[order] = torch.tensor(
+        long_tailed_counts(len(sizes), most if max_count is None else max_count, imbalance_factor, profile)
+    )
+    return [int(count) for count in counts]

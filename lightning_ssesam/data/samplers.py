@@ -1,0 +1,163 @@
+"""Samplers that draw a class first and then one of its samples."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from typing_extensions import override
+
+from lightning_ssesam._validation import check_integer
+from lightning_ssesam.data.labels import as_labels
+
+
+class ClassSampler(DistributedSampler[int]):
+    """Draws with replacement: a class by :meth:`class_probabilities`, then one of its samples, all equally likely.
+
+    The draws depend on the seed and the epoch alone. Where several processes train, all of them make the same draws
+    and each takes every so manieth: together they get what one process would, wrapped around to equal lengths. A
+    Trainer calls ``set_epoch``, and leaves the sampler in place because it is a ``DistributedSampler``.
+
+    Args:
+        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
+        seed: Of the draws, an integer >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(self, labels: Sequence[int] | Tensor, num_samples: int | None = None, seed: int = 0) -> None:
+        targets = as_labels(labels)
+        super().__init__(targets, num_replicas=1, rank=0, seed=check_integer("seed", seed, minimum=0))  # type: ignore[arg-type]
+        self.draws = len(targets) if num_samples is None else check_integer("num_samples", num_samples, minimum=1)
+        self.class_counts = targets.bincount()
+        self._members = targets.argsort(stable=True)
+        self._shared: tuple[int, int] | None = None
+
+    def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
+        """Return the probability of each class ``(C,)``, float64; classes without a sample are left out later.
+
+        Args:
+            class_counts: Samples of each class, shape ``(C,)``, float64.
+            epoch: Counted from 0.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `class_probabilities`.")
+
+    def share(self, num_replicas: int, rank: int) -> None:
+        """Fix among how many processes the draws are shared, and this one's place; else those of torch.distributed."""
+        self._shared = (num_replicas, rank)
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        self._look_up_processes()
+        mine = torch.arange(self.rank, self.total_size, self.num_replicas) % self.draws
+        return iter(self._draw()[mine].tolist())
+
+    @override
+    def __len__(self) -> int:
+        self._look_up_processes()
+        return self.num_samples
+
+    def _draw(self) -> Tensor:
+        counts = self.class_counts.double()
+        weights = self.class_probabilities(counts, self.epoch).double() * (counts > 0)
+        # From both numbers, so that the epochs of two seeds have no draws in common.
+        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        which, place = torch.rand(2, self.draws, dtype=torch.float64, generator=generator)
+        bounds = weights.cumsum(0)
+        drawn = torch.searchsorted(bounds / bounds[-1], which, right=True)
+        starts = self.class_counts.cumsum(0) - self.class_counts
+        return self._members[starts[drawn] + (place * counts[drawn]).long()]
+
+    def _look_up_processes(self) -> None:
+        # Not when built: a process group may be made after that.
+        if self._shared is not None:
+            self.num_replicas, self.rank = self._shared
+        elif dist.is_available() and dist.is_initialized():
+            self.num_replicas, self.rank = dist.get_world_size(), dist.get_rank()
+        self.num_samples = math.ceil(self.draws / self.num_replicas)
+        self.total_size = self.num_samples * self.num_replicas
+
+
+class ClassBalancedSampler(ClassSampler):
+    """Draws every class equally often (Kang et al., "Decoupling", ICLR 2020, with q = 0).
+
+    Classes without a sample are never drawn. See :class:`~lightning_ssesam.data.samplers.ClassSampler` for several
+    processes.
+
+    Args:
+        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
+        seed: Of the draws, an integer >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> sampler = ClassBalancedSampler([0, 0, 0, 0, 0, 0, 0, 1], num_samples=1000)
+        >>> 450 < sum(index == 7 for index in sampler) < 550
+        True
+
+    """
+
+    @override
+    def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
+        """Return the same for every class."""
+        present = (class_counts > 0).double()
+        return present / present.sum()
+
+
+class SquareRootSampler(ClassSampler):
+    """Draws classes in proportion to the square root of their size (Kang et al., ICLR 2020, with q = 1/2).
+
+    Args:
+        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
+        seed: Of the draws, an integer >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    @override
+    def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
+        """Return ``sqrt(n_j)`` over the sum of all."""
+        return class_counts.sqrt() / class_counts.sqrt().sum()
+
+
+class ProgressivelyBalancedSampler(ClassSampler):
+    """Moves from every sample equally often to every class equally often (Kang et al., ICLR 2020, Eq. 2).
+
+    In epoch t, counted from 0, ``p_j = (1 - t / T) n_j / N + (t / T) / C``. Later than T it stays at ``1 / C``.
+
+    Args:
+        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        num_epochs: T, an integer >= 1.
+        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
+        seed: Of the draws, an integer >= 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    """
+
+    def __init__(
+        self, labels: Sequence[int] | Tensor, num_epochs: int, num_samples: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(labels, num_samples, seed)
+        self.num_epochs = check_integer("num_epochs", num_epochs, minimum=1)
+
+    @override
+    def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
+        """Return the mixture for the epoch."""
+        progress = min(epoch / self.num_epochs, 1.0)
+        present = (class_counts > 0).double()
+        return (1 - progress) * class_counts / class_counts.sum() + progress * present / present.sum()

@@ -1,0 +1,186 @@
+"""The numbers of a comparison as text, Markdown and CSV."""
+
+import csv
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_ssesam.runs import CONFUSIONS, GROUPS, Run
+
+
+class Difference(NamedTuple):
+    """How much better one method is than another, over seeds that both were run with.
+
+    Attributes:
+        mean: Mean of the differences.
+        margin: Half of the 95 % confidence interval of that mean (Student's t, paired); NaN for a single seed.
+
+    """
+
+    mean: float
+    margin: float
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.mean) > self.margin
+
+
+def paired_difference(values: dict[int, float], others: dict[int, float]) -> Difference:
+    """Return the difference of values to others, both by seed, over the seeds that both have.
+
+    Example:
+        >>> difference = paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+        >>> round(difference.mean, 3), round(difference.margin, 3)  # t = 4.303 with 2 degrees of freedom
+        (3.0, 2.484)
+
+    """
+    from scipy.stats import t
+
+    differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
+    number = len(differences)
+    if number < 2:
+        return Difference(differences[0] if differences else math.nan, math.nan)
+    error = statistics.stdev(differences) / math.sqrt(number)
+    return Difference(statistics.mean(differences), float(t.ppf(0.975, number - 1)) * error)
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each method, in the order of their first."""
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(run.method, []).append(run)
+    return methods
+
+
+def differences(runs: Sequence[Run]) -> dict[str, dict[str, Difference]]:
+    """Return for every method but the first its differences to the first, by group, in points of accuracy."""
+    methods = by_method(runs)
+    (_, first), *rest = methods.items()
+
+    def accuracy(of: list[Run], group: str) -> dict[int, float]:
+        return {run.seed: 100 * run.accuracy[group] for run in of}
+
+    return {
+        name: {group: paired_difference(accuracy(of, group), accuracy(first, group)) for group in GROUPS}
+        for name, of in rest
+    }
+
+
+def seeds_of(runs: Sequence[Run]) -> str:
+    """Say over how many seeds the runs are."""
+    number = len({run.seed for run in runs})
+    return f"{number} seed{'s' if number > 1 else ''}"
+
+
+def spread(values: Sequence[float], width: int = 0) -> str:
+    """Return mean and standard deviation of accuracies in [0, 1], in percent."""
+    percent = [100 * value for value in values]
+    deviation = f" ± {statistics.stdev(percent):{width}.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.1f}{deviation}"
+
+
+def format_table(runs: Sequence[Run]) -> str:
+    """Return the accuracies of each method in percent, mean and standard deviation over seeds, as text.
+
+    Below them the differences to the first method, where there are several methods and seeds.
+    """
+    methods = by_method(runs)
+    width = max(6, *map(len, methods))
+    heading = " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)])
+    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", heading]
+    for name, of in methods.items():
+        cells = [f"{spread([run.accuracy[group] for run in of], 4):>12}" for group in GROUPS]
+        lines.append(" ".join([f"{name:{width}}", *cells]))
+    if len(methods) > 1 and len({run.seed for run in runs}) > 1:
+        lines += ["", f"Difference to {next(iter(methods))}, with its 95 % interval over paired seeds (* leaves out 0)"]
+        lines.append(heading)
+        for name, of_group in differences(runs).items():
+            cells = [f"{format_difference(of_group[group]):>12}" for group in GROUPS]
+            lines.append(" ".join([f"{name:{width}}", *cells]))
+    if diverged := diverged_runs(runs):
+        lines.append(f"Diverged, with a loss that is not finite: {diverged}")
+    return "\n".join(lines)
+
+
+def format_difference(difference: Difference) -> str:
+    """Return a difference in points with its margin, and a star where that leaves out 0."""
+    margin = "" if math.isnan(difference.margin) else f" ± {difference.margin:.1f}"
+    return f"{difference.mean:+.1f}{margin}{'*' if difference.is_significant else ''}"
+
+
+def diverged_runs(runs: Sequence[Run]) -> str:
+    """Name the runs whose loss was not finite at the end."""
+    return ", ".join(f"{run.method} with seed {run.seed}" for run in runs if run.diverged)
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    """Return as Markdown what :func:`format_table` says, and beside it the best epoch's accuracy."""
+    methods = by_method(runs)
+    lines = [
+        f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}, after the last epoch; `best epoch`: on"
+        " the validation set, after the epoch that was best there.",
+        "",
+        f"| | {' | '.join(GROUPS)} | all, best epoch | difference in tail | in all |",
+        "|---" * (len(GROUPS) + 4) + "|",
+    ]
+    to_first = differences(runs)
+    for name, of in methods.items():
+        cells = [spread([run.accuracy[group] for run in of]) for group in GROUPS]
+        cells.append(spread([run.best["all"] for run in of]))
+        cells += [format_difference(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* leaves out 0).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_runs(runs: Sequence[Run], path: Path) -> None:
+    """Write a CSV file with a row for each run."""
+    if not runs:
+        return
+    classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
+    best = [f"best_{group}" for group in GROUPS]
+    header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *classes]
+    rows = [
+        [
+            run.method,
+            run.seed,
+            *(round(run.accuracy[group], 6) for group in GROUPS),
+            *(round(run.best[group], 6) for group in GROUPS),
+            *(round(run.confusion[name], 6) for name in CONFUSIONS),
+            round(run.seconds, 1),
+            run.diverged,
+            *(round(value, 6) for value in run.class_recalls),
+        ]
+        for run in runs
+    ]
+    write_csv(path, header, rows)
+
+
+def write_summary(runs: Sequence[Run], path: Path) -> None:
+    """Write a CSV file with a row for each method and group: mean, deviation, difference to the first method."""
+    to_first, rows = differences(runs), []
+    for name, of in by_method(runs).items():
+        for group in GROUPS:
+            values = [run.accuracy[group] for run in of]
+            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+            difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
+            numbers = (statistics.mean(values), deviation, difference.mean / 100, difference.margin / 100)
+            rows.append([name, group, len(values), *("" if math.isnan(x) else round(x, 6) for x in numbers)])
+    write_csv(path, ["method", "group", "seeds", "mean", "std", "difference", "margin_95"], rows)
+
+
+def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a CSV file, all of it or nothing."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    os.replace(unfinished, path)

@@ -1,0 +1,135 @@
+"""Networks: shapes, numbers of parameters, norms, classifiers."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import STRICT
+from torch import nn
+
+from lightning_ssesam.cli import main
+from lightning_ssesam.models import CIFARResNet, NormalizedLinear, timm_model, torchvision_resnet
+
+pytestmark = STRICT
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def layers(net, kind):
+    return [layer for layer in net.modules() if isinstance(layer, kind)]
+
+
+# He et al. give 0.27, 0.46 and 0.85 million.
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018)])
+def test_cifar_resnet_has_the_published_size(depth, parameters):
+    net = CIFARResNet(10, depth)
+    assert size(net) == parameters
+    assert len(layers(net, nn.Conv2d | nn.Linear)) == depth
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_cifar_resnet_shortcut_is_that_of_option_a():
+    net = CIFARResNet(4, 8).eval()
+    block = next(layer for layer in net.features if getattr(layer, "stride", 1) == 2)
+    for p in block.residual.parameters():
+        nn.init.zeros_(p)
+    x = torch.rand(1, 16, 6, 6)
+    out = block(x)
+    assert out.shape == (1, 32, 3, 3)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert out[:, :8].eq(0).all()
+    assert out[:, 24:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kwargs: CIFARResNet(7, 20, **kwargs),
+        lambda **kwargs: torchvision_resnet(7, "resnet18", **kwargs),
+    ],
+)
+def test_group_norm_and_normalized_classifier(make):
+    net = make(norm="group", normalized=True)
+    assert not layers(net, nn.BatchNorm2d)
+    (classifier,) = layers(net, NormalizedLinear)
+    images = torch.randn(3, 3, 32, 32)
+    logits = net(images)
+    assert logits.shape == (3, 7)
+    assert logits.abs().max() <= 1 + 1e-6
+    with torch.no_grad():
+        classifier.weight.mul_(5)
+    torch.testing.assert_close(net(images), logits)
+    # No layer mixes samples.
+    torch.testing.assert_close(net(images[:1]), logits[:1])
+    assert len(layers(make(norm="batch"), nn.BatchNorm2d)) > 10
+
+
+def test_normalized_linear_is_a_cosine():
+    layer = NormalizedLinear(4, 3)
+    x = torch.randn(5, 4)
+    expected = [[F.cosine_similarity(row, weight, 0).item() for weight in layer.weight] for row in x]
+    torch.testing.assert_close(layer(x), torch.tensor(expected))
+    assert layer(torch.zeros(1, 4)).eq(0).all()
+
+
+def test_stems():
+    small, large = torchvision_resnet(100, "resnet34"), torchvision_resnet(100, "resnet34", stem="imagenet")
+    shapes = []
+    for net in (small, large):
+        net.layer1.register_forward_hook(lambda layer, args, out: shapes.append(out.shape[-1]))
+        net(torch.randn(2, 3, 32, 32))
+    assert shapes == [32, 8]
+    # As torchvision's own with 1000 - 100 classes fewer, and 7 * 7 - 3 * 3 weights a filter.
+    assert size(large) == 21_797_672 - 900 * 513
+    assert size(large) - size(small) == 64 * 3 * (49 - 9)
+
+
+def test_timm():
+    assert timm_model(7, "resnet10t", in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match="`name` to be a model of timm .* but got 'resnet10'"):
+        timm_model(7, "resnet10")
+
+
+def test_timm_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match="needs timm: pip install timm"):
+        timm_model(7, "resnet10t")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CIFARResNet(0), "`num_classes` to be an integer >= 1, but got 0"),
+        (lambda: CIFARResNet(10, 18), "`depth` to be 6n \\+ 2, such as 20, 32 or 56, but got 18"),
+        (lambda: CIFARResNet(10, norm="layer"), "`norm` to be one of 'batch', 'group'"),
+        (lambda: NormalizedLinear(0, 3), "`in_features` to be an integer >= 1"),
+        (lambda: torchvision_resnet(10, "resnet19"), "`arch` to be one of .*'resnet18'"),
+        (lambda: torchvision_resnet(10, "vgg11"), "`arch` to be one of "),
+        (lambda: torchvision_resnet(10, stem="small"), "`stem` to be one of 'cifar', 'imagenet'"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        ["CIFARResNet", "--model.backbone.depth=8", "--model.backbone.in_channels=1"],
+        [
+            "lightning_ssesam.models.timm_model",
+            "--model.backbone.name=resnet10t",
+            "--model.backbone.dict_kwargs.in_chans=1",
+        ],
+    ],
+)
+def test_by_class_path(backbone, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
+    quick = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"]
+    quiet = ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    none = ["--trainer.enable_checkpointing=false"]
+    main(["fit", "--data=DigitsLT", f"--model.backbone={backbone[0]}", *backbone[1:], *quick, *quiet, *none])

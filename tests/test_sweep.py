@@ -1,0 +1,197 @@
+"""The search for radii and switch."""
+
+import csv
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from helpers import STRICT
+
+from lightning_ssesam import DigitsLT
+from lightning_ssesam.cli import main
+from lightning_ssesam.runs import GROUPS, Experiment
+from lightning_ssesam.sweep import sweep
+
+pytestmark = STRICT
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
+
+
+def rows():
+    with Path("sweep/trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+class FakeTrainer:
+    """Reports accuracies that depend on the radii, and counts epochs."""
+
+    def __init__(self, epochs, accuracy):
+        self.max_epochs, self.current_epoch, self.accuracy = epochs, 0, accuracy
+
+    @property
+    def callback_metrics(self):
+        return {f"val/acc_{group}": _Value(self.accuracy(group, self.current_epoch)) for group in GROUPS}
+
+
+class _Value(float):
+    def item(self):
+        return float(self)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces trainings: the best is head_rho 0.1 and tail_rho 0.2, and more epochs are better."""
+    seen = []
+
+    def fit(self, seed, callbacks):
+        objective = self.objective()
+        seen.append((objective.head_rho, objective.tail_rho, self.gamma, seed))
+        worth = 0.9 - abs(objective.head_rho - 0.1) - abs(objective.tail_rho - 0.2)
+        trainer = FakeTrainer(self.epochs, lambda group, epoch: worth * (epoch + 1) / self.epochs)
+        for trainer.current_epoch in range(self.epochs):
+            callbacks[0].on_train_epoch_end(trainer, None)
+
+    monkeypatch.setattr(Experiment, "fit", fit)
+    return seen
+
+
+def test_command(capsys):
+    arguments = ["--epochs=3", "--gamma=[0.4, 0.6]", "--data.seed=4"]
+    main(["sweep", "--trials=3", *arguments])
+    printed = capsys.readouterr().out
+    assert "the best of 3 trials (0 more were given up early)" in printed
+    (heading,) = [line for line in printed.splitlines() if "head_rho" in line]
+    assert heading.split() == ["trial", "head_rho", "tail_rho", "gamma", "head", "tail", "all"]
+    best = max(rows(), key=lambda row: float(row["all"]))
+    settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
+    assert settings == {name: round(float(best[name]), 4) for name in ("head_rho", "tail_rho", "gamma")}
+    assert 0.4 <= settings["gamma"] <= 0.6
+    assert Path("sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert len({row["head_rho"] for row in rows()}) == 3
+
+    # It goes on where it was, and compare takes what it found.
+    before = rows()
+    main(["sweep", "--trials=4", *arguments])
+    assert rows()[:3] == before
+    assert len(rows()) == 4
+    assert len({row["head_rho"] for row in rows()}) == 4
+    main(["compare", "--config=sweep/best.yaml", "--methods=SSESAM", "--seeds=1", "--epochs=2", "--jobs=1"])
+    shown = Path("comparison/report.html").read_text()
+    best = yaml.safe_load(Path("sweep/best.yaml").read_text())
+    assert f"tail_rho: {best['tail_rho']}" in shown
+
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "--trials=4", *arguments, "--data.seed=5"])
+    assert str(stop.value) == (
+        "error: Expected argument `output` to be a folder without a search of other settings, but got 'sweep'."
+    )
+
+
+def test_finds_what_is_best(trained):
+    best = sweep(trials=40, epochs=10, prune=False)
+    assert best["head_rho"] == pytest.approx(0.1, abs=0.06)
+    assert best["tail_rho"] == pytest.approx(0.2, abs=0.08)
+    assert {seed for *_, seed in trained} == {1000}
+
+
+def test_gives_up_what_is_worse_but_not_before_stage_2(trained):
+    sweep(trials=30, epochs=20)
+    states = [row["state"] for row in rows()]
+    assert states.count("pruned") >= 5
+    assert set(states) == {"pruned", "complete"}
+    for row, trial in zip(rows(), load().trials, strict=True):
+        epochs = len(trial.intermediate_values)
+        if row["state"] == "pruned":
+            assert epochs >= 20 * (float(row["gamma"]) + 0.2 * (1 - float(row["gamma"])))
+        else:
+            assert epochs == 20
+
+
+def load():
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    backend = JournalFileBackend("sweep/journal.log", lock_obj=JournalFileOpenLock("sweep/journal.log"))
+    return optuna.load_study(study_name="sweep", storage=JournalStorage(backend))
+
+
+def test_several_seeds_are_averaged(trained):
+    sweep(trials=2, seeds=3, epochs=4, prune=False)
+    assert [seed for *_, seed in trained] == [1000, 1001, 1002] * 2
+    assert len(load().trials[0].intermediate_values) == 12
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("all", 0.5), ("tail", 0.1), ("mean_of_head_and_tail", 0.45)])
+def test_metric(metric, expected, monkeypatch):
+    values = {"head": 0.8, "tail": 0.1, "all": 0.5, "many": 1.0, "medium": 0.3, "few": 0.0}
+
+    def fit(self, seed, callbacks):
+        callbacks[0].on_train_epoch_end(FakeTrainer(1, lambda group, epoch: values[group]), None)
+
+    monkeypatch.setattr(Experiment, "fit", fit)
+    sweep(trials=1, epochs=1, metric=metric)
+    assert load().best_value == pytest.approx(expected)
+    assert {group: float(rows()[0][group]) for group in GROUPS} == values
+
+
+def test_a_trial_that_was_cut_off_is_made_again(trained, monkeypatch):
+    fit = Experiment.fit
+
+    def killed(self, seed, callbacks):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        fit(self, seed, callbacks)
+
+    monkeypatch.setattr(Experiment, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(trials=4, epochs=2)
+    study = load()
+    # As after a kill, which leaves it running.
+    cut_off = study.ask()
+    cut_off.suggest_float("head_rho", 0.01, 0.5, log=True)
+    cut_off.suggest_float("tail_rho", 0.01, 0.5, log=True)
+    cut_off.suggest_float("gamma", 0.3, 0.9)
+    monkeypatch.setattr(Experiment, "fit", fit)
+    trained.clear()
+    sweep(trials=5, epochs=2)
+    assert trained[0][:3] == pytest.approx(tuple(cut_off.params.values()))
+    states = [row["state"] for row in rows()]
+    assert "running" not in states
+    assert states.count("fail") == 2
+    assert len(states) - states.count("fail") == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials=0"], "`trials` to be an integer >= 1, but got 0"),
+        (["--seeds=0"], "`seeds` to be an integer >= 1, but got 0"),
+        (["--head_rho=[0, 1]"], "`head_rho` to be a finite number > 0, but got 0.0"),
+        (["--tail_rho=[0.5, 0.1]"], "`tail_rho` to be the smallest and the largest value, in this order, but got (0.5"),
+        (["--gamma=[0.5, 1]"], "`gamma` to be a number strictly between 0 and 1, but got 1.0"),
+        (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
+        (["--output=file/x"], "`output` to be a folder that can be made (Not a directory), but got 'file/x'"),
+    ],
+)
+def test_refuses_before_it_trains(arguments, message, monkeypatch):
+    monkeypatch.setattr(Experiment, "fit", lambda *args: pytest.fail("trained"))
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *arguments])
+    assert str(stop.value).startswith(f"error: Expected argument {message}")
+    assert not Path("sweep").exists()
+
+
+def test_does_not_choose_by_test_data():
+    class OnTest(DigitsLT):
+        val_is_test = True
+
+    with pytest.raises(
+        ValueError, match="a data module with a validation set of its own .* but got one that validates"
+    ):
+        sweep(trials=1, data=OnTest)
