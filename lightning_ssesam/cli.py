@@ -24,8 +24,8 @@ commands:
   sweep      search for the radii of SSESAM and its switch, on validation data
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
-line: give options one by one or in a YAML file with `--config`, where a name without a suffix is one of the shipped
-files: {configs}.
+line. Give options one by one or in a YAML file with `--config`, where a name without a suffix is a shipped file: for
+`fit` {fit}; for `compare` {compare}.
 
 examples:
   lightning-ssesam compare
@@ -43,7 +43,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
-        print(_USAGE.format(configs=", ".join(sorted(_shipped_configs()))), end="")
+        print(
+            _USAGE.format(fit=", ".join(_shipped_configs("fit")), compare=", ".join(_shipped_configs("compare"))),
+            end="",
+        )
     elif args[0] == "--version":
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif args[0] == "compare":
@@ -60,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _compare(args: list[str]) -> None:
     from lightning_ssesam.compare import compare, usable_jobs
 
-    _call(compare, "compare", args, config=True, jobs=usable_jobs())
+    _call(compare, "compare", args, jobs=usable_jobs())
 
 
 def _sweep(args: list[str]) -> None:
@@ -69,8 +72,8 @@ def _sweep(args: list[str]) -> None:
     _call(sweep, "sweep", args)
 
 
-def _call(function: Callable[..., Any], name: str, args: list[str], config: bool = False, **defaults: Any) -> None:
-    """Call a function with what the command line says of its arguments; with ``config=`` the text of all that."""
+def _call(function: Callable[..., Any], name: str, args: list[str], **defaults: Any) -> None:
+    """Call a function with what the command line says of its arguments, and with all of that as ``config``, in YAML."""
     from jsonargparse import ArgumentParser
 
     from lightning_ssesam.compare import DEFAULT_SGD
@@ -85,10 +88,7 @@ def _call(function: Callable[..., Any], name: str, args: list[str], config: bool
         # The later name; versions that have it warn of the earlier one.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         arguments = vars(instantiate(chosen))
-        arguments.pop("config")
-        if config:
-            arguments["config"] = parser.dump(chosen)
-        function(**arguments)
+        function(**{**arguments, "config": parser.dump(chosen)})
 
 
 def _lightning(args: list[str]) -> None:
@@ -145,14 +145,16 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(f"error: {refused.group()}")
 
 
-def _shipped_configs() -> list[str]:
-    names = [resource.name for resource in files("lightning_ssesam.configs").iterdir()]
-    return [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+def _shipped_configs(command: str) -> list[str]:
+    """Return the names of the shipped YAML files for a command, without their suffix."""
+    names = sorted(resource.name for resource in files("lightning_ssesam.configs").iterdir())
+    names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+    return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:
     """Replace the names of shipped YAML files by their paths."""
-    shipped = _shipped_configs()
+    shipped = _shipped_configs(args[0])
     resolved = list(args)
     for position, arg in enumerate(args):
         option, equals, value = arg.partition("=")

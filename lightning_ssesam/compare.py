@@ -39,7 +39,7 @@ class Method:
 
     Args:
         objective: Objective by class path, with its arguments.
-        loss: Loss by class path, with its arguments; cross-entropy by default.
+        loss: Loss by class path, with its arguments.
         backbone: Network by class path, with its arguments.
         optimizer: Optimizer by class path, with its arguments.
         data: Data module by class path, with its arguments: another sampler, say. Class counts must be the same.
@@ -64,6 +64,7 @@ def compare(
     data: Callable[[], LongTailDataModule] = DigitsLT,
     backbone: BackboneFactory = SmallConvNet,
     optimizer: Callable[[Iterable[Any]], Optimizer] = DEFAULT_SGD,
+    loss: Callable[[], nn.Module] | None = None,
     sam_rho: float = 0.2,
     imbsam_rho: float = 0.2,
     head_rho: float = 0.05,
@@ -96,6 +97,7 @@ def compare(
         data: Data module by class path, with its arguments.
         backbone: Network by class path, with its arguments.
         optimizer: Optimizer by class path, with its arguments.
+        loss: Loss by class path, with its arguments; cross-entropy by default.
         sam_rho: Radius of SAM.
         imbsam_rho: Radius of ImbSAM, for the tail.
         head_rho: Radius of SSESAM for the head, in stage 1.
@@ -135,7 +137,7 @@ def compare(
             method.objective,
             method.optimizer or optimizer,
             epochs,
-            loss=method.loss,
+            loss=method.loss or loss,
             callbacks=method.callbacks,
             gamma=gamma,
             model={**tail, **(model or {}), **method.model},

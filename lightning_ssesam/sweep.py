@@ -54,6 +54,7 @@ def sweep(
     prune: bool = True,
     threads: int = 1,
     output: Path = Path("sweep"),
+    config: str | None = None,
 ) -> dict[str, float]:
     """Search for head_rho, tail_rho and gamma of SSE-SAM with Optuna, on the validation set.
 
@@ -83,6 +84,8 @@ def sweep(
         prune: Whether to give up trials early.
         threads: CPU threads for an operation.
         output: Folder for the results.
+        config: The configuration of the search as YAML, of which best.yaml takes what compare needs; the command line
+            fills it in.
 
     Returns:
         The best values found, and the accuracies of head, tail and all that came of them.
@@ -151,12 +154,19 @@ def sweep(
             raise KeyboardInterrupt from None
         finally:
             _write_trials(study.trials, output / "trials.csv")
-    return _report(study, output)
+    return _report(study, output, config)
 
 
 # Those of compare begin at 0.
 _FIRST_SEED = 1000
 _PARAMETERS = ("head_rho", "tail_rho", "gamma")
+# What compare has as well, and should do alike.
+_SHARED = {*Experiment.__dataclass_fields__, "tail_fraction", "tail_below"} - {
+    "method",
+    "objective",
+    "callbacks",
+    "gamma",
+}
 
 
 def _open_study(output: Path, settings: str) -> "optuna.Study":
@@ -236,7 +246,9 @@ def _write_trials(trials: Sequence["optuna.trial.FrozenTrial"], path: Path) -> N
     write_csv(path, ["trial", "state", *_PARAMETERS, *GROUPS], rows)
 
 
-def _report(study: "optuna.Study", output: Path) -> dict[str, float]:
+def _report(study: "optuna.Study", output: Path, config: str | None) -> dict[str, float]:
+    import yaml
+
     from lightning_ssesam.figures import draw_sweep
 
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
@@ -250,7 +262,8 @@ def _report(study: "optuna.Study", output: Path) -> dict[str, float]:
         print(" ".join([*cells, *(f"{100 * trial.user_attrs[group]:9.1f}" for group in shown)]))
     best = ranked[0]
     settings = {name: round(best.params[name], 4) for name in _PARAMETERS}
-    (output / "best.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    shared = {name: value for name, value in yaml.safe_load(config or "{}").items() if name in _SHARED}
+    (output / "best.yaml").write_text(yaml.safe_dump({**shared, **settings}, sort_keys=False))
     draw_sweep([trial.user_attrs for trial in ranked], output / "sweep.png")
     print(f"\nWritten: {', '.join(str(output / name) for name in ('trials.csv', 'sweep.png', 'best.yaml'))}")
     return {**settings, **{group: best.user_attrs[group] for group in GROUPS}}

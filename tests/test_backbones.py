@@ -9,7 +9,7 @@ from helpers import STRICT
 from torch import nn
 
 from lightning_ssesam.cli import main
-from lightning_ssesam.models import CIFARResNet, NormalizedLinear, timm_model, torchvision_resnet
+from lightning_ssesam.models import CIFARResNet, NormalizedLinear, TimmModel, TorchvisionResNet
 
 pytestmark = STRICT
 
@@ -48,7 +48,7 @@ def test_cifar_resnet_shortcut_is_that_of_option_a():
     "make",
     [
         lambda **kwargs: CIFARResNet(7, 20, **kwargs),
-        lambda **kwargs: torchvision_resnet(7, "resnet18", **kwargs),
+        lambda **kwargs: TorchvisionResNet(7, "resnet18", **kwargs),
     ],
 )
 def test_group_norm_and_normalized_classifier(make):
@@ -76,10 +76,10 @@ def test_normalized_linear_is_a_cosine():
 
 
 def test_stems():
-    small, large = torchvision_resnet(100, "resnet34"), torchvision_resnet(100, "resnet34", stem="imagenet")
+    small, large = TorchvisionResNet(100, "resnet34"), TorchvisionResNet(100, "resnet34", stem="imagenet")
     shapes = []
     for net in (small, large):
-        net.layer1.register_forward_hook(lambda layer, args, out: shapes.append(out.shape[-1]))
+        net.net.layer1.register_forward_hook(lambda layer, args, out: shapes.append(out.shape[-1]))
         net(torch.randn(2, 3, 32, 32))
     assert shapes == [32, 8]
     # As torchvision's own with 1000 - 100 classes fewer, and 7 * 7 - 3 * 3 weights a filter.
@@ -88,15 +88,15 @@ def test_stems():
 
 
 def test_timm():
-    assert timm_model(7, "resnet10t", in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
-    with pytest.raises(ValueError, match="`name` to be a model of timm .* but got 'resnet10'"):
-        timm_model(7, "resnet10")
+    assert TimmModel(7, "resnet10t", in_channels=1)(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match=r"`name` to be a model of timm .* but got 'resnet10'"):
+        TimmModel(7, "resnet10")
 
 
 def test_timm_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match="needs timm: pip install timm"):
-        timm_model(7, "resnet10t")
+        TimmModel(7, "resnet10t")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,10 @@ def test_timm_is_asked_for(monkeypatch):
         (lambda: CIFARResNet(10, 18), "`depth` to be 6n \\+ 2, such as 20, 32 or 56, but got 18"),
         (lambda: CIFARResNet(10, norm="layer"), "`norm` to be one of 'batch', 'group'"),
         (lambda: NormalizedLinear(0, 3), "`in_features` to be an integer >= 1"),
-        (lambda: torchvision_resnet(10, "resnet19"), "`arch` to be one of .*'resnet18'"),
-        (lambda: torchvision_resnet(10, "vgg11"), "`arch` to be one of "),
-        (lambda: torchvision_resnet(10, stem="small"), "`stem` to be one of 'cifar', 'imagenet'"),
+        (lambda: TorchvisionResNet(10, "resnet19"), "`arch` to be one of .*'resnet18'"),
+        (lambda: TorchvisionResNet(10, "vgg11"), "`arch` to be one of "),
+        (lambda: TorchvisionResNet(10, weights="DEFAULT"), "`weights` to be None where stem and norm are not"),
+        (lambda: TorchvisionResNet(10, stem="small"), "`stem` to be one of 'cifar', 'imagenet'"),
     ],
 )
 def test_bad_arguments(make, message):
@@ -121,9 +122,9 @@ def test_bad_arguments(make, message):
     [
         ["CIFARResNet", "--model.backbone.depth=8", "--model.backbone.in_channels=1"],
         [
-            "lightning_ssesam.models.timm_model",
+            "lightning_ssesam.models.TimmModel",
             "--model.backbone.name=resnet10t",
-            "--model.backbone.dict_kwargs.in_chans=1",
+            "--model.backbone.in_channels=1",
         ],
     ],
 )

@@ -135,10 +135,13 @@ def test_bad_values_get_one_line(arguments, message):
     ("arguments", "message"),
     [
         (["trian"], "error: Expected a command, one of fit, validate, test, compare, sweep, but got 'trian'."),
-        (["fit", "--config=nope"], "error: Expected `--config` to be a YAML file or one of digits_lt, but got 'nope'."),
+        (
+            ["fit", "--config=nope"],
+            "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope'.",
+        ),
         (
             ["test", "-c", "nope.yaml"],
-            "error: Expected `--config` to be a YAML file or one of digits_lt, but got 'nope",
+            "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope",
         ),
         (
             ["fit", "--config=digits_lt", "--model.optimizer=torch.optim.LBFGS", *QUICK],
@@ -158,7 +161,7 @@ def test_help(arguments, capsys):
     text = capsys.readouterr().out
     for command in ("fit", "validate", "test", "compare", "sweep"):
         assert f"\n  {command} " in text
-    assert "digits_lt" in text
+    assert "for\n`fit` cifar100_lt, digits_lt; for `compare` compare_cifar100_lt, compare_cifar10_lt." in text
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -182,3 +185,45 @@ def test_as_a_module_and_a_command():
     for command in ([sys.executable, "-m", "lightning_ssesam"], [Path(sys.executable).parent / "lightning-ssesam"]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout == "lightning-ssesam 0.1.0\n"
+
+
+IMBSAM = "ImbSAM(rho=0.05, tail_weight=1.0, reduction='batch')"
+
+
+@pytest.mark.parametrize("name", ["compare_cifar100_lt", "compare_cifar10_lt"])
+def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
+    """All but the images and the training is real; the published protocol of CIFAR-100-LT is held to the letter."""
+    seen = []
+
+    def stop(tasks, *_):
+        seen.extend(tasks)
+        raise SystemExit
+
+    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
+    monkeypatch.setattr("lightning_ssesam.data.CIFAR100LT.prepare_data", lambda self: None)
+    monkeypatch.setattr("lightning_ssesam.data.CIFAR10LT.prepare_data", lambda self: None)
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", name])
+    assert {seed for _, _, seed in seen} == {0, 1, 2}
+    experiments = {experiment.method: experiment for experiment, _, _ in seen}
+    last = experiments["SSE-SAM"]
+    data, model = last.data(), last.make_model(last.data())
+    assert (last.epochs, model.tta, data.batch_size, data.val_is_test) == (200, "hflip", 64, True)
+    assert repr(model.objective) == "SSESAM(head_rho=0.05, tail_rho=0.1, first_stage='grouped')"
+    assert [callback.at for callback in last.make_callbacks(model)] == [0.7]
+    assert [repr(e.objective()) for e in experiments.values()][:3] == ["ERM()", "SAM(rho=0.05)", IMBSAM]
+    if name == "compare_cifar10_lt":
+        assert len(experiments) == 8
+        assert all((" + " in method) == (e.loss is not None) for method, e in experiments.items())
+        assert sum(data.class_counts) == 12_406
+        return
+    assert sum(data.class_counts) == 10_847
+    configured = model.configure_optimizers()
+    (group,) = configured["optimizer"].param_groups
+    assert [group[key] for key in ("initial_lr", "momentum", "weight_decay")] == [0.01, 0.9, 1e-3]
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+    assert configured["lr_scheduler"]["scheduler"].T_max == 200
+    assert model.split.tail.equal(torch.tensor(data.class_counts) < 100)
+    assert (model.split.many_above, model.split.few_below) == (100, 20)
+    assert sum(p.numel() for p in model.backbone.parameters()) == 21_328_292  # ResNet-34, 3x3 stem, 100 classes
+    assert model.backbone.net.conv1.kernel_size == (3, 3)

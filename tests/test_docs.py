@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import batches_loader, classification_batch, convbn, mlp
+from PIL import Image
 
 from lightning_ssesam import ClassSplit
+from lightning_ssesam.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +55,68 @@ def test_performance(capsys):
     trainer.fit_loop.max_epochs = 4
     trainer.fit(model, batches_loader([classification_batch(shape=(3, 5, 5))]))
     assert trainer.global_step == 4
+
+
+def test_toolkit(capsys):
+    code = code_of("docs/toolkit.md")
+    exec(code, {})
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    shown = [ast.literal_eval(line) for line in re.findall(r"^# (\[.*)$", code, re.MULTILINE)]
+    assert [value for row in printed for value in row] == pytest.approx([value for row in shown for value in row])
+
+
+@pytest.fixture
+def _in_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lightning-ssesam"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("_in_a_terminal")
+def test_from_a_folder_of_images_to_a_report():
+    """The commands of the page, made shorter, on a folder of images; then what a browser would be told to open is there."""
+    (commands,) = re.findall(
+        r"```bash\n(lightning-ssesam sweep.*?)```", (ROOT / "docs/toolkit.md").read_text(), re.DOTALL
+    )
+    search, comparison, look = commands.strip().splitlines()
+    generator = torch.Generator().manual_seed(0)
+    for name, count, level in (("cat", 30, 60), ("dog", 12, 120), ("owl", 5, 180), ("yak", 1, 240)):
+        Path("images", name).mkdir(parents=True)
+        for number in range(count):
+            noise = torch.randint(-40, 15, (20, 24, 3), generator=generator)
+            Image.fromarray((level + noise).to(torch.uint8).numpy()).save(f"images/{name}/{number}.png")
+    short = ["--epochs=2", "--trainer={accelerator: cpu}"]
+    main([*search.split()[1:], *short, "--trials=2", "--tail_below=10"])
+    main([*comparison.split()[1:], "--seeds=1", "--jobs=1"])
+    report = Path(look.split()[-1])
+    text = report.read_text()
+    assert "ImageFolderLT: ERM, SAM, ImbSAM, SSESAM" in text
+    # 30, 12 and 5 images without those that validate and test, and the only yak.
+    assert "33 of 4 classes, 21 of the" in " ".join(text.split())
+    assert look.startswith("python -m webbrowser ")
+
+
+@pytest.mark.usefixtures("_in_a_terminal")
+def test_comparison_of_ones_own(monkeypatch):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/toolkit.md").read_text(), re.DOTALL)
+    Path("mine.yaml").write_text(text)
+    seen = []
+
+    def stop(tasks, *_):
+        seen.extend(tasks)
+        raise SystemExit
+
+    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
+    monkeypatch.setattr("lightning_ssesam.data.CIFAR10LT.prepare_data", lambda self: None)
+    monkeypatch.setattr("lightning_ssesam.runs.Experiment.make_trainer", lambda *args: None)
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", "mine.yaml"])
+    assert [(experiment.method, seed) for experiment, _, seed in seen] == [
+        (method, seed) for seed in range(3) for method in ("LDAM-DRW", "LDAM-DRW + SSE-SAM")
+    ]
+    model = seen[1][0].make_model(seen[1][0].data())
+    callbacks = [type(callback).__name__ for callback in seen[1][0].make_callbacks(model)]
+    assert callbacks == ["DeferredReweighting", "StageSwitch"]
+    assert type(model.loss).__name__ == "LDAMLoss"
 
 
 def test_links_lead_somewhere():

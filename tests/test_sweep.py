@@ -16,6 +16,8 @@ from lightning_ssesam.sweep import sweep
 
 pytestmark = STRICT
 
+FOUND = ("head_rho", "tail_rho", "gamma")
+
 
 @pytest.fixture(autouse=True)
 def _own_arguments(monkeypatch):
@@ -69,7 +71,8 @@ def test_command(capsys):
     assert heading.split() == ["trial", "head_rho", "tail_rho", "gamma", "head", "tail", "all"]
     best = max(rows(), key=lambda row: float(row["all"]))
     settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
-    assert settings == {name: round(float(best[name]), 4) for name in ("head_rho", "tail_rho", "gamma")}
+    assert {name: settings[name] for name in FOUND} == {name: round(float(best[name]), 4) for name in FOUND}
+    assert settings["data"]["init_args"]["seed"] == 4
     assert 0.4 <= settings["gamma"] <= 0.6
     assert Path("sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert len({row["head_rho"] for row in rows()}) == 3
@@ -84,6 +87,7 @@ def test_command(capsys):
     shown = Path("comparison/report.html").read_text()
     best = yaml.safe_load(Path("sweep/best.yaml").read_text())
     assert f"tail_rho: {best['tail_rho']}" in shown
+    assert "seed: 4" in shown
 
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "--trials=4", *arguments, "--data.seed=5"])
@@ -191,7 +195,5 @@ def test_does_not_choose_by_test_data():
     class OnTest(DigitsLT):
         val_is_test = True
 
-    with pytest.raises(
-        ValueError, match="a data module with a validation set of its own .* but got one that validates"
-    ):
+    with pytest.raises(ValueError, match=r"with a validation set of its own .* but got one that validates"):
         sweep(trials=1, data=OnTest)

@@ -5,8 +5,8 @@ from lightning_ssesam.models.backbones import (
     CIFARResNet,
     NormalizedLinear,
     SmallConvNet,
-    timm_model,
-    torchvision_resnet,
+    TimmModel,
+    TorchvisionResNet,
 )
 from lightning_ssesam.models.classifier import LongTailClassifier
 
@@ -16,6 +16,6 @@ __all__ = [
     "LongTailClassifier",
     "NormalizedLinear",
     "SmallConvNet",
-    "timm_model",
-    "torchvision_resnet",
+    "TimmModel",
+    "TorchvisionResNet",
 ]

@@ -172,15 +172,8 @@ def _norm(norm: Literal["batch", "group"], channels: int) -> nn.Module:
     return nn.GroupNorm(8, channels) if norm == "group" else nn.BatchNorm2d(channels)
 
 
-def torchvision_resnet(
-    num_classes: int,
-    arch: str = "resnet34",
-    stem: Literal["cifar", "imagenet"] = "cifar",
-    norm: Literal["batch", "group"] = "batch",
-    normalized: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """Return a ResNet of torchvision, with a stem for small images if asked for.
+class TorchvisionResNet(nn.Module):
+    """A ResNet of torchvision, with a stem for small images unless told otherwise.
 
     Args:
         num_classes: C, an integer >= 1.
@@ -189,57 +182,97 @@ def torchvision_resnet(
             ``"imagenet"``: torchvision's own.
         norm: ``"batch"``; or ``"group"``, with which the training takes cheaper, split passes.
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
-        **kwargs: Further arguments of the torchvision function.
+        weights: Pretrained weights by torchvision's name, such as ``"DEFAULT"``, of all layers but the classifier; for
+            ``stem="imagenet"`` and ``norm="batch"``.
+
+    Shape:
+        Images ``(N, 3, H, W)`` to logits ``(N, C)``.
 
     Raises:
         ValueError: If an argument is out of range.
         ModuleNotFoundError: If torchvision is not installed.
 
     """
-    from torchvision import models
 
-    check_integer("num_classes", num_classes, minimum=1)
-    check_choice("stem", stem, ("cifar", "imagenet"))
-    check_choice("norm", norm, ("batch", "group"))
-    names = [name for name in models.list_models(module=models) if "resnet" in name or name.startswith("resnext")]
-    check_choice("arch", arch, names)
-    if norm == "group":
-        kwargs["norm_layer"] = _group_norm
-    net: Any = models.get_model(arch, num_classes=num_classes, **kwargs)
-    if stem == "cifar":
-        net.conv1 = _conv(3, net.conv1.out_channels, 1)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    if normalized:
-        net.fc = NormalizedLinear(net.fc.in_features, num_classes)
-    network: nn.Module = net
-    return network
+    def __init__(
+        self,
+        num_classes: int,
+        arch: str = "resnet34",
+        stem: Literal["cifar", "imagenet"] = "cifar",
+        norm: Literal["batch", "group"] = "batch",
+        normalized: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        from torchvision import models
+
+        check_integer("num_classes", num_classes, minimum=1)
+        check_choice("stem", stem, ("cifar", "imagenet"))
+        check_choice("norm", norm, ("batch", "group"))
+        check_choice("arch", arch, [name for name in models.list_models(module=models) if "resne" in name])
+        if weights is not None and (stem, norm) != ("imagenet", "batch"):
+            raise bad_argument("weights", "None where stem and norm are not 'imagenet' and 'batch'", weights)
+        options = {"norm_layer": _group_norm} if norm == "group" else {}
+        net = models.get_model(arch, weights=weights, **options)
+        if stem == "cifar":
+            net.conv1 = _conv(3, net.conv1.out_channels, 1)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            net.maxpool = nn.Identity()
+        net.fc = (NormalizedLinear if normalized else nn.Linear)(net.fc.in_features, num_classes)
+        self.net = net
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)
 
 
-def timm_model(num_classes: int, name: str, **kwargs: Any) -> nn.Module:
-    """Return a model of timm by its name (``pip install timm``).
+class TimmModel(nn.Module):
+    """A model of timm by its name (``pip install timm``).
 
     Args:
         num_classes: C, an integer >= 1.
         name: As in ``timm.list_models()``.
-        **kwargs: Further arguments of ``timm.create_model``, such as ``pretrained`` or ``in_chans``.
+        pretrained: Whether to start from timm's weights, which it downloads.
+        in_channels: Channels of the images, an integer >= 1.
+        options: Further arguments of ``timm.create_model``.
+
+    Shape:
+        Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
 
     Raises:
         ModuleNotFoundError: If timm is not installed.
         ValueError: If timm has no model of that name.
 
     """
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("`timm_model` needs timm: pip install timm", name=error.name) from error
 
-    check_integer("num_classes", num_classes, minimum=1)
-    if not timm.is_model(name):
-        raise bad_argument("name", "a model of timm (see timm.list_models())", name)
-    model: nn.Module = timm.create_model(name, num_classes=num_classes, **kwargs)
-    return model
+    def __init__(
+        self,
+        num_classes: int,
+        name: str,
+        pretrained: bool = False,
+        in_channels: int = 3,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("`TimmModel` needs timm: pip install timm", name=error.name) from error
+
+        check_integer("num_classes", num_classes, minimum=1)
+        check_integer("in_channels", in_channels, minimum=1)
+        if not timm.is_model(name):
+            raise bad_argument("name", "a model of timm (see timm.list_models())", name)
+        self.net = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **(options or {})
+        )
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
