@@ -83,12 +83,28 @@ def _call(function: Callable[..., Any], name: str, args: list[str], **defaults: 
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_function_arguments(function, as_group=False, skip={"config"})
     parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
+    args = _with_shipped_configs([name, *args])[1:]
+    # Else a class that is chosen takes over what it can of the default's arguments: the learning rate, say.
+    parser.set_defaults(dict.fromkeys(_names_given(args) & {"data", "backbone", "optimizer"}))
     with _one_line_errors(), _quiet_interrupt():
-        chosen = parser.parse_args(_with_shipped_configs([name, *args])[1:])
+        chosen = parser.parse_args(args)
         # The later name; versions that have it warn of the earlier one.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         arguments = vars(instantiate(chosen))
         function(**{**arguments, "config": parser.dump(chosen)})
+
+
+def _names_given(args: list[str]) -> set[str]:
+    """Return the options that are given as such (not ``--data.seed``, for ``data``), in files too."""
+    import yaml
+
+    names = {arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--")}
+    for position, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        path = Path(value or "".join(args[position + 1 : position + 2]))
+        if option == "--config" and path.is_file() and isinstance(content := yaml.safe_load(path.read_text()), dict):
+            names |= content.keys()
+    return names
 
 
 def _lightning(args: list[str]) -> None:

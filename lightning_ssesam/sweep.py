@@ -161,12 +161,7 @@ def sweep(
 _FIRST_SEED = 1000
 _PARAMETERS = ("head_rho", "tail_rho", "gamma")
 # What compare has as well, and should do alike.
-_SHARED = {*Experiment.__dataclass_fields__, "tail_fraction", "tail_below"} - {
-    "method",
-    "objective",
-    "callbacks",
-    "gamma",
-}
+_SHARED = {*Experiment.__dataclass_fields__, "tail_fraction", "tail_below"} - {"method", "objective", "callbacks"}
 
 
 def _open_study(output: Path, settings: str) -> "optuna.Study":

@@ -158,6 +158,28 @@ def test_methods_of_ones_own_from_one_file(monkeypatch):
     assert "label_smoothing: 0.1" in report
 
 
+def test_a_class_takes_over_nothing_from_the_default(monkeypatch):
+    seen = []
+
+    def stop(tasks, *_):
+        seen.extend(tasks)
+        raise SystemExit
+
+    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
+    chosen = ["--optimizer=AdamW", "--backbone=CIFARResNet", "--backbone.in_channels=1", "--methods=ERM"]
+    Path("data.yaml").write_text("data: {class_path: DigitsLT, init_args: {seed: 3}}\noptimizer: torch.optim.Adagrad\n")
+    for arguments in ([*chosen, "--data.seed=2"], ["--config=data.yaml", "--methods=ERM", "--optimizer=Adagrad"], []):
+        with pytest.raises(SystemExit):
+            main(["compare", "--seeds=1", *arguments])
+    first, second, default = (experiment for experiment, _, _ in seen[:3])
+    model = first.make_model(first.data())
+    assert model.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"] == 1e-3
+    assert isinstance(model.backbone.features[1], torch.nn.BatchNorm2d)
+    assert (first.data().seed, second.data().seed, default.data().seed) == (2, 3, 0)
+    assert second.optimizer(model.parameters()).param_groups[0]["lr"] == 0.01
+    assert default.optimizer(model.parameters()).param_groups[0]["lr"] == 0.05
+
+
 def test_settings_tell_runs_apart():
     def fingerprint(**kwargs):
         settings = {"data": DigitsLT, "backbone": SmallConvNet, "objective": ERM, "optimizer": sgd, "epochs": 2}

@@ -73,10 +73,9 @@ def _in_a_terminal(monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.usefixtures("_in_a_terminal")
 def test_from_a_folder_of_images_to_a_report():
-    """The commands of the page, made shorter, on a folder of images; then what a browser would be told to open is there."""
-    (commands,) = re.findall(
-        r"```bash\n(lightning-ssesam sweep.*?)```", (ROOT / "docs/toolkit.md").read_text(), re.DOTALL
-    )
+    """The commands of the page, made shorter, on a folder of images; then what a browser would open is there."""
+    text = (ROOT / "docs" / "toolkit.md").read_text()
+    (commands,) = re.findall(r"```bash\n(lightning-ssesam sweep.*?)```", text, re.DOTALL)
     search, comparison, look = commands.strip().splitlines()
     generator = torch.Generator().manual_seed(0)
     for name, count, level in (("cat", 30, 60), ("dog", 12, 120), ("owl", 5, 180), ("yak", 1, 240)):
@@ -91,7 +90,7 @@ def test_from_a_folder_of_images_to_a_report():
     text = report.read_text()
     assert "ImageFolderLT: ERM, SAM, ImbSAM, SSESAM" in text
     # 30, 12 and 5 images without those that validate and test, and the only yak.
-    assert "33 of 4 classes, 21 of the" in " ".join(text.split())
+    assert "34 of 4 classes, 21 of the largest and 1 of the smallest" in " ".join(text.split())
     assert look.startswith("python -m webbrowser ")
 
 

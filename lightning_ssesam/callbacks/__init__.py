@@ -1,5 +1,7 @@
 """Callbacks."""
 
+from lightning_ssesam.callbacks.deferred_reweighting import DeferredReweighting
 from lightning_ssesam.callbacks.stage_switch import StageSwitch
+from lightning_ssesam.callbacks.switch import Switch
 
-__all__ = ["StageSwitch"]
+__all__ = ["DeferredReweighting", "StageSwitch", "Switch"]

@@ -1,0 +1,156 @@
+"""When a training moves from its first part to its second."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_ssesam._validation import check_fraction, check_integer
+
+
+class Switch(Callback, ABC):
+    """Changes something of the module at a point of the training, and says in one line when it did.
+
+    A run that is resumed after the switch goes on after it, even if it has become longer. One object serves any number
+    of runs. Subclass it and implement :meth:`apply`.
+
+    Args:
+        at: Share of the training's optimizer steps after which it switches, in (0, 1); ``default_at`` unless
+            ``epoch`` or ``step`` is given.
+        epoch: Switches before the first batch of this epoch, counted from 0; an integer >= 1.
+        step: Switches after this many optimizer steps; an integer >= 1.
+
+    Raises:
+        ValueError: If an argument is out of range, or more than one is given.
+        MisconfigurationException: When training starts, if ``at`` is used and the number of steps cannot be known.
+
+    """
+
+    log: Callable[..., None]  # attached by the Trainer
+
+    default_at: ClassVar[float] = 0.5
+    """What ``at`` is by default."""
+
+    begins: ClassVar[str] = "the second part"
+    """What begins with the switch, in the words of the line that says so."""
+
+    missing: ClassVar[str] = "the second part"
+    """The same, in the words of the warning that the training ended before."""
+
+    def __init__(self, at: float | None = None, *, epoch: int | None = None, step: int | None = None) -> None:
+        super().__init__()
+        if sum(value is not None for value in (at, epoch, step)) > 1:
+            raise ValueError(
+                "Expected at most one of the arguments `at`, `epoch` and `step`,"
+                f" but got at={at!r}, epoch={epoch!r}, step={step!r}."
+            )
+        self.epoch = None if epoch is None else check_integer("epoch", epoch, minimum=1)
+        self.step = None if step is None else check_integer("step", step, minimum=1)
+        share = self.default_at if at is None else at
+        self.at = check_fraction("at", share) if epoch is None and step is None else None
+        self._switch_step: int | None = None
+        self._switched_at: int | None = None
+
+    @abstractmethod
+    def apply(self, pl_module: pl.LightningModule, switched: bool) -> None:
+        """Make the module what it is before the switch, or after it.
+
+        Called when training starts and before every batch, so it should cost nothing where nothing has changed.
+        """
+
+    def concerns(self, pl_module: pl.LightningModule) -> bool:
+        """Return whether there is anything to switch; raise ``MisconfigurationException`` where there ought to be."""
+        return True
+
+    def should_switch(self, step_idx: int, epoch_idx: int) -> bool:
+        """Decide whether the next batch comes after the switch.
+
+        Override it for a policy of your own; it is asked before every batch until it says yes.
+
+        Args:
+            step_idx: Optimizer steps made so far in the whole training.
+            epoch_idx: Current epoch, counted from 0.
+
+        """
+        if self.epoch is not None:
+            return epoch_idx >= self.epoch
+        return self._switch_step is not None and step_idx >= self._switch_step
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a run starts, before a checkpoint is loaded: begin anew."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._switched_at = None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when the module is set up: look at it."""
+        if self.concerns(pl_module) and self._switched_at is not None:
+            # Resumed, perhaps from the end of the training, where no batch follows.
+            self.apply(pl_module, switched=True)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when counters and checkpoints are in place: find the step of the switch."""
+        self._switch_step = self.step if self.at is None else self._share_of_steps(trainer, self.at)
+        self._update(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before every batch: switch when it is time."""
+        self._update(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training ends: warn if it ended before the switch."""
+        if self._switched_at is None and self.concerns(pl_module) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            point = f"epoch {self.epoch}" if self.epoch is not None else f"step {self._switch_step}"
+            rank_zero_warn(
+                f"The training ended at step {trainer.global_step} without {self.missing}, which"
+                f" {type(self).__name__} had set for {point}."
+            )
+
+    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.concerns(pl_module):
+            return
+        if self._switched_at is None and self.should_switch(trainer.global_step, trainer.current_epoch):
+            self._switched_at = trainer.global_step
+            point = f"step {trainer.global_step} (epoch {trainer.current_epoch})"
+            rank_zero_info(f"{type(self).__name__}: {self.begins} from {point}.")
+        self.apply(pl_module, switched=self._switched_at is not None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step of the switch, -1 before it."""
+        return {"switched_at": -1 if self._switched_at is None else self._switched_at}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        switched_at = int(state_dict["switched_at"])
+        self._switched_at = None if switched_at < 0 else switched_at
+
+    def _share_of_steps(self, trainer: pl.Trainer, at: float) -> int:
+        name, total = type(self).__name__, trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:
+            raise MisconfigurationException(
+                f"{name}(at={at}) needs the number of steps that the training will make, which cannot be known here"
+                f" (a data set without length, or no limit on epochs and steps). Use {name}(epoch=...),"
+                f" {name}(step=...), or Trainer(max_steps=...)."
+            )
+        if trainer.num_training_batches == math.inf and (trainer.max_epochs or -1) != -1:
+            rank_zero_warn(
+                f"{name}(at={at}) takes max_steps={trainer.max_steps} for the length of the training. If"
+                f" max_epochs={trainer.max_epochs} ends it earlier, use {name}(epoch=...)."
+            )
+        # The decimal number that was written: 0.07 * 100 is 7.000000000000001 in floating point.
+        return math.ceil(Fraction(repr(at)) * int(total))
