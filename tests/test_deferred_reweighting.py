@@ -262,7 +262,7 @@ def test_says_so_once(caplog):
 
 
 def test_warns_where_it_never_switched():
-    message = "ended at step 5 without the class-balanced weights, which DeferredReweighting had set for step 9"
+    message = "ended at step 5 without class-balanced weights, which DeferredReweighting had set for step 9"
     with pytest.warns(UserWarning, match=message):
         fit(Recorder(LDAMLoss()), batches(), callbacks=[DeferredReweighting(step=9)])
 

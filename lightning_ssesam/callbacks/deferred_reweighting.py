@@ -1,9 +1,8 @@
 """Class weights that come late in the training."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,8 +17,9 @@ class DeferredReweighting(Switch):
 
     With ``LDAMLoss`` this is LDAM-DRW (Cao et al., NeurIPS 2019), whose code divides a batch's loss by the sum of its
     weights; here the weights have mean 1 over the classes. It sets ``weight`` of the module's ``loss``, any of
-    ``lightning_ssesam.losses`` or ``torch.nn.CrossEntropyLoss``; when the run ends, the loss is as it was before. A
-    run that is resumed after the switch goes on with the weights. One object serves any number of runs.
+    ``lightning_ssesam.losses`` or ``torch.nn.CrossEntropyLoss``; a training from scratch begins with the weight
+    that the loss had at first. A run that is resumed after the switch goes on with the new ones. One object serves any
+    number of runs.
 
     Args:
         at: Share of the training's optimizer steps after which the classes are weighed, in (0, 1); 0.8 unless
@@ -44,55 +44,59 @@ class DeferredReweighting(Switch):
     ) -> None:
         super().__init__(at, epoch=epoch, step=step)
         self.beta = check_beta(beta)
-        self._before: Tensor | None = None
-        self._is_applied = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run starts, before a checkpoint is loaded: note the weight that the loss has."""
+        """Called when a run starts, before a checkpoint is loaded: begin with the weight of before any switch."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            weight: Any = _loss(pl_module).weight
-            self._before, self._is_applied = None if weight is None else weight.detach().clone(), False
+        # It may not be there yet, but in `configure_model`.
+        if stage == "fit" and isinstance(getattr(pl_module, "loss", None), nn.Module):
+            self.apply(pl_module, switched=False)
 
     @override
     def concerns(self, pl_module: pl.LightningModule) -> bool:
         """Return that it does, if the module has what it takes."""
-        return isinstance(_loss(pl_module), nn.Module) and isinstance(_split(pl_module), ClassSplit)
+        return all((_split(pl_module), _loss(pl_module)))
 
     @override
     def apply(self, pl_module: pl.LightningModule, switched: bool) -> None:
         """Set the weight of the loss."""
-        if switched == self._is_applied:
+        loss = _loss(pl_module)
+        first = _first_weight(loss)
+        if switched == first.is_replaced:
             return
-        loss, weight = _loss(pl_module), self._before
+        weight = first.weight
         if switched:
-            # In single precision at least, which autocast takes too.
-            weight = class_balanced_weights(_split(pl_module), self.beta).to(torch.get_default_dtype())
-        device = pl_module.device
-        # A weight that was none before is none for a checkpoint, which has to fit modules before the switch.
-        persistent = "weight" in loss.state_dict() and self._before is not None
-        loss.register_buffer("weight", None if weight is None else weight.to(device), persistent=persistent)
-        self._is_applied = switched
+            like = next(pl_module.parameters())
+            weight = class_balanced_weights(_split(pl_module), self.beta).to(like.device, like.dtype)
+        if "weight" in loss._buffers:
+            # A weight that was none at first is none for a checkpoint, which has to fit modules before the switch.
+            persistent = first.weight is not None and "weight" not in loss._non_persistent_buffers_set
+            loss.register_buffer("weight", weight, persistent=persistent)
+        else:
+            loss.weight = weight  # type: ignore[assignment]
+        first.is_replaced = switched
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run has ended: leave the loss as it was."""
-        if stage == "fit":
-            self.apply(pl_module, switched=False)
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when a run is broken off: leave the loss as it was."""
-        if self._is_applied:
-            self.apply(pl_module, switched=False)
+class _FirstWeight:
+    """What a loss remembers of the weight that it had before any callback changed it."""
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self.weight = None if weight is None else weight.detach().clone()
+        self.is_replaced = False
+
+
+def _first_weight(loss: nn.Module) -> _FirstWeight:
+    # With the loss and not in the callback: another one may train the module next.
+    first: _FirstWeight = vars(loss).setdefault("_first_weight", _FirstWeight(loss.weight))  # type: ignore[arg-type]
+    return first
 
 
 def _loss(pl_module: pl.LightningModule) -> nn.Module:
     loss = getattr(pl_module, "loss", None)
-    if not isinstance(loss, nn.Module) or not hasattr(loss, "weight"):
+    if not isinstance(loss, nn.Module) or isinstance(getattr(loss, "weight", False), nn.Parameter | bool):
         raise MisconfigurationException(
-            "DeferredReweighting needs a module whose `loss` has a `weight`, such as `LDAMLoss()`, but"
+            "DeferredReweighting needs a module whose `loss` has class weights in `weight`, such as `LDAMLoss()`, but"
             f" `{type(pl_module).__name__}.loss` is {loss!r}."
         )
     return loss
@@ -102,7 +106,7 @@ def _split(pl_module: pl.LightningModule) -> ClassSplit:
     split = getattr(pl_module, "split", None)
     if not isinstance(split, ClassSplit):
         raise MisconfigurationException(
-            "DeferredReweighting needs a module with the class counts in `split`, a ClassSplit, but"
+            "DeferredReweighting needs a module with a ClassSplit as its `split`, but"
             f" `{type(pl_module).__name__}.split` is {split!r}."
         )
     return split

@@ -128,6 +128,10 @@ class Switch(Callback, ABC):
             rank_zero_info(f"{type(self).__name__}: {self.begins} from {point}.")
         self.apply(pl_module, switched=self._switched_at is not None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What the Trainer has attached is the last module's.
+        return {name: value for name, value in vars(self).items() if name != "log"}
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the switch, -1 before it."""
