@@ -57,7 +57,29 @@ def test_logs_losses_and_accuracies():
     groups = {"head": [0, 1, 2], "tail": [3, 4], "many": [0, 1], "medium": [2, 3], "few": [4], "all": range(5)}
     expected = {f"test/acc_{g}": sum(recalls[k] for k in ks) / len(ks) for g, ks in groups.items()}
     expected["test/loss"] = F.cross_entropy(logits, targets).item()
+    for source in ("head", "tail"):
+        for to in ("head", "tail"):
+            taken = [
+                sum(int(p) != k and int(p) in groups[to] for p in logits[targets == k].argmax(1)) / (targets == k).sum()
+                for k in groups[source]
+            ]
+            expected[f"test/{source}_to_{to}"] = float(sum(taken) / len(taken))
     assert logged == pytest.approx(expected)
+
+
+def test_hflip_averages_probabilities_with_those_of_the_mirror_image():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    models = [LongTailClassifier([30, 20, 5], net, tta=tta) for tta in ("none", "hflip")]
+    images, targets = torch.randn(200, 1, 2, 3), torch.randint(3, (200,))
+    both = net(images).softmax(1) + net(images.flip(3)).softmax(1)
+    for model, scores in zip(models, (net(images), both), strict=True):
+        (logged,) = trainer().test(model, batches_loader([(images, targets)]), verbose=False)
+        recalls = [(scores.argmax(1)[targets == k] == k).float().mean().item() for k in range(3)]
+        assert logged["test/acc_all"] == pytest.approx(sum(recalls) / 3)
+        assert logged["test/loss"] == pytest.approx(F.cross_entropy(net(images), targets).item())
+    with pytest.raises(ValueError, match="`tta` to be one of 'none', 'hflip', but got 'vflip'"):
+        LongTailClassifier([30, 20, 5], net, tta="vflip")
 
 
 def test_metrics_start_anew_every_epoch():

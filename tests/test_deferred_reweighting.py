@@ -183,6 +183,17 @@ def test_a_training_from_scratch_begins_with_the_first_weights(name, same_callba
     assert_same_bits(model.validated, [first_of(name), BALANCED])
 
 
+def test_a_checkpoint_does_not_change_what_the_first_weights_were(tmp_path):
+    model = Recorder(LOSSES["weighted cross-entropy"]())
+    run = fit(model, batches(), callbacks=[DeferredReweighting(step=3)])
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    # Its weights, in the checkpoint, are loaded into the loss in place.
+    fit(model, batches(), max_epochs=2, callbacks=[DeferredReweighting(step=3)], ckpt_path=tmp_path / "end.ckpt")
+    model.seen = []
+    fit(model, batches(), callbacks=[DeferredReweighting(step=3)])
+    assert_same_bits(model.seen, weights("weighted cross-entropy", 3, 2))
+
+
 def test_callback_serves_several_modules():
     callback = DeferredReweighting(0.6)
     for name in LOSSES:

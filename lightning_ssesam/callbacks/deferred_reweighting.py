@@ -65,7 +65,8 @@ class DeferredReweighting(Switch):
         first = _first_weight(loss)
         if switched == first.is_replaced:
             return
-        weight = first.weight
+        # A clone, as a checkpoint is loaded into the buffer in place.
+        weight = None if first.weight is None else first.weight.clone()
         if switched:
             like = next(pl_module.parameters())
             weight = class_balanced_weights(_split(pl_module), self.beta).to(like.device, like.dtype)

@@ -130,7 +130,7 @@ class Switch(Callback, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the Trainer has attached is the last module's.
-        return {name: value for name, value in vars(self).items() if name != "log"}
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     @override
     def state_dict(self) -> dict[str, Any]:
