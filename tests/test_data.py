@@ -1,8 +1,13 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_ssesam import DigitsLT
-from lightning_ssesam.data import long_tailed_counts, long_tailed_indices
+from lightning_ssesam.data import LongTailed, long_tailed_counts, long_tailed_indices
+from lightning_ssesam.data.profiles import largest_max_count
 
 
 @pytest.mark.parametrize(("classes", "largest", "total"), [(10, 5000, 12_406), (100, 500, 10_847)])
@@ -101,3 +106,144 @@ def test_split_uses_the_data_sets_thresholds():
     assert (split.many_above, split.few_below) == (50, 10)
     assert split.tail.nonzero().flatten().tolist() == [4, 5, 6, 7, 8, 9]
     assert DigitsLT().split(tail_below=5, many_above=90).many.sum() == 1
+
+
+SIZES = [40, 60, 7, 60, 30]
+LABELS = torch.arange(5).repeat_interleave(torch.tensor(SIZES))[
+    torch.randperm(sum(SIZES), generator=torch.Generator().manual_seed(4))
+]
+
+
+class Labelled(Dataset):
+    """Samples that are their own numbers, and labels under any name."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __getitem__(self, index):
+        return index, int(LABELS[index])
+
+    def __len__(self):
+        return len(LABELS)
+
+
+def test_long_tailed_orders_classes_by_their_size():
+    data = LongTailed(Labelled(targets=LABELS), imbalance_factor=16)
+    # Classes 1 and 3 are the largest, 1 before 3; the rest follow as 0, 4, 2; all 60 of the largest fit.
+    assert data.class_counts == [15, 60, 3, 30, 7]
+    assert (data.num_classes, len(data)) == (5, 115)
+    picked, labels = (torch.tensor(column) for column in zip(*data, strict=True))
+    assert labels.bincount().tolist() == data.class_counts
+    assert torch.equal(picked, data.indices)
+    assert picked.tolist() == sorted(set(picked.tolist()))
+    assert torch.equal(labels, data.targets)
+    assert data[-1] == (int(picked[-1]), int(labels[-1]))
+    assert data.split(tail_below=10).tail.tolist() == [False, False, True, False, True]
+    step = LongTailed(Labelled(targets=LABELS), 4, "step")
+    assert step.class_counts == [31, 31, 7, 31, 7]
+
+
+def test_long_tailed_keeps_a_balanced_data_set_in_its_order():
+    data = LongTailed(TensorDataset(torch.randn(500, 2), torch.arange(500) % 10), 10)
+    assert data.class_counts == long_tailed_counts(10, 50, 10)
+
+
+def test_long_tailed_with_fewer():
+    data = Labelled(targets=LABELS)
+    assert LongTailed(data, 16, max_count=32).class_counts == [8, 32, 2, 16, 4]
+    assert LongTailed(data, 2).class_counts == [10, 15, 7, 12, 8]
+    assert LongTailed(data, 2, max_count=14).class_counts == [9, 14, 7, 11, 8]
+
+
+@pytest.mark.parametrize("factor", [1, 3, 16.5, 60])
+@pytest.mark.parametrize("profile", ["exponential", "step"])
+def test_largest_max_count(factor, profile):
+    sizes = sorted(SIZES, reverse=True)
+
+    def fits(most):
+        ratio = [
+            factor ** -(k / 4) if profile == "exponential" else (1, 1, 1, 1 / factor, 1 / factor)[k] for k in range(5)
+        ]
+        return all(int(most * r + 1e-9) <= size for r, size in zip(ratio, sizes, strict=True))
+
+    assert largest_max_count(sizes, factor, profile) == max(most for most in range(1, 61) if fits(most))
+
+
+def test_long_tailed_is_seeded():
+    indices = [LongTailed(Labelled(targets=LABELS), 16, seed=seed).indices.tolist() for seed in (0, 0, 1)]
+    assert indices[0] == indices[1] != indices[2]
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Labelled(targets=LABELS.tolist()),
+        Labelled(labels=LABELS.numpy().astype(np.uint8)),
+        Labelled(samples=[(f"{i}.png", label) for i, label in enumerate(LABELS.tolist())]),
+        Labelled(targets=None, labels=LABELS),
+        TensorDataset(torch.arange(len(LABELS)), LABELS),
+    ],
+)
+def test_long_tailed_finds_the_labels(dataset):
+    expected = LongTailed(Labelled(), 16, labels=LABELS)
+    found = LongTailed(dataset, 16)
+    assert torch.equal(found.targets, expected.targets)
+    assert torch.equal(found.indices, expected.indices)
+    chosen = LABELS.argsort()[20:].tolist()
+    part = LongTailed(Subset(dataset, chosen), 4)
+    assert torch.equal(part.targets, LABELS[chosen][part.indices])
+    for sample, label in part:
+        assert LABELS[int(sample)] == label
+    batch, labels = next(iter(DataLoader(LongTailed(found, 2), batch_size=99)))
+    assert torch.equal(LABELS[batch], labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LongTailed(Labelled(), 5), "`dataset` to be a data set with `targets`, .* but got Labelled"),
+        (lambda: LongTailed(Labelled(labels=["a", "b"]), 5), r"`labels of Labelled` to be .* but got \['a', 'b'\]"),
+        (
+            lambda: LongTailed(Labelled(targets=LABELS[1:]), 5),
+            "`labels of Labelled` to be one for each of 197 .* got 196",
+        ),
+        (
+            lambda: LongTailed(Labelled(), 5, labels=LABELS[1:]),
+            "`labels` to be one for each of 197 samples, but got 196",
+        ),
+        (
+            lambda: LongTailed(Labelled(), 5, labels=LABELS * 2),
+            r"`labels` to be labels of every .* classes \[1, 3, 5, 7\]",
+        ),
+        (lambda: LongTailed(Labelled(), 5, labels=LABELS * 1.0), "`labels` to be a non-empty vector .* float32 values"),
+        (lambda: LongTailed(Labelled(), 5, labels=LABELS > 2), "`labels` to be a non-empty vector .* bool values"),
+        (lambda: LongTailed(Labelled(), 5, labels=LABELS - 1), "`labels` to be .* but got a label of -1"),
+        (
+            lambda: LongTailed(Labelled(targets=LABELS), 16, max_count=61),
+            "`max_count` to be at most 60, for which every",
+        ),
+        (lambda: LongTailed(Labelled(targets=LABELS), 2, max_count=0), "`max_count` to be an integer >= 1, but got 0"),
+        (lambda: LongTailed(Labelled(targets=LABELS), 61), "`imbalance_factor` to be at most max_count = 60"),
+        (lambda: LongTailed(Labelled(targets=LABELS), 5, "linear"), "`profile` to be one of"),
+        (lambda: LongTailed(Labelled(targets=LABELS), 5, seed=-1), "`seed` to be an integer >= 0, but got -1"),
+        (lambda: LongTailed(TensorDataset(LABELS), 5), "`dataset` to be .* but got TensorDataset"),
+        (lambda: LongTailed(SimpleNamespace(), 5), "`dataset` to be .* but got SimpleNamespace"),
+    ],
+)
+def test_long_tailed_refuses(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_indices_of_many_classes():
+    labels = torch.randint(3000, (60_000,))
+    counts = labels.bincount(minlength=3000).clamp(max=5)
+    picked = long_tailed_indices(labels, counts.tolist(), torch.Generator().manual_seed(0))
+    assert torch.equal(labels[picked].bincount(minlength=3000), counts)
+    # As the plain loop over classes chooses, so that a seed keeps its meaning.
+    generator = torch.Generator().manual_seed(0)
+    chosen = []
+    for label, count in enumerate(counts.tolist()):
+        members = (labels == label).nonzero().flatten()
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    assert torch.equal(picked, torch.cat(chosen).sort().values)
