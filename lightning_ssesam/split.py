@@ -122,10 +122,7 @@ class ClassSplit:
         if int(values.min()) < 0 or (num_classes is not None and largest >= num_classes):
             expected = f"class indices in [0, {num_classes if num_classes is not None else 'C'})"
             raise bad_argument("labels", expected, Phrase(f"values from {int(values.min())} to {largest}"))
-        counts = torch.bincount(values.long(), minlength=num_classes or 0)
-        if bool((counts == 0).any()):
-            missing = (counts == 0).nonzero().flatten().tolist()
-            raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing}"))
+        counts = count_labels(values.long(), num_classes or 0)
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
     @property
@@ -170,6 +167,15 @@ class ClassSplit:
 
 # So that a checkpoint that holds a split as a hyperparameter loads with ``weights_only=True``.
 torch.serialization.add_safe_globals([ClassSplit])
+
+
+def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:
+    """Return how often each class occurs in labels ``(N,)``, int64; at least once, else raise ``ValueError``."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    if bool((counts == 0).any()):
+        missing = (counts == 0).nonzero().flatten().tolist()
+        raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing}"))
+    return counts
 
 
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:

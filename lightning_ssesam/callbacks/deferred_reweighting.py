@@ -89,7 +89,9 @@ class _FirstWeight:
 
 def _first_weight(loss: nn.Module) -> _FirstWeight:
     # With the loss and not in the callback: another one may train the module next.
-    first: _FirstWeight = vars(loss).setdefault("_first_weight", _FirstWeight(loss.weight))  # type: ignore[arg-type]
+    if "_first_weight" not in vars(loss):
+        vars(loss)["_first_weight"] = _FirstWeight(loss.weight)  # type: ignore[arg-type]
+    first: _FirstWeight = vars(loss)["_first_weight"]
     return first
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam.split import _as_tensor
 
 
 def as_labels(labels: Sequence[int] | Tensor, name: str = "labels") -> Tensor:
@@ -22,17 +23,14 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels") -> Tensor:
 
     """
     expected = "a non-empty vector of class indices"
-    try:
-        values = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        raise bad_argument(name, expected, labels) from None
+    values = _as_tensor(name, expected, labels)
     whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
     if values.ndim != 1 or values.numel() == 0 or not whole:
         got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
         raise bad_argument(name, expected, got)
     if int(values.min()) < 0:
         raise bad_argument(name, expected, Phrase(f"a label of {int(values.min())}"))
-    return values.to("cpu", torch.int64)
+    return values.long()
 
 
 def labels_of(dataset: Any) -> Tensor:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import Phrase, bad_argument, check_integer
 from lightning_ssesam.data.labels import as_labels, labels_of
 from lightning_ssesam.data.profiles import Profile, largest_max_count, long_tailed_counts, long_tailed_indices
-from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.split import ClassSplit, count_labels
 
 Sample = TypeVar("Sample", covariant=True)
 
@@ -86,10 +86,7 @@ class LongTailed(Dataset[Sample]):
 
 
 def _class_counts(labels: Tensor, imbalance_factor: float, profile: Profile, max_count: int | None) -> list[int]:
-    sizes = labels.bincount()
-    if bool((sizes == 0).any()):
-        missing = (sizes == 0).nonzero().flatten().tolist()
-        raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing[:10]}"))
+    sizes = count_labels(labels)
     order = sizes.argsort(descending=True, stable=True)
     most = largest_max_count(sizes[order].tolist(), imbalance_factor, profile)
     if max_count is not None and check_integer("max_count", max_count, minimum=1) > most:
