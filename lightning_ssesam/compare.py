@@ -126,8 +126,6 @@ def compare(
     check_fraction("gamma", gamma)
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
     of_method = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
-    if tail_fraction is None and tail_below is None:
-        tail_fraction = 0.2
     tail = {"tail_fraction": tail_fraction, "tail_below": tail_below}
     experiments = [
         Experiment(
@@ -148,8 +146,8 @@ def compare(
     ]
     # Whatever cannot be built is refused before anything is trained or written.
     module = data()
-    split = module.split(**tail)
     with quiet():
+        split = experiments[0].make_split(module)
         fingerprints = {experiment.method: experiment.fingerprint(split) for experiment in experiments}
         experiments[0].make_trainer([])
     module.prepare_data()
@@ -210,7 +208,6 @@ def _finish(tasks: list[_Task], store: RunStore, jobs: int, output: Path) -> lis
         if isinstance(error, BrokenProcessPool):
             raise
         raise KeyboardInterrupt from None
-    write_runs(finished(), output / "results.csv")
     return finished()
 
 
@@ -264,9 +261,9 @@ def _kill(executor: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def usable_jobs(threads: int = 1) -> int:
-    """Return how many trainings fit this machine at a time: one for each GPU, or for each so many CPU cores."""
+def usable_jobs() -> int:
+    """Return how many trainings fit this machine at a time: one for each GPU, or for each CPU core, up to eight."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // threads, 8))
+    return min(cores, 8)

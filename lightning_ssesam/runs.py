@@ -110,6 +110,11 @@ class Experiment:
             **{**thresholds, **self.model},
         )
 
+    def make_split(self, data: LongTailDataModule) -> ClassSplit:
+        """Return the class split that its modules make of ``data``; leaves the random numbers as they are."""
+        with torch.random.fork_rng(devices=[]):
+            return self.make_model(data).split
+
     def _make_scheduler(self, optimizer: Optimizer) -> CosineAnnealingLR:
         return CosineAnnealingLR(optimizer, self.epochs)
 

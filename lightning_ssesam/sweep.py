@@ -105,8 +105,6 @@ def sweep(
             (check_fraction if name == "gamma" else check_positive)(name, bound)
         if low > high:
             raise bad_argument(name, "the smallest and the largest value, in this order", (low, high))
-    if tail_fraction is None and tail_below is None:
-        tail_fraction = 0.2
     tail = {"tail_fraction": tail_fraction, "tail_below": tail_below}
 
     def experiment(head: float, tail_radius: float, switch: float) -> Experiment:
@@ -129,7 +127,8 @@ def sweep(
         expected = "a data module with a validation set of its own (such as val_per_class=50)"
         raise bad_argument("data", expected, Phrase("one that validates on its test set"))
     with quiet():
-        settings = experiment(head_rho[0], tail_rho[0], gamma[0]).fingerprint(module.split(**tail))
+        first = experiment(head_rho[0], tail_rho[0], gamma[0])
+        settings = first.fingerprint(first.make_split(module))
     module.prepare_data()
     study = _open_study(output, f"{settings} {seeds} {metric}")
 

@@ -7,10 +7,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, Term
+from lightning_ssesam.cli import main
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 
 # Warnings that the project raises are errors, but for one that most of these short runs do not mind.
@@ -200,3 +202,33 @@ def assert_same_bits(actual, expected):
         assert (a is None) == (e is None)
         if a is not None:
             assert torch.equal(a, e)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def planned_runs(monkeypatch, *commands):
+    """What ``lightning-ssesam compare`` would train for each of several lists of options, one after the other."""
+    planned = []
+
+    def stop(tasks, *_):
+        planned.extend(tasks)
+        raise SystemExit
+
+    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
+    for module in ("CIFAR10LT", "CIFAR100LT"):
+        monkeypatch.setattr(f"lightning_ssesam.data.{module}.prepare_data", lambda self: None)
+    for options in commands:
+        with pytest.raises(SystemExit):
+            main(["compare", *options])
+    return planned

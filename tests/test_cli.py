@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import STRICT
+from helpers import STRICT, planned_runs
 
 from lightning_ssesam.cli import main
 
@@ -193,17 +193,7 @@ IMBSAM = "ImbSAM(rho=0.05, tail_weight=1.0, reduction='batch')"
 @pytest.mark.parametrize("name", ["compare_cifar100_lt", "compare_cifar10_lt"])
 def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
     """All but the images and the training is real; the published protocol of CIFAR-100-LT is held to the letter."""
-    seen = []
-
-    def stop(tasks, *_):
-        seen.extend(tasks)
-        raise SystemExit
-
-    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
-    monkeypatch.setattr("lightning_ssesam.data.CIFAR100LT.prepare_data", lambda self: None)
-    monkeypatch.setattr("lightning_ssesam.data.CIFAR10LT.prepare_data", lambda self: None)
-    with pytest.raises(SystemExit):
-        main(["compare", "--config", name])
+    seen = planned_runs(monkeypatch, ["--config", name])
     assert {seed for _, _, seed in seen} == {0, 1, 2}
     experiments = {experiment.method: experiment for experiment, _, _ in seen}
     last = experiments["SSE-SAM"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import STRICT
+from helpers import STRICT, planned_runs
 
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT
 from lightning_ssesam.cli import main
@@ -120,7 +120,7 @@ methods:
 data:
   class_path: DigitsLT
   init_args: {imbalance_factor: 20}
-model: {tta: hflip}
+model: {tta: hflip, many_above: 60}
 trainer: {gradient_clip_val: 1.0}
 tail_below: 20
 epochs: 3
@@ -156,21 +156,14 @@ def test_methods_of_ones_own_from_one_file(monkeypatch):
     report = Path("mine/report.html").read_text()
     assert "switched early, reweighted late" in report
     assert "label_smoothing: 0.1" in report
+    assert "classes with more than 60 training samples" in report
 
 
 def test_a_class_takes_over_nothing_from_the_default(monkeypatch):
-    seen = []
-
-    def stop(tasks, *_):
-        seen.extend(tasks)
-        raise SystemExit
-
-    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
     chosen = ["--optimizer=AdamW", "--backbone=CIFARResNet", "--backbone.in_channels=1", "--methods=ERM"]
     Path("data.yaml").write_text("data: {class_path: DigitsLT, init_args: {seed: 3}}\noptimizer: torch.optim.Adagrad\n")
-    for arguments in ([*chosen, "--data.seed=2"], ["--config=data.yaml", "--methods=ERM", "--optimizer=Adagrad"], []):
-        with pytest.raises(SystemExit):
-            main(["compare", "--seeds=1", *arguments])
+    commands = ([*chosen, "--data.seed=2"], ["--config=data.yaml", "--methods=ERM", "--optimizer=Adagrad"], [])
+    seen = planned_runs(monkeypatch, *(["--seeds=1", *options] for options in commands))
     first, second, default = (experiment for experiment, _, _ in seen[:3])
     model = first.make_model(first.data())
     assert model.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"] == 1e-3

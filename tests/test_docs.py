@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import batches_loader, classification_batch, convbn, mlp
+from helpers import batches_loader, classification_batch, convbn, mlp, planned_runs
 from PIL import Image
 
 from lightning_ssesam import ClassSplit
@@ -98,17 +98,8 @@ def test_from_a_folder_of_images_to_a_report():
 def test_comparison_of_ones_own(monkeypatch):
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/toolkit.md").read_text(), re.DOTALL)
     Path("mine.yaml").write_text(text)
-    seen = []
-
-    def stop(tasks, *_):
-        seen.extend(tasks)
-        raise SystemExit
-
-    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
-    monkeypatch.setattr("lightning_ssesam.data.CIFAR10LT.prepare_data", lambda self: None)
     monkeypatch.setattr("lightning_ssesam.runs.Experiment.make_trainer", lambda *args: None)
-    with pytest.raises(SystemExit):
-        main(["compare", "--config", "mine.yaml"])
+    seen = planned_runs(monkeypatch, ["--config", "mine.yaml"])
     assert [(experiment.method, seed) for experiment, _, seed in seen] == [
         (method, seed) for seed in range(3) for method in ("LDAM-DRW", "LDAM-DRW + SSE-SAM")
     ]
