@@ -29,13 +29,12 @@ import statistics
 import warnings
 from functools import partial
 
-import lightning as L
 import torch
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_ssesam import ERM, SAM, SSESAM, DigitsLT, ImbSAM, LongTailClassifier, StageSwitch
+from lightning_ssesam import ERM, SAM, SSESAM, DigitsLT, ImbSAM
 from lightning_ssesam.models import SmallConvNet
+from lightning_ssesam.runs import Experiment
 
 EPOCHS = 60
 SEEDS = range(100, 104)
@@ -51,26 +50,10 @@ RADII = {
 
 def validate(objective, lr, seed):
     """Return the validation accuracy of the tail after the last epoch."""
-    L.seed_everything(seed, verbose=False)
-    data = DigitsLT()
-    model = LongTailClassifier(
-        data.class_counts,
-        SmallConvNet,
-        objective(),
-        optimizer=lambda params: SGD(params, lr=lr, momentum=0.9, weight_decay=5e-4),
-        scheduler=lambda optimizer: CosineAnnealingLR(optimizer, EPOCHS),
-    )
-    trainer = L.Trainer(
-        max_epochs=EPOCHS,
-        check_val_every_n_epoch=EPOCHS,
-        callbacks=[StageSwitch(at=0.7)] if model.objective.num_stages > 1 else [],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, datamodule=data)
+    optimizer = partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
+    options = {"accelerator": "cpu", "check_val_every_n_epoch": EPOCHS}
+    experiment = Experiment("", DigitsLT, SmallConvNet, objective, optimizer, EPOCHS, trainer=options)
+    trainer, _, _ = experiment.fit(seed)
     return 100 * trainer.callback_metrics["val/acc_tail"].item()
 
 

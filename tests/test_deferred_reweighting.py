@@ -3,8 +3,18 @@ import pickle
 
 import pytest
 import torch
-from helpers import STRICT, Automatic, assert_same_bits, batches_loader, classification_batch, fit, trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from helpers import (
+    STRICT,
+    Automatic,
+    KillAt,
+    Killed,
+    assert_same_bits,
+    batches_loader,
+    classification_batch,
+    fit,
+    trainer,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -98,19 +108,6 @@ def test_same_parameters_as_weighting_by_hand(name):
     fit(plain, batches())
     assert_same_bits(model.parameters(), twin.parameters())
     assert not torch.equal(model.backbone.weight, plain.backbone.weight)
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 @every_loss

@@ -8,6 +8,8 @@ from helpers import (
     SPLIT,
     STRICT,
     Automatic,
+    KillAt,
+    Killed,
     Model,
     assert_same_bits,
     batches_loader,
@@ -134,19 +136,6 @@ def test_data_without_length_and_two_limits():
 def test_run_limited_by_time_alone():
     with pytest.raises(MisconfigurationException, match="number of steps that the training will make"):
         fit(Stages(), batches(), max_epochs=-1, max_time={"seconds": 60}, callbacks=[StageSwitch(at=0.5)])
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 @pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
