@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 from helpers import STRICT, planned_runs
+from lightning.pytorch import Trainer
 
+from lightning_ssesam import StageSwitch
 from lightning_ssesam.cli import main
 
 pytestmark = STRICT
@@ -198,8 +200,7 @@ def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
     experiments = {experiment.method: experiment for experiment, _, _ in seen}
     last = experiments["SSE-SAM"]
     data, model = last.data(), last.make_model(last.data())
-    assert (last.epochs, model.tta, data.batch_size, data.val_is_test) == (200, "hflip", 64, True)
-    assert repr(model.objective) == "SSESAM(head_rho=0.05, tail_rho=0.1, first_stage='grouped')"
+    assert last.epochs == 200
     assert [callback.at for callback in last.make_callbacks(model)] == [0.7]
     assert [repr(e.objective()) for e in experiments.values()][:3] == ["ERM()", "SAM(rho=0.05)", IMBSAM]
     if name == "compare_cifar10_lt":
@@ -207,6 +208,13 @@ def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
         assert all((" + " in method) == (e.loss is not None) for method, e in experiments.items())
         assert sum(data.class_counts) == 12_406
         return
+    assert_published(data, model)
+
+
+def assert_published(data, model):
+    """The CIFAR-100-LT protocol of the SSE-SAM paper, but for seeds and epochs."""
+    assert (data.batch_size, data.val_is_test, model.tta) == (64, True, "hflip")
+    assert repr(model.objective) == "SSESAM(head_rho=0.05, tail_rho=0.1, first_stage='grouped')"
     assert sum(data.class_counts) == 10_847
     configured = model.configure_optimizers()
     (group,) = configured["optimizer"].param_groups
@@ -217,3 +225,28 @@ def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
     assert (model.split.many_above, model.split.few_below) == (100, 20)
     assert sum(p.numel() for p in model.backbone.parameters()) == 21_328_292  # ResNet-34, 3x3 stem, 100 classes
     assert model.backbone.net.conv1.kernel_size == (3, 3)
+
+
+def started(monkeypatch, *args):
+    """Return the trainer, the model and the data that `fit` starts with."""
+    seen = []
+    monkeypatch.setattr(
+        Trainer, "fit", lambda trainer, model, datamodule, **_: seen.extend([trainer, model, datamodule])
+    )
+    main(["fit", *args])
+    return seen
+
+
+def test_the_shipped_fit_is_what_it_says(monkeypatch):
+    trainer, model, data = started(monkeypatch, "--config", "cifar100_lt", "--trainer.accelerator=cpu")
+    assert_published(data, model)
+    assert trainer.max_epochs == 200
+    assert [callback.at for callback in trainer.callbacks if isinstance(callback, StageSwitch)] == [0.7]
+
+
+def test_an_optimizer_takes_nothing_from_the_default(monkeypatch):
+    network = ["--data=DigitsLT", "--model.backbone=SmallConvNet", "--trainer.accelerator=cpu"]
+    _, model, _ = started(monkeypatch, *network)
+    assert [model.configure_optimizers().defaults[key] for key in ("lr", "momentum")] == [0.1, 0.9]
+    _, model, _ = started(monkeypatch, *network, "--model.optimizer=AdamW")
+    assert model.configure_optimizers().defaults["lr"] == 1e-3

@@ -1,6 +1,7 @@
 """A ready module for long-tailed classification, every part of it injected."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -65,7 +66,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         backbone: BackboneFactory,
         objective: Objective | None = None,
         loss: nn.Module | None = None,
-        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda params: SGD(params, lr=0.1, momentum=0.9),
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         tail_below: int | None = None,
         tail_fraction: float | None = None,
@@ -82,6 +83,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         tta: Literal["none", "hflip"] = "none",
     ) -> None:
         super().__init__()
+        # A default here would lend its learning rate to the class that the command line is told to take instead.
+        optimizer = partial(SGD, lr=0.1, momentum=0.9) if optimizer is None else optimizer
         for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
             if not callable(value) and not (name == "scheduler" and value is None):
                 raise bad_argument(name, "a class or a function that makes it", value)
