@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+from sphinx.domains.python import PyObject
+
 import lightning_ssesam
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -18,7 +20,6 @@ exclude_patterns = ["_ext", "pictures.py"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -31,7 +32,6 @@ napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
-add_module_names = False
 default_role = "code"
 
 html_theme = "furo"
@@ -56,20 +56,28 @@ def skip_foreign(app, what, name, obj, skip, options):
     return True if of is not None and not of.startswith("lightning_ssesam") else None
 
 
+def show_public_bases(app, name, obj, options, bases):
+    """Replace private bases by theirs."""
+    while any(base.__name__[0] == "_" for base in bases):
+        bases[:] = [better for base in bases for better in (base.__bases__ if base.__name__[0] == "_" else [base])]
+
+
 def drop_missing(app, docname, source):
     """Leave out of the contents the pages that are not there."""
-    if docname == "index":
-        source[0] = re.sub(
-            r"^\w+\n", lambda line: line[0] if _exists(app, line[0].strip()) else "", source[0], flags=re.MULTILINE
-        )
-
-
-def _exists(app, page):
-    return page in app.project.docnames
+    folder = docname.removesuffix("index")
+    if docname.endswith("index"):
+        there = [
+            line for line in source[0].split("\n") if not line.isidentifier() or folder + line in app.project.docnames
+        ]
+        source[0] = "\n".join(there)
 
 
 def setup(app):
     """Called by Sphinx."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("autodoc-process-docstring", link_pages)
     app.connect("autodoc-skip-member", skip_foreign)
+    app.connect("autodoc-process-bases", show_public_bases)
     app.connect("source-read", drop_missing)

@@ -1,10 +1,14 @@
 """The code in the README and the documentation runs, and does what it says beside it."""
 
 import ast
+import contextlib
 import functools
 import re
+import shlex
+import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from lightning_ssesam import ClassSplit
 from lightning_ssesam.cli import main
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def code_of(name):
@@ -110,7 +115,7 @@ def test_comparison_of_ones_own(monkeypatch):
 
 
 def test_links_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), target
 
@@ -145,3 +150,134 @@ def test_trainer_page(name):
         "Curious": {"train/sharpness_tail", "train/grad_norm_head", "train/grad_norm_tail", "train/grad_norm"},
     }
     assert extra[name] <= set(trainer.callback_metrics)
+
+
+class PublishedSSESAM:
+    """What the class of the published code does, with its methods."""
+
+    def __init__(self, optimizer, model, head_rho, tail_rho, gamma, total_epochs):
+        self.optimizer, self.parameters = optimizer, list(model.parameters())
+        self.radii, self.epoch, self.switch = [head_rho, tail_rho], 0, gamma * total_epochs
+        self.sum = torch.zeros(())
+
+    def compute_and_add_epsilon(self, n_i):
+        gradient = self._take_gradient()
+        self.eps = self.radii[n_i] * gradient / gradient.norm()
+        self._move(self.eps)
+
+    def compute_grad_sum_and_restore_p(self):
+        self.sum = self.sum + self._take_gradient()
+        self._move(-self.eps)
+
+    def update(self):
+        for p, part in zip(self.parameters, self.sum.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = part.view_as(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sum = torch.zeros(())
+
+    def update_rho(self):
+        self.epoch += 1
+        if self.epoch >= self.switch:
+            self.radii[0] = 0
+
+    def _take_gradient(self):
+        gradient = torch.cat([p.grad.flatten() for p in self.parameters])
+        self.optimizer.zero_grad()
+        return gradient
+
+    def _move(self, by):
+        weights = torch.nn.utils.parameters_to_vector(self.parameters) + by
+        torch.nn.utils.vector_to_parameters(weights.detach(), self.parameters)
+
+
+RUN_AS_THEY_ARE = ["existing_project", "own_module", "choosing", "coming_from", "troubleshooting"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", RUN_AS_THEY_ARE)
+def test_page_that_runs_as_it_is(name, capsys, monkeypatch):
+    """The blocks of a page, one after the other; they print the comments at their ends, and hold what they assert."""
+    if name == "coming_from":
+        pytest.importorskip("pytorch_optimizer")
+        monkeypatch.setitem(sys.modules, "ssesam", SimpleNamespace(SSESAM=PublishedSSESAM))
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet())
+    code = code_of(f"docs/{name}.md")
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)$", code, re.MULTILINE)
+
+
+def _quiet():
+    from lightning import Trainer
+
+    silent = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    return functools.partialmethod(Trainer.__init__, **silent, enable_checkpointing=False)
+
+
+def test_every_page_with_code_is_run():
+    with_code = {page.stem for page in PAGES if "```python\n" in page.read_text()}
+    with_tests_of_their_own = {"README", "method", "performance", "toolkit", "trainer", "curvature", "saddle_points"}
+    assert with_code - with_tests_of_their_own == set(RUN_AS_THEY_ARE)
+
+
+def commands():
+    """Every command of the pages, from blocks and from the text, once."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        lines = "\n".join(re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)).splitlines()
+        lines += re.findall(r"`(lightning-ssesam \w[^`]*)`", " ".join(text.split()))
+        lines += [part for line in lines for part in line.split(" && ")]
+        for line in lines:
+            command = shlex.split(line, comments=True)
+            if command and "&&" not in command:
+                found[tuple(command)] = page.name
+    return found
+
+
+def test_scripts_that_the_pages_name_are_there():
+    scripts = [command[1:] for command in commands() if command[0] == "python" and command[1] != "-m"]
+    assert len(scripts) > 5
+    for name, *options in scripts:
+        text = (ROOT / name).read_text()
+        assert all(f'"{option}"' in text for option in options if option.startswith("--")), (name, options)
+
+
+@pytest.fixture
+def _what_the_commands_read(monkeypatch):
+    blocks = {}
+    for page in ("command_line", "toolkit"):
+        (blocks[page],) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.DOTALL)
+    Path("mine.yaml").write_text(blocks["command_line"])
+    Path("sweep").mkdir()
+    Path("sweep/best.yaml").write_text("head_rho: 0.1\ntail_rho: 0.2\ngamma: 0.6\n")
+    for name, count in (("cat", 30), ("dog", 12), ("owl", 5)):
+        Path("images", name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
+    monkeypatch.setattr("lightning_ssesam.sweep._open_study", lambda *args: sys.exit("searches"))
+
+
+@pytest.mark.usefixtures("_in_a_terminal", "_what_the_commands_read")
+@pytest.mark.parametrize("name", ["fit", "test", "compare", "sweep", "--version"])
+def test_commands_are_understood(name, monkeypatch, capsys):
+    """Every command of the pages, up to the point where it would train."""
+    given = [list(command[1:]) for command in commands() if command[:2] == ("lightning-ssesam", name)]
+    of_name = [command for command in given if name in ("compare", "--version") or len(command) > 1]
+    assert of_name
+    for command in of_name:
+        if "--help" in command or name == "--version":
+            with pytest.raises(SystemExit) if "--help" in command else contextlib.nullcontext():
+                main(command)
+        elif name == "compare":
+            assert planned_runs(monkeypatch, command[1:])
+        elif name == "sweep":
+            with pytest.raises(SystemExit, match="searches"):
+                main(command)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                main([*command, "--print_config"])
+            assert not stop.value.code, command
+            assert "class_path" in capsys.readouterr().out
+    others = {command[1] for command in commands() if command[0] == "lightning-ssesam"}
+    assert others <= {"fit", "test", "compare", "sweep", "--version", "--help"}

@@ -1,0 +1,184 @@
+"""The documentation as a site: it builds without warnings, is complete, holds together, and is right in a browser."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import lightning_ssesam
+
+pytest.importorskip("sphinx")
+pytest.importorskip("furo")
+pytest.importorskip("myst_parser")
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+# Modules without `__all__` whose classes and functions are for users, but for what the project's own files share.
+OPEN = ("losses", "metrics", "objectives", "split", "engine", "compare", "sweep", "runs")
+SHARED = {"check_beta", "count_labels", "limited_threads", "make_folder", "move", "quiet", "rows"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", DOCS, folder / "html"]
+    built = subprocess.run([*command, "-d", folder / "doctrees"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    found = {}
+    for path in sorted(site.rglob("*.html")):
+        found[path] = _Page()
+        found[path].feed(path.read_text())
+    assert len(found) > 20
+    return found
+
+
+class _Page(HTMLParser):
+    """Collects what a page fetches, where it leads, and what can be led to."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.sources = set(), set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids.add(values.get("id"))
+        if tag == "a" and values.get("href"):
+            self.links.add(values["href"])
+        elif tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload"):
+            self.sources.add(values["href"])
+        elif values.get("src"):
+            self.sources.add(values["src"])
+
+
+def test_links_and_anchors_lead_somewhere(pages):
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            if url.scheme in ("http", "https"):
+                continue
+            assert not url.scheme, (path.name, link)
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            assert target.is_file(), (path.name, link)
+            # Scripts make the anchors of the search and the index' letters are there.
+            if url.fragment and target in pages:
+                assert unquote(url.fragment) in pages[target].ids, (path.name, link)
+
+
+def test_nothing_comes_from_other_hosts(site, pages):
+    for path, page in pages.items():
+        for source in page.sources:
+            url = urlsplit(source)
+            assert not url.scheme, (path.name, source)
+            assert not url.netloc, (path.name, source)
+            assert (path.parent / unquote(url.path)).is_file(), (path.name, source)
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text()), style.name
+
+
+def test_every_page_is_in_the_contents(site):
+    navigation = (site / "index.html").read_text()
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).with_suffix(".html").as_posix()
+        if name not in ("index.html",):
+            assert f'href="{name}"' in navigation, name
+
+
+def public_names():
+    for module in pkgutil.walk_packages(lightning_ssesam.__path__, "lightning_ssesam."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name, module in sorted(sys.modules.items()):
+        if not re.fullmatch(r"lightning_ssesam(\.\w+)*", name):
+            continue
+        if hasattr(module, "__all__"):
+            for public in module.__all__:
+                yield name, public
+        elif name.removeprefix("lightning_ssesam.") in OPEN:
+            for public, value in vars(module).items():
+                is_its_own = inspect.isclass(value) or inspect.isfunction(value)
+                if is_its_own and value.__module__ == name and public[0] != "_" and public not in SHARED:
+                    yield name, public
+
+
+def test_reference_is_complete(pages):
+    described = set().union(*(page.ids for path, page in pages.items() if path.parent.name == "api")) - {None}
+    last_parts = {name.rpartition(".")[2] for name in described if name.startswith("lightning_ssesam.")}
+    missing = [f"{module}.{name}" for module, name in public_names() if name not in last_parts]
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not shutil.which("chromedriver"):
+        pytest.skip("needs Chromium and its driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    quiet = "headless no-sandbox disable-gpu disable-background-networking disable-component-update no-first-run"
+    # Whatever is fetched from elsewhere is refused, and so an error.
+    for argument in (*quiet.split(), "disable-dev-shm-usage", "proxy-server=http://127.0.0.1:9"):
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+LOOKS = [(width, dark) for width in (1280, 390) for dark in (False, True)]
+
+
+def show_as(browser, width, dark):
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+
+
+LOOK = """
+const style = getComputedStyle(document.body);
+return [innerWidth, document.documentElement.scrollWidth, style.backgroundColor, style.color];
+"""
+
+
+def test_in_a_browser(pages, browser):
+    for path in pages:
+        browser.get(path.as_uri())
+        assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth)"), path.name
+        for width, dark in LOOKS:
+            show_as(browser, width, dark)
+            inner, scrolled, *colors = browser.execute_script(LOOK)
+            assert inner == width, path.name
+            # Wide tables, code and formulas scroll within themselves; the page does not.
+            assert scrolled <= width, (path.name, width)
+            ground, text = (sum(int(part) for part in re.findall(r"\d+", color)[:3]) for color in colors)
+            assert (ground < 150) == dark, path.name
+            assert abs(ground - text) > 350, path.name
+        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"], path.name
+
+
+def test_formulas_are_drawn(site, browser):
+    browser.get((site / "method.html").as_uri())
+    heights = browser.execute_script(
+        "return [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().height)"
+    )
+    assert len(heights) > 20
+    assert all(height > 4 for height in heights)
+    # A fraction in it stands higher than the line.
+    assert max(heights) > 2 * min(heights) + 10
+    # TeX that was not understood would be left as it is.
+    assert not browser.execute_script(
+        "return [...document.querySelectorAll('math')].some(m => /\\\\/.test(m.innerText))"
+    )
