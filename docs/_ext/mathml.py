@@ -22,9 +22,9 @@ def visit_math_block(self, node):
     """Write a formula of its own, with its number."""
     tags = re.findall(r"\\tag\{(.*?)\}", node.astext())
     anchors = "".join(f'<span id="{name}"></span>' for name in node["ids"])
-    number = "".join(f'<span class="eqno">({tag})</span>' for tag in tags)
+    number = "".join(f'<span class="number">({tag})</span>' for tag in tags)
     formula = _markup(re.sub(r"\\tag\{.*?\}", "", node.astext()), "block")
-    self.body.append(f'{anchors}<div class="math">{formula}{number}</div>\n')
+    self.body.append(f'{anchors}<div class="formula">{formula}{number}</div>\n')
     raise _skip()
 
 
