@@ -1,6 +1,9 @@
 """Small models and the plain versions that the project is held against."""
 
 import copy
+import re
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -232,3 +235,42 @@ def planned_runs(monkeypatch, *commands):
         with pytest.raises(SystemExit):
             main(["compare", *options])
     return planned
+
+
+NEEDS_BROWSER = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
+
+
+@contextmanager
+def open_browser(profile, *arguments):
+    """A headless browser, to which whatever is fetched from elsewhere is refused, and so an error."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    quiet = "headless no-sandbox disable-gpu disable-background-networking disable-component-update no-first-run"
+    own = ("disable-dev-shm-usage", "proxy-server=http://127.0.0.1:9", f"user-data-dir={profile}")
+    for argument in (*quiet.split(), *own, *arguments):
+        options.add_argument(f"--{argument}")
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+def show_as(browser, width, dark):
+    """Make the window so many pixels wide, and a phone's where that is few; ask pages for their dark colours or not."""
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+
+
+def colors_in(browser):
+    """The brightness of the page's ground and of its text, from 0 to 765."""
+    style = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+    return [sum(int(part) for part in re.findall(r"\d+", color)[:3]) for color in browser.execute_script(style)]
+
+
+def errors_in(browser):
+    """What the pages since the last call complained of."""
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import STRICT, planned_runs
+from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, planned_runs, show_as
 
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT
 from lightning_ssesam.cli import main
@@ -411,29 +410,15 @@ def test_report_holds_all_that_it_shows():
     assert "37.5 ± 17.7" in text
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
+@NEEDS_BROWSER
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_report_in_a_browser(width, dark):
-    from selenium import webdriver
-
     names = ["ERM", "SSE-SAM with a name that does not fit", *(f"method {k}" for k in range(8))]
     runs = [made_up(name, seed, (seed + 1) / 4) for name in names for seed in (0, 1)]
     report = report_of(runs, SPLIT).resolve()
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    quiet = "headless no-sandbox disable-gpu disable-background-networking disable-component-update no-first-run"
-    for argument in (*quiet.split(), "disable-dev-shm-usage", "proxy-server=http://127.0.0.1:9"):
-        options.add_argument(f"--{argument}")
-    options.add_argument(f"--user-data-dir={Path('profile').resolve()}")
-    if dark:
-        options.add_argument("--force-dark-mode")
-    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    with open_browser(Path("profile").resolve(), *(["force-dark-mode"] if dark else [])) as browser:
+        show_as(browser, width, dark)
         browser.get(report.as_uri())
         assert browser.title == "DigitsLT: comparison of 10 methods"
         assert browser.execute_script("return innerWidth") == width
@@ -446,19 +431,10 @@ def test_report_in_a_browser(width, dark):
         browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert browser.execute_script("return document.querySelector('#runs').offsetHeight") > 300
-        colors = [
-            [int(part) for part in browser.execute_script(script).strip("rgba()").split(",")[:3]]
-            for script in (
-                "return getComputedStyle(document.body).backgroundColor",
-                "return getComputedStyle(document.body).color",
-            )
-        ]
-        assert (sum(colors[0]) < 150) == dark
-        assert abs(sum(colors[0]) - sum(colors[1])) > 450
-        errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert not errors
-    finally:
-        browser.quit()
+        ground, text = colors_in(browser)
+        assert (ground < 150) == dark
+        assert abs(ground - text) > 450
+        assert not errors_in(browser)
 
 
 @pytest.mark.parametrize("classes", [2, 100, 10_000])

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from helpers import NEEDS_BROWSER, colors_in, errors_in, open_browser, show_as
 
 import lightning_ssesam
 
@@ -92,7 +92,7 @@ def test_every_page_is_in_the_contents(site):
     navigation = (site / "index.html").read_text()
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).with_suffix(".html").as_posix()
-        if name not in ("index.html",):
+        if name != "index.html":
             assert f'href="{name}"' in navigation, name
 
 
@@ -122,53 +122,31 @@ def test_reference_is_complete(pages):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not shutil.which("chromedriver"):
-        pytest.skip("needs Chromium and its driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    quiet = "headless no-sandbox disable-gpu disable-background-networking disable-component-update no-first-run"
-    # Whatever is fetched from elsewhere is refused, and so an error.
-    for argument in (*quiet.split(), "disable-dev-shm-usage", "proxy-server=http://127.0.0.1:9"):
-        options.add_argument(f"--{argument}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 LOOKS = [(width, dark) for width in (1280, 390) for dark in (False, True)]
 
 
-def show_as(browser, width, dark):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-
-
-LOOK = """
-const style = getComputedStyle(document.body);
-return [innerWidth, document.documentElement.scrollWidth, style.backgroundColor, style.color];
-"""
-
-
+@NEEDS_BROWSER
 def test_in_a_browser(pages, browser):
     for path in pages:
         browser.get(path.as_uri())
         assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth)"), path.name
         for width, dark in LOOKS:
             show_as(browser, width, dark)
-            inner, scrolled, *colors = browser.execute_script(LOOK)
+            inner, scrolled = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
             assert inner == width, path.name
             # Wide tables, code and formulas scroll within themselves; the page does not.
             assert scrolled <= width, (path.name, width)
-            ground, text = (sum(int(part) for part in re.findall(r"\d+", color)[:3]) for color in colors)
+            ground, text = colors_in(browser)
             assert (ground < 150) == dark, path.name
             assert abs(ground - text) > 350, path.name
-        assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"], path.name
+        assert not errors_in(browser), path.name
 
 
+@NEEDS_BROWSER
 def test_formulas_are_drawn(site, browser):
     browser.get((site / "method.html").as_uri())
     heights = browser.execute_script(
