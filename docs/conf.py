@@ -62,16 +62,6 @@ def show_public_bases(app, name, obj, options, bases):
         bases[:] = [better for base in bases for better in (base.__bases__ if base.__name__[0] == "_" else [base])]
 
 
-def drop_missing(app, docname, source):
-    """Leave out of the contents the pages that are not there."""
-    folder = docname.removesuffix("index")
-    if docname.endswith("index"):
-        there = [
-            line for line in source[0].split("\n") if not line.isidentifier() or folder + line in app.project.docnames
-        ]
-        source[0] = "\n".join(there)
-
-
 def setup(app):
     """Called by Sphinx."""
     for field in PyObject.doc_field_types:
@@ -80,4 +70,3 @@ def setup(app):
     app.connect("autodoc-process-docstring", link_pages)
     app.connect("autodoc-skip-member", skip_foreign)
     app.connect("autodoc-process-bases", show_public_bases)
-    app.connect("source-read", drop_missing)

@@ -216,7 +216,7 @@ def _quiet():
 
 def test_every_page_with_code_is_run():
     with_code = {page.stem for page in PAGES if "```python\n" in page.read_text()}
-    with_tests_of_their_own = {"README", "method", "performance", "toolkit", "trainer", "curvature", "saddle_points"}
+    with_tests_of_their_own = {"README", "method", "performance", "toolkit", "trainer"}
     assert with_code - with_tests_of_their_own == set(RUN_AS_THEY_ARE)
 
 

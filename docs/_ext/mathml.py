@@ -5,6 +5,7 @@ A number that is given with ``\tag{...}`` stands at the right of the formula.
 
 import re
 
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 
@@ -15,7 +16,7 @@ def _markup(tex, display):
 def visit_math(self, node):
     """Write a formula of a line."""
     self.body.append(_markup(node.astext(), "inline"))
-    raise _skip()
+    raise SkipNode
 
 
 def visit_math_block(self, node):
@@ -25,13 +26,7 @@ def visit_math_block(self, node):
     number = "".join(f'<span class="number">({tag})</span>' for tag in tags)
     formula = _markup(re.sub(r"\\tag\{.*?\}", "", node.astext()), "block")
     self.body.append(f'{anchors}<div class="formula">{formula}{number}</div>\n')
-    raise _skip()
-
-
-def _skip():
-    from docutils.nodes import SkipNode
-
-    return SkipNode()
+    raise SkipNode
 
 
 def setup(app):
