@@ -310,7 +310,9 @@ class SharpnessAwareMixin(pl.LightningModule):
         if self.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
         if self._batch_norm == "group" and any(rise is not None for rise in outcome.sharpness):
-            self.log("train/full_passes", float(not outcome.is_difference), on_step=False, on_epoch=True)
+            # Made on the device: copying a number there would wait for it.
+            share_of_full = torch.full((), float(not outcome.is_difference), device=self.device)
+            self.log("train/full_passes", share_of_full, on_step=False, on_epoch=True)
         if not self.log_sharpness or outcome.gradient_norm is None:
             return
         values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
