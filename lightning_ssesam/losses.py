@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -432,7 +433,7 @@ def _class_counts(counts: Counts) -> Tensor:
 
 def check_beta(beta: Any) -> float:
     """Return ``beta`` as a float if it lies in [0, 1), else raise ``ValueError``."""
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < 1:
+    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= float(beta) < 1:
         raise bad_argument("beta", "a number in [0, 1)", beta)
     return float(beta)
 

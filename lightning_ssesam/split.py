@@ -116,13 +116,15 @@ class ClassSplit:
         values = _as_tensor("labels", "a non-empty vector of class indices", labels)
         if values.ndim != 1 or values.numel() == 0 or values.is_floating_point() or values.dtype == torch.bool:
             raise bad_argument("labels", "a non-empty vector of class indices", labels)
+        # Unsigned integers have no `max`.
+        values = values.long()
         largest = int(values.max())
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
         if int(values.min()) < 0 or (num_classes is not None and largest >= num_classes):
             expected = f"class indices in [0, {num_classes if num_classes is not None else 'C'})"
             raise bad_argument("labels", expected, Phrase(f"values from {int(values.min())} to {largest}"))
-        counts = count_labels(values.long(), num_classes or 0)
+        counts = count_labels(values, num_classes or 0)
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
     @property

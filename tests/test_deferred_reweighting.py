@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import (
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_ssesam import SAM, LongTailClassifier
+from lightning_ssesam import SAM, ClassSplit, LongTailClassifier
 from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch, Switch
 from lightning_ssesam.losses import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, class_balanced_weights
 
@@ -313,3 +314,15 @@ def test_module_without_split_or_weight():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         DeferredReweighting(**arguments)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, LDAMLoss])
+def test_makes_no_buffer_where_there_was_none(loss):
+    """Callbacks that average weights pair the buffers of two copies."""
+    module = pl.LightningModule()
+    module.net, module.split = nn.Linear(2, 2), ClassSplit([20, 5], [1])
+    module.loss = loss() if loss is nn.CrossEntropyLoss else loss([20, 5])
+    before = [name for name, _ in module.named_buffers()]
+    DeferredReweighting().apply(module, switched=True)
+    assert module.loss.weight is not None
+    assert [name for name, _ in module.named_buffers()] == before

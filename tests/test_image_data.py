@@ -29,7 +29,7 @@ from lightning_ssesam.data import (
     ImageListLT,
     ProgressivelyBalancedSampler,
 )
-from lightning_ssesam.data.images import IMAGENET_MEAN, IMAGENET_STD, default_transforms
+from lightning_ssesam.data.images import IMAGENET_MEAN, IMAGENET_STD, default_transforms, read_image
 
 pytestmark = STRICT
 
@@ -625,3 +625,36 @@ def test_command_line(monkeypatch):
     assert config["sampler"]["class_path"].endswith(f".{name}")
     assert config["sampler"]["init_args"]["num_epochs"] == 7
     assert (config["imbalance_factor"], config["root"]) == (4, "root")
+
+
+def test_a_list_that_is_gone_is_named_once(tmp_path):
+    write(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png 0\na.png 1\n")
+    images = ImageList(tmp_path / "list.txt", tmp_path)
+    (tmp_path / "list.txt").write_text("b.png 5\nb.png 6\n")
+    with pytest.raises(ValueError, match="line 2: Expected the line") as caught:
+        images[1]
+    assert str(caught.value).count("line 2") == 1
+    (tmp_path / "list.txt").unlink()
+    with pytest.raises(ValueError, match=r"list\.txt: Expected a text file"):
+        images[0]
+
+
+@pytest.mark.parametrize("names", [("train", "valid"), ("train", "test", "valid")])
+def test_folders_of_sets_are_not_classes(tmp_path, names):
+    for name in names:
+        for label in "ab":
+            (tmp_path / name / label).mkdir(parents=True)
+            write(tmp_path / name / label / "a.png")
+    with pytest.raises(ValueError, match=r"argument `root` .*valid"):
+        ImageFolderLT(tmp_path)
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        read_image(str(tmp_path / "a.png"))
+
+
+def write(path):
+    Image.new("RGB", (4, 4)).save(path)

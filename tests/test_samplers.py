@@ -22,6 +22,7 @@ from lightning_ssesam.data import (
     ProgressivelyBalancedSampler,
     SquareRootSampler,
 )
+from lightning_ssesam.data.samplers import ClassSampler
 
 pytestmark = STRICT
 
@@ -240,3 +241,11 @@ if __name__ == "__main__":
     for process in processes:
         process.join()
     sys.exit(any(process.exitcode for process in processes))
+
+
+def test_a_class_without_samples_is_never_drawn_whatever_its_probability():
+    class Uniform(ClassSampler):
+        def class_probabilities(self, class_counts, epoch):
+            return torch.ones_like(class_counts)
+
+    assert {[0, 0, 2][index] for index in Uniform([0, 0, 2], num_samples=500)} == {0, 2}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_ssesam import ClassSplit
+from lightning_ssesam.data.labels import as_labels
 
 
 def test_masks():
@@ -131,3 +132,10 @@ def test_copies_and_pickles():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_labels_of_any_integers(dtype):
+    labels = torch.tensor([0, 0, 0, 1, 2]).to(dtype)
+    assert ClassSplit.from_labels(labels, tail_below=2).class_counts.tolist() == [3, 1, 1]
+    assert as_labels(labels).tolist() == [0, 0, 0, 1, 2]

@@ -70,10 +70,11 @@ class DeferredReweighting(Switch):
         if switched:
             like = next(pl_module.parameters())
             weight = class_balanced_weights(_split(pl_module), self.beta).to(like.device, like.dtype)
-        if "weight" in loss._buffers:
-            # A weight that was none at first is none for a checkpoint, which has to fit modules before the switch.
-            persistent = first.weight is not None and "weight" not in loss._non_persistent_buffers_set
-            loss.register_buffer("weight", weight, persistent=persistent)
+        if first.weight is None:
+            # No buffer where there was none: a checkpoint has to fit modules before the switch, and callbacks that
+            # average weights pair the buffers of two copies.
+            loss._buffers.pop("weight", None)
+            vars(loss)["weight"] = weight
         else:
             loss.weight = weight  # type: ignore[assignment]
         first.is_replaced = switched

@@ -104,14 +104,20 @@ class _Files(ImageFiles):
         return self.samples[index][0]
 
 
+# What people call the folders of a divided data set, and hardly a class.
+_SETS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
 def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
     """Return the class names and the samples of ``train`` and of those of ``val`` and ``test`` that there are."""
     folders = _folders(root)
+    expected = "a folder with `train` and `test`, with `val` if need be, or with a folder for each class"
     if not {"train", "test"} <= set(folders):
-        if set(folders) <= {"train", "val", "test"}:
-            expected = "a folder with `train` and `test`, or with a folder for each class"
+        if set(folders) <= _SETS:
             raise bad_argument("root", expected, Phrase(f"{root} with only {', '.join(folders)}"))
         return folders, {"train": _samples(root, folders)}
+    if others := set(folders) - {"train", "val", "test"}:
+        raise bad_argument("root", expected, Phrase(f"{root} with {', '.join(sorted(others))} besides"))
     names = _folders(root / "train")
     parts = {"train": _samples(root / "train", names)}
     for part in {"val", "test"} & set(folders):

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
-from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms
+from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms, read_image
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -64,9 +64,12 @@ class ImageList(ImageFiles):
     def path(self, index: int) -> str:
         """Return where an image is."""
         # Opened each time: nothing is shared with, or sent to, the processes of a loader.
-        with open(self.list_file, "rb") as file:
-            file.seek(int(self._starts[index]))
-            fields = file.readline().rsplit(None, 1)
+        try:
+            with open(self.list_file, "rb") as file:
+                file.seek(int(self._starts[index]))
+                fields = file.readline().rsplit(None, 1)
+        except OSError as error:
+            raise _bad_file(self.list_file, error.strerror or repr(error)) from error
         if len(fields) != 2 or fields[1].lstrip(b"0") != (b"%d" % int(self.targets[index])).lstrip(b"0"):
             raise self._bad_line(index, "Expected the line that was here when the file was scanned, but got another.")
         return os.path.join(self.root, os.fsdecode(fields[0]))
@@ -74,14 +77,17 @@ class ImageList(ImageFiles):
     @override
     def image(self, index: int) -> Any:
         """Return an image as it is read, a PIL image in RGB."""
+        path = self.path(index)
         try:
-            return super().image(index)
+            return read_image(path)
         except ValueError as error:
             raise self._bad_line(index, str(error)) from error
 
     def _bad_line(self, index: int, sentence: str) -> ValueError:
         with open(self.list_file, "rb") as file:
-            number = file.read(int(self._starts[index])).count(b"\n") + 1
+            number, left = 1, int(self._starts[index])
+            while chunk := file.read(min(left, 2**20)):
+                number, left = number + chunk.count(b"\n"), left - len(chunk)
         return ValueError(f"{self.list_file}, line {number}: {sentence}")
 
 

@@ -59,6 +59,9 @@ def read_image(path: str) -> Any:
 
     try:
         with Image.open(path) as image:
+            # Pillow would clip these to white.
+            if image.mode.startswith(("I", "F")):
+                raise TypeError(f"more than 8 bits a channel (mode {image.mode!r})")
             return image.convert("RGB")
     # A broken file makes PIL raise almost anything.
     except Exception as error:

@@ -28,9 +28,11 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels") -> Tensor:
     if values.ndim != 1 or values.numel() == 0 or not whole:
         got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
         raise bad_argument(name, expected, got)
+    # Unsigned integers have no `min`.
+    values = values.long()
     if int(values.min()) < 0:
         raise bad_argument(name, expected, Phrase(f"a label of {int(values.min())}"))
-    return values.long()
+    return values
 
 
 def labels_of(dataset: Any) -> Tensor:
