@@ -191,7 +191,7 @@ class LDAMLoss(_LongTailLoss):
         logits = self.scale * _centred(logits)
         if not targets.is_floating_point():
             margin = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), margins[targets].unsqueeze(1))
-            return F.cross_entropy(logits - margin, targets, weight=weight, reduction="none")
+            return _cross_entropy(logits - margin, targets, weight)
         # The softmax over all but j: 1 - p_j loses nothing where p_j <= 1/2; the largest logit is left out by hand.
         log_p = logits.log_softmax(1)
         is_top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
@@ -213,7 +213,7 @@ class _AdjustedCrossEntropy(_LongTailLoss):
         logits, offsets = self._adjust(logits, self._counts_as(logits))
         # Centred first: next to 10,000 a float32 knows log n to three digits only.
         logits = _centred(logits) + _along_classes(offsets, logits)
-        return F.cross_entropy(logits, targets, weight=weight, reduction="none")
+        return _cross_entropy(logits, targets, weight)
 
 
 class LogitAdjustedLoss(_AdjustedCrossEntropy):
@@ -352,7 +352,7 @@ class ClassBalancedLoss(_LongTailLoss):
 
     @override
     def _losses(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        return F.cross_entropy(logits, targets, weight=weight, reduction="none")
+        return _cross_entropy(logits, targets, weight)
 
 
 class FocalLoss(_LongTailLoss):
@@ -470,6 +470,11 @@ def _check_batch(logits: Tensor, targets: Tensor, num_classes: int | None) -> No
             f"class indices of shape {tuple(indices)} or class probabilities of shape {tuple(probabilities)}",
             Phrase(f"shape {tuple(targets.shape)} of {targets.dtype}"),
         )
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    # No class index is ignored, -100 neither: it is out of range in every loss.
+    return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
 def _along_classes(values: Tensor, logits: Tensor) -> Tensor:

@@ -113,17 +113,7 @@ class ClassSplit:
             ValueError: If a label is out of range, or a class has no training sample.
 
         """
-        values = _as_tensor("labels", "a non-empty vector of class indices", labels)
-        if values.ndim != 1 or values.numel() == 0 or values.is_floating_point() or values.dtype == torch.bool:
-            raise bad_argument("labels", "a non-empty vector of class indices", labels)
-        # Unsigned integers have no `max`.
-        values = values.long()
-        largest = int(values.max())
-        if num_classes is not None:
-            check_integer("num_classes", num_classes, minimum=1)
-        if int(values.min()) < 0 or (num_classes is not None and largest >= num_classes):
-            expected = f"class indices in [0, {num_classes if num_classes is not None else 'C'})"
-            raise bad_argument("labels", expected, Phrase(f"values from {int(values.min())} to {largest}"))
+        values = as_labels(labels, num_classes=num_classes)
         counts = count_labels(values, num_classes or 0)
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
@@ -169,6 +159,33 @@ class ClassSplit:
 
 # So that a checkpoint that holds a split as a hyperparameter loads with ``weights_only=True``.
 torch.serialization.add_safe_globals([ClassSplit])
+
+
+def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes: int | None = None) -> Tensor:
+    """Return labels as an int64 vector ``(N,)``.
+
+    Args:
+        labels: Class indices, integers >= 0, at least one.
+        name: What the error calls them.
+        num_classes: C, an integer >= 1, if labels have to be less than it.
+
+    Raises:
+        ValueError: If they are anything else.
+
+    """
+    expected = "a non-empty vector of class indices"
+    values = _as_tensor(name, expected, labels)
+    whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if values.ndim != 1 or values.numel() == 0 or not whole:
+        got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
+        raise bad_argument(name, expected, got)
+    # Unsigned integers have no `min`.
+    values = values.long()
+    smallest, largest = int(values.min()), int(values.max())
+    if smallest < 0 or (num_classes is not None and largest >= check_integer("num_classes", num_classes, minimum=1)):
+        expected = f"class indices in [0, {'C' if num_classes is None else num_classes})"
+        raise bad_argument(name, expected, Phrase(f"values from {smallest} to {largest}"))
+    return values
 
 
 def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:

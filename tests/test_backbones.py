@@ -134,3 +134,26 @@ def test_by_class_path(backbone, monkeypatch):
     quiet = ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
     none = ["--trainer.enable_checkpointing=false"]
     main(["fit", "--data=DigitsLT", f"--model.backbone={backbone[0]}", *backbone[1:], *quick, *quiet, *none])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_normalized_classifier_of_zeros_is_finite(dtype):
+    layer = NormalizedLinear(4, 3).to(dtype)
+    features = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+    logits = layer(features)
+    assert logits.eq(0).all()
+    logits.sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_cifar_resnet_starts_as_published():
+    """He et al., ICCV 2015: the standard deviation is sqrt(2 / fan-in)."""
+    net = CIFARResNet(100, 20)
+    for layer in layers(net, nn.Conv2d | nn.Linear):
+        fan_in = layer.weight[0].numel()
+        assert float(layer.weight.detach().std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+
+
+def test_unknown_pretrained_weights():
+    with pytest.raises(ValueError, match="`weights` to be one of 'IMAGENET1K_V1', 'DEFAULT', but got 'IMAGENET9'"):
+        TorchvisionResNet(7, "resnet18", stem="imagenet", weights="IMAGENET9")

@@ -1,4 +1,5 @@
 import csv
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -183,10 +184,13 @@ def test_help_names_every_option(command, options, capsys):
     assert "stage 2 begins" in " ".join(text.split())
 
 
-def test_as_a_module_and_a_command():
-    for command in ([sys.executable, "-m", "lightning_ssesam"], [Path(sys.executable).parent / "lightning-ssesam"]):
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-        assert done.stdout == "lightning-ssesam 0.1.0\n"
+def test_as_a_module_and_a_command(monkeypatch, capsys):
+    command = Path(sys.executable).parent / "lightning-ssesam"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == "lightning-ssesam 0.1.0\n"
+    monkeypatch.setattr(sys, "argv", ["lightning_ssesam", "--version"])
+    runpy.run_module("lightning_ssesam", run_name="__main__")
+    assert capsys.readouterr().out == done.stdout
 
 
 IMBSAM = "ImbSAM(rho=0.05, tail_weight=1.0, reduction='batch')"

@@ -217,7 +217,7 @@ def test_long_tailed_finds_the_labels(dataset):
         ),
         (lambda: LongTailed(Labelled(), 5, labels=LABELS * 1.0), "`labels` to be a non-empty vector .* float32 values"),
         (lambda: LongTailed(Labelled(), 5, labels=LABELS > 2), "`labels` to be a non-empty vector .* bool values"),
-        (lambda: LongTailed(Labelled(), 5, labels=LABELS - 1), "`labels` to be .* but got a label of -1"),
+        (lambda: LongTailed(Labelled(), 5, labels=LABELS - 1), "`labels` to be .* but got values from -1 to"),
         (
             lambda: LongTailed(Labelled(targets=LABELS), 16, max_count=61),
             "`max_count` to be at most 60, for which every",
@@ -247,3 +247,23 @@ def test_indices_of_many_classes():
         members = (labels == label).nonzero().flatten()
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     assert torch.equal(picked, torch.cat(chosen).sort().values)
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts", "message"),
+    [
+        ([0, 1], [1, -1], "`class_counts` to be an integer >= 0, but got -1"),
+        ([0, 1], [1, 0.5], "`class_counts` to be an integer >= 0, but got 0.5"),
+        ([0, 2], [1, 1], r"`labels` to be class indices in \[0, 2\), but got values from 0 to 2"),
+        ([], [1], "`labels` to be a non-empty vector of class indices"),
+    ],
+)
+def test_bad_choice_of_samples(labels, counts, message):
+    with pytest.raises(ValueError, match=message):
+        long_tailed_indices(labels, counts, torch.Generator())
+
+
+def test_part_of_a_data_set_without_samples():
+    whole = TensorDataset(torch.zeros(4, 2), torch.arange(4))
+    with pytest.raises(ValueError, match="`labels of Subset` to be a non-empty vector of class indices"):
+        LongTailed(Subset(whole, []), imbalance_factor=2)

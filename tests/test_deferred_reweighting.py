@@ -326,3 +326,16 @@ def test_makes_no_buffer_where_there_was_none(loss):
     DeferredReweighting().apply(module, switched=True)
     assert module.loss.weight is not None
     assert [name for name, _ in module.named_buffers()] == before
+
+
+def test_weight_follows_the_loss_to_another_device():
+    module = pl.LightningModule()
+    module.net, module.split, module.loss = nn.Linear(2, 2), ClassSplit([20, 5], [1]), nn.CrossEntropyLoss()
+    DeferredReweighting().apply(module, switched=True)
+    targets = torch.tensor([0, 1])
+    module.loss(torch.zeros(2, 2), targets)
+    module.loss(torch.zeros(2, 2, device="meta"), targets.to("meta"))
+    assert module.loss.weight.device.type == "meta"
+    DeferredReweighting().apply(module, switched=False)
+    assert float(module.loss(torch.zeros(2, 2), targets)) == pytest.approx(0.6931, abs=1e-4)
+    assert len(module.loss._forward_pre_hooks) == 1

@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # Modules without `__all__` whose classes and functions are for users, but for what the project's own files share.
 OPEN = ("losses", "metrics", "objectives", "split", "engine", "compare", "sweep", "runs")
-SHARED = {"check_beta", "count_labels", "limited_threads", "make_folder", "move", "quiet", "rows"}
+SHARED = {"as_labels", "check_beta", "count_labels", "limited_threads", "make_folder", "move", "quiet", "rows"}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,8 @@ def browser(tmp_path_factory):
         yield browser
 
 
-LOOKS = [(width, dark) for width in (1280, 390) for dark in (False, True)]
+# The width decides about the layout and the scheme about colours: two looks see all four.
+LOOKS = [(1280, False), (390, True)]
 
 
 @NEEDS_BROWSER

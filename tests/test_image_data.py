@@ -658,3 +658,43 @@ def test_sixteen_bits_are_refused(tmp_path):
 
 def write(path):
     Image.new("RGB", (4, 4)).save(path)
+
+
+def test_seed_chooses_which_of_a_folder_are_kept():
+    folders("images", a=30, b=30)
+    kept = [
+        rows(
+            everything(
+                ImageFolderLT(
+                    "images", imbalance_factor=4, seed=seed, image_size=8, train_transform=v2.PILToTensor()
+                ).train_dataloader()
+            )[0]
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert sorted(kept[0]) == sorted(kept[1]) != sorted(kept[2])
+
+
+def test_large_images_are_cropped_at_random_and_whole_at_the_test():
+    to_train, to_test = default_transforms(70)
+    image = Image.new("RGB", (80, 80))
+    image.paste((255, 255, 255), (40, 0, 80, 80))
+    torch.manual_seed(0)
+    white = [(to_train(image)[0] > 0).float().mean().item() for _ in range(20)]
+    # Parts of any size and place: from nearly all black to nearly all white.
+    assert max(white) - min(white) > 0.5
+    assert to_train(image).shape == to_test(image).shape == (3, 70, 70)
+    assert (to_test(image)[0] > 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_more_classes_than_a_label_can_have():
+    fails(lambda: ImageList("none.txt", num_classes=2**40), "`num_classes`", 2**31, 2**40)
+
+
+def test_missing_set_is_named():
+    class Own(lightning_ssesam.data.LongTailDataModule):
+        def make_sets(self):
+            return {"train": [], "test": []}
+
+    with pytest.raises(NotImplementedError, match=r"'val', or `val_dataloader`, but its sets are \['test', 'train'\]"):
+        Own().val_dataloader()

@@ -488,3 +488,10 @@ def test_shown_with_its_arguments():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@every_loss
+@pytest.mark.parametrize("target", [-100, 5])
+def test_no_class_index_is_ignored(name, target):
+    with pytest.raises((IndexError, RuntimeError)):
+        LOSSES[name](COUNTS)(torch.zeros(2, 5), torch.tensor([0, target]))

@@ -94,7 +94,8 @@ def _count_in_process(rank, port, results):
 def test_two_processes_that_see_different_classes(free_port):
     with multiprocessing.Manager() as manager:
         results = manager.dict()
-        multiprocessing.spawn(_count_in_process, (free_port, results), nprocs=2)
+        # Forked, they need no imports; nothing here has used threads.
+        multiprocessing.start_processes(_count_in_process, (free_port, results), nprocs=2, start_method="fork")
         expected = {"head": (2 / 3 + 1) / 2, "tail": 0.75, "all": (2 / 3 + 1 + 0.75) / 3}
         assert results[0] == pytest.approx(expected)
         assert results[1] == pytest.approx(expected)

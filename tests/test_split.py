@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_ssesam import ClassSplit
-from lightning_ssesam.data.labels import as_labels
+from lightning_ssesam.split import as_labels
 
 
 def test_masks():

@@ -1,6 +1,6 @@
 """Class weights that come late in the training."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -75,9 +75,18 @@ class DeferredReweighting(Switch):
             # average weights pair the buffers of two copies.
             loss._buffers.pop("weight", None)
             vars(loss)["weight"] = weight
+            if _follow_the_logits not in loss._forward_pre_hooks.values():
+                loss.register_forward_pre_hook(_follow_the_logits)
         else:
             loss.weight = weight  # type: ignore[assignment]
         first.is_replaced = switched
+
+
+def _follow_the_logits(loss: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Move the weight to where the loss is used: what is no buffer does not move with the module."""
+    weight = loss.weight
+    if isinstance(weight, Tensor) and inputs and weight.device != inputs[0].device:
+        vars(loss)["weight"] = weight.to(inputs[0].device)
 
 
 class _FirstWeight:

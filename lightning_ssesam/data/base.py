@@ -119,5 +119,8 @@ class LongTailDataModule(pl.LightningDataModule):
             self.prepare_data()
             self.setup("fit")
         if name not in self._sets:
-            raise NotImplementedError(f"Expected {type(self).__name__} to override `make_sets` or `{name}_dataloader`.")
+            raise NotImplementedError(
+                f"Expected {type(self).__name__} to override `make_sets`, whose sets include {name!r}, or"
+                f" `{name}_dataloader`, but its sets are {sorted(self._sets)}."
+            )
         return self._sets[name]

@@ -79,11 +79,8 @@ class CIFAR10LT(LongTailDataModule):
         self.seed = check_integer("seed", seed, minimum=0)
         self.train_transform, self.test_transform = train_transform, test_transform
         self.download = download
-        self.class_counts = long_tailed_counts(self._num_classes, self._max_count, imbalance_factor, profile)
-
-    @property
-    def _max_count(self) -> int:
-        return self._train_per_class - self.val_per_class
+        left = self._train_per_class - val_per_class
+        self.class_counts = long_tailed_counts(self._num_classes, left, imbalance_factor, profile)
 
     @override
     def prepare_data(self) -> None:
@@ -104,7 +101,7 @@ class CIFAR10LT(LongTailDataModule):
         rest = Subset(train, left.tolist())
         sets = {
             "test": test,
-            "train": LongTailed(rest, self.imbalance_factor, self.profile, self.seed, self._max_count),
+            "train": LongTailed(rest, self.imbalance_factor, self.profile, self.seed),
         }
         if not self.val_is_test:
             # The same arrays, with the transform of the test images.

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_integer
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms, read_image
 
 _BOM = b"\xef\xbb\xbf"
+
+# Labels are kept in 32 bits.
+_MOST_CLASSES = 2**31
 
 
 class ImageList(ImageFiles):
@@ -32,7 +35,7 @@ class ImageList(ImageFiles):
     Args:
         path: The list file.
         root: The folder that the paths in it start from.
-        num_classes: C, an integer >= 1; by default the largest label + 1.
+        num_classes: C, an integer in [1, 2**31]; by default the largest label + 1.
         transform: From a PIL image in RGB to what a batch is made of.
 
     Raises:
@@ -48,7 +51,9 @@ class ImageList(ImageFiles):
         num_classes: int | None = None,
         transform: Transform | None = None,
     ) -> None:
-        limit = 2**31 if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
+        limit = _MOST_CLASSES if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
+        if limit > _MOST_CLASSES:
+            raise bad_argument("num_classes", f"at most {_MOST_CLASSES}", num_classes)
         self.list_file, self.root, self.transform = str(path), str(root), transform
         try:
             starts, labels = _scan(self.list_file, limit)

@@ -1,6 +1,5 @@
 """The label of every sample, from whatever a data set keeps them in."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,31 +7,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_ssesam._validation import Phrase, bad_argument
-from lightning_ssesam.split import _as_tensor
-
-
-def as_labels(labels: Sequence[int] | Tensor, name: str = "labels") -> Tensor:
-    """Return labels as an int64 vector ``(N,)``.
-
-    Args:
-        labels: Class indices, integers >= 0, at least one.
-        name: What the error calls them.
-
-    Raises:
-        ValueError: If they are anything else.
-
-    """
-    expected = "a non-empty vector of class indices"
-    values = _as_tensor(name, expected, labels)
-    whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
-    if values.ndim != 1 or values.numel() == 0 or not whole:
-        got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
-        raise bad_argument(name, expected, got)
-    # Unsigned integers have no `min`.
-    values = values.long()
-    if int(values.min()) < 0:
-        raise bad_argument(name, expected, Phrase(f"a label of {int(values.min())}"))
-    return values
+from lightning_ssesam.split import as_labels
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -46,7 +21,8 @@ def labels_of(dataset: Any) -> Tensor:
 
     """
     if isinstance(dataset, Subset):
-        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+        chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
+        return as_labels(labels_of(dataset.dataset)[chosen], "labels of Subset")
     labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
     if len(labels) != len(dataset):
         raise bad_argument(

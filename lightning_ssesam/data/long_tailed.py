@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_integer
-from lightning_ssesam.data.labels import as_labels, labels_of
+from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.profiles import Profile, largest_max_count, long_tailed_counts, long_tailed_indices
-from lightning_ssesam.split import ClassSplit, count_labels
+from lightning_ssesam.split import ClassSplit, as_labels, count_labels
 
 Sample = TypeVar("Sample", covariant=True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.split import as_labels
 
 Profile = Literal["exponential", "step"]
 
@@ -76,25 +77,25 @@ def long_tailed_indices(
     """Choose at random which samples make a long-tailed data set.
 
     Args:
-        labels: The label of every sample at hand, shape ``(N,)``.
-        class_counts: Samples to keep of each class, shape ``(C,)``.
+        labels: The label of every sample at hand, shape ``(N,)``, integers in [0, C).
+        class_counts: Samples to keep of each class, shape ``(C,)``, integers >= 0.
         generator: Source of the random choice.
 
     Returns:
         Indices into ``labels``, in ascending order, int64.
 
     Raises:
-        ValueError: If a class has fewer samples than it should keep.
+        ValueError: If an argument is out of range, or a class has fewer samples than it should keep.
 
     """
-    labels = torch.as_tensor(labels)
+    labels = as_labels(labels, num_classes=len(class_counts))
     # Sorted once, so that it stays fast with thousands of classes.
     order = labels.argsort(stable=True)
     bounds = torch.searchsorted(labels[order], torch.arange(len(class_counts) + 1)).tolist()
     chosen = []
     for label, count in enumerate(class_counts):
         members = order[bounds[label] : bounds[label + 1]]
-        if len(members) < count:
+        if len(members) < check_integer("class_counts", count, minimum=0):
             raise bad_argument("class_counts", f"at most the {len(members)} samples at hand of class {label}", count)
         chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return torch.cat(chosen).sort().values

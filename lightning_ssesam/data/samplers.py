@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
-from lightning_ssesam.data.labels import as_labels
+from lightning_ssesam.split import as_labels
 
 
 class ClassSampler(DistributedSampler[int]):

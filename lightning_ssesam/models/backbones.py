@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -84,11 +85,16 @@ class NormalizedLinear(nn.Module):
 
     @override
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(F.normalize(features), F.normalize(self.weight))
+        return F.linear(_directions(features), _directions(self.weight))
 
     @override
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    # The usual 1e-12 is 0 in float16, by which a vector of zeros would be divided.
+    return F.normalize(vectors, eps=max(1e-12, torch.finfo(vectors.dtype).tiny))
 
 
 class CIFARResNet(nn.Module):
@@ -212,6 +218,8 @@ class TorchvisionResNet(nn.Module):
         check_choice("arch", arch, [name for name in models.list_models(module=models) if "resne" in name])
         if weights is not None and (stem, norm) != ("imagenet", "batch"):
             raise bad_argument("weights", "None where stem and norm are not 'imagenet' and 'batch'", weights)
+        if weights is not None:
+            check_choice("weights", weights.rpartition(".")[2], list(models.get_model_weights(arch).__members__))
         options = {"norm_layer": _group_norm} if norm == "group" else {}
         net = models.get_model(arch, weights=weights, **options)
         if stem == "cifar":
