@@ -113,6 +113,8 @@ class ClassSplit:
             ValueError: If a label is out of range, or a class has no training sample.
 
         """
+        if num_classes is not None:
+            check_integer("num_classes", num_classes, minimum=1)
         values = as_labels(labels, num_classes=num_classes)
         counts = count_labels(values, num_classes or 0)
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
@@ -167,7 +169,7 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
     Args:
         labels: Class indices, integers >= 0, at least one.
         name: What the error calls them.
-        num_classes: C, an integer >= 1, if labels have to be less than it.
+        num_classes: C, if labels have to be less than it.
 
     Raises:
         ValueError: If they are anything else.
@@ -182,7 +184,7 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
     # Unsigned integers have no `min`.
     values = values.long()
     smallest, largest = int(values.min()), int(values.max())
-    if smallest < 0 or (num_classes is not None and largest >= check_integer("num_classes", num_classes, minimum=1)):
+    if smallest < 0 or (num_classes is not None and largest >= num_classes):
         expected = f"class indices in [0, {'C' if num_classes is None else num_classes})"
         raise bad_argument(name, expected, Phrase(f"values from {smallest} to {largest}"))
     return values

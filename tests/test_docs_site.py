@@ -126,16 +126,16 @@ def browser(tmp_path_factory):
         yield browser
 
 
-# The width decides about the layout and the scheme about colours: two looks see all four.
-LOOKS = [(1280, False), (390, True)]
+# Each page at both widths and in both schemes, and every other page with them the other way round.
+LOOKS = [[(1280, False), (390, True)], [(1280, True), (390, False)]]
 
 
 @NEEDS_BROWSER
 def test_in_a_browser(pages, browser):
-    for path in pages:
+    for number, path in enumerate(pages):
         browser.get(path.as_uri())
         assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth)"), path.name
-        for width, dark in LOOKS:
+        for width, dark in LOOKS[number % 2]:
             show_as(browser, width, dark)
             inner, scrolled = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
             assert inner == width, path.name

@@ -75,8 +75,6 @@ class DeferredReweighting(Switch):
             # average weights pair the buffers of two copies.
             loss._buffers.pop("weight", None)
             vars(loss)["weight"] = weight
-            if _follow_the_logits not in loss._forward_pre_hooks.values():
-                loss.register_forward_pre_hook(_follow_the_logits)
         else:
             loss.weight = weight  # type: ignore[assignment]
         first.is_replaced = switched
@@ -101,6 +99,8 @@ def _first_weight(loss: nn.Module) -> _FirstWeight:
     # With the loss and not in the callback: another one may train the module next.
     if "_first_weight" not in vars(loss):
         vars(loss)["_first_weight"] = _FirstWeight(loss.weight)  # type: ignore[arg-type]
+        if loss.weight is None:
+            loss.register_forward_pre_hook(_follow_the_logits)
     first: _FirstWeight = vars(loss)["_first_weight"]
     return first
 

@@ -20,9 +20,6 @@ def labels_of(dataset: Any) -> Tensor:
         ValueError: If there are none, or they are not class indices, one a sample.
 
     """
-    if isinstance(dataset, Subset):
-        chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
-        return as_labels(labels_of(dataset.dataset)[chosen], "labels of Subset")
     labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
     if len(labels) != len(dataset):
         raise bad_argument(
@@ -32,6 +29,8 @@ def labels_of(dataset: Any) -> Tensor:
 
 
 def _kept_labels(dataset: Any) -> Any:
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
         return dataset.tensors[1]
     for name in ("targets", "labels"):
