@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -97,6 +98,11 @@ class Experiment:
     trainer: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        own = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
+        _check_names("model", self.model, LongTailClassifier, own)
+        _check_names("trainer", self.trainer, pl.Trainer, {"max_epochs", "callbacks"})
+
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
         thresholds = {"many_above": data.many_above, "few_below": data.few_below}
@@ -133,7 +139,7 @@ class Experiment:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "devices": "auto" if device is None else [device],
+            "devices": "auto" if device is None or self.trainer.get("accelerator") == "cpu" else [device],
         }
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**silent, **self.trainer})
 
@@ -184,6 +190,9 @@ class Experiment:
             (tested,) = trainer.test(model, datamodule=data, verbose=False)
         run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
         run.confusion = {name: tested[f"test/{name}"] for name in CONFUSIONS}
+        # A training that was stopped early has nothing to show for the epochs that it was spared.
+        for curve in run.curves.values():
+            curve += [math.nan] * (self.epochs - len(curve))
         epoch = max(range(self.epochs), key=lambda epoch: _or_nothing(run.curves["all"][epoch]))
         run.best = {group: curve[epoch] for group, curve in run.curves.items()}
         run.seconds = time.perf_counter() - start
@@ -256,6 +265,13 @@ class _Recorder(Callback):
         """Called before the module resets its metrics: note the recalls."""
         assert isinstance(pl_module, LongTailClassifier)
         self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
+
+
+def _check_names(name: str, arguments: dict[str, Any], of: type, own: set[str]) -> None:
+    allowed = inspect.signature(of).parameters.keys() - own
+    if wrong := sorted(arguments.keys() - allowed):
+        kept = f", but for those set elsewhere ({', '.join(sorted(own))})"
+        raise bad_argument(name, f"arguments of {of.__name__}{kept}", Phrase(", ".join(map(repr, wrong))))
 
 
 def _or_nothing(accuracy: float) -> float:

@@ -206,14 +206,20 @@ class _Watch(Callback):
         """Called after validation: report, and stop a trial that is not worth its time."""
         import optuna
 
-        accuracy = {group: trainer.callback_metrics[f"val/acc_{group}"].item() for group in GROUPS}
+        if not (accuracy := _accuracies(trainer)):
+            return
         self.trial.report(_value(accuracy, self.metric), self.epoch)
         self.epoch += 1
         self._keep([*self.finished, accuracy])
         if (trainer.current_epoch + 1) >= self.earliest * (trainer.max_epochs or 1) and self.trial.should_prune():
             raise optuna.TrialPruned
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            self.finished.append(accuracy)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the last epoch: note what the trial came to."""
+        if not (accuracy := _accuracies(trainer)):
+            raise bad_argument("trainer", "settings with which it validates at least once", Phrase("none at all"))
+        self.finished.append(accuracy)
 
     def finish(self) -> float:
         """Return what the trial came to, averaged over its seeds."""
@@ -224,6 +230,12 @@ class _Watch(Callback):
         for group, value in means.items():
             self.trial.set_user_attr(group, value)
         return means
+
+
+def _accuracies(trainer: pl.Trainer) -> dict[str, float]:
+    """Return the last validation's accuracies; none before the first, which may take more than an epoch."""
+    metrics = trainer.callback_metrics
+    return {group: metrics[f"val/acc_{group}"].item() for group in GROUPS if f"val/acc_{group}" in metrics}
 
 
 def _value(accuracy: dict[str, float], metric: str) -> float:

@@ -132,7 +132,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
         cells = [spread([run.accuracy[group] for run in of]) for group in GROUPS]
         cells.append(spread([run.best["all"] for run in of]))
         cells += [format_difference(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(cells)} |")
     lines += [
         "",
         f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* leaves out 0).",

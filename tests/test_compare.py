@@ -283,7 +283,7 @@ class DeadlyNet:
 def test_what_cannot_be_built_replaces_nothing():
     Path("comparison").mkdir()
     Path("comparison/results.csv").write_text("earlier")
-    for wrong in ("--backbone.width=9", "--optimizer.lr=-1", "--model={nonsense: 1}", "--trainer={nonsense: 1}"):
+    for wrong in ("--backbone.width=9", "--optimizer.lr=-1"):
         with pytest.raises((SystemExit, ValueError, TypeError)):
             main(["compare", wrong])
     assert Path("comparison/results.csv").read_text() == "earlier"
@@ -293,6 +293,19 @@ def test_divergence_is_reported(capsys):
     compare("ERM", seeds=1, epochs=2, optimizer=lambda params: torch.optim.SGD(params, lr=1e20))
     assert "Diverged, with a loss that is not finite: ERM with seed 0" in capsys.readouterr().out
     assert "Diverged, with a loss that is not finite: ERM with seed 0" in Path("comparison/report.html").read_text()
+
+
+def test_a_training_may_stop_early_and_validate_now_and_then():
+    (run,) = compare("ERM", seeds=1, epochs=5, trainer={"max_steps": 27, "check_val_every_n_epoch": 2})
+    seen = [not math.isnan(value) for value in run.curves["all"]]
+    assert seen == [False, True, True, False, False]
+    assert run.best["all"] == run.curves["all"][1]
+    assert Path("comparison/report.html").exists()
+
+
+def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
+    experiment = Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1, trainer={"accelerator": "cpu"})
+    assert experiment.make_trainer([], device=3).num_devices == 1
 
 
 @pytest.mark.parametrize(
@@ -314,6 +327,12 @@ def test_divergence_is_reported(capsys):
             "`output` to be a folder that can be made (Not a directory), but got 'file/here/",
         ),
         (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
+        (["--model={nonsense: 1}"], "`model` to be arguments of LongTailClassifier, but for those set elsewhere"),
+        (
+            ["--trainer={precison: 16, max_epochs: 3}"],
+            "`trainer` to be arguments of Trainer, but for those set elsewhere (callbacks, max_epochs),"
+            " but got 'max_epochs', 'precison'",
+        ),
     ],
 )
 def test_refuses_before_it_trains(arguments, message, monkeypatch):
@@ -352,6 +371,7 @@ class TestTables:
         lines = markdown_table(self.RUNS).splitlines()
         assert {line.count("|") for line in lines if line.startswith("|")} == {11}
         assert "| 81.0 ± 11.0 | +21.0 ± 2.5* | +21.0 ± 2.5* |" in lines[5]
+        assert markdown_table([made_up("a|b", 0)]).splitlines()[4].count("|") == 11
 
     def test_differences_are_paired(self):
         assert differences(self.RUNS)["SSESAM"]["tail"].mean == pytest.approx(21)

@@ -57,6 +57,7 @@ def trained(monkeypatch):
         trainer = FakeTrainer(self.epochs, lambda group, epoch: worth * (epoch + 1) / self.epochs)
         for trainer.current_epoch in range(self.epochs):
             callbacks[0].on_train_epoch_end(trainer, None)
+        callbacks[0].on_train_end(trainer, None)
 
     monkeypatch.setattr(Experiment, "fit", fit)
     return seen
@@ -135,12 +136,29 @@ def test_metric(metric, expected, monkeypatch):
     values = {"head": 0.8, "tail": 0.1, "all": 0.5, "many": 1.0, "medium": 0.3, "few": 0.0}
 
     def fit(self, seed, callbacks):
-        callbacks[0].on_train_epoch_end(FakeTrainer(1, lambda group, epoch: values[group]), None)
+        trainer = FakeTrainer(1, lambda group, epoch: values[group])
+        callbacks[0].on_train_epoch_end(trainer, None)
+        callbacks[0].on_train_end(trainer, None)
 
     monkeypatch.setattr(Experiment, "fit", fit)
     sweep(trials=1, epochs=1, metric=metric)
     assert load().best_value == pytest.approx(expected)
     assert {group: float(rows()[0][group]) for group in GROUPS} == values
+
+
+def test_validation_now_and_then():
+    sweep(trials=1, epochs=3, trainer={"check_val_every_n_epoch": 3})
+    assert len(load().trials[0].intermediate_values) == 1
+
+
+def test_a_training_may_stop_early():
+    result = sweep(trials=1, epochs=3, trainer={"max_steps": 10})
+    assert result["all"] == float(rows()[0]["all"]) > 0
+
+
+def test_refuses_never_to_validate():
+    with pytest.raises(ValueError, match="`trainer` to be settings with which it validates at least once"):
+        sweep(trials=1, epochs=1, trainer={"limit_val_batches": 0})
 
 
 def test_a_trial_that_was_cut_off_is_made_again(trained, monkeypatch):
