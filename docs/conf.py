@@ -11,8 +11,8 @@ import lightning_ssesam
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "lightning-ssesam"
-author = "the authors of lightning-ssesam"
-copyright = "the authors of lightning-ssesam. Apache License 2.0"
+author = "lightning-ssesam developers"
+copyright = f"{author}. Apache License 2.0"
 version = release = lightning_ssesam.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
