@@ -10,16 +10,17 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from helpers import batches_loader, classification_batch, convbn, mlp, planned_runs
 from PIL import Image
 
-from lightning_ssesam import ClassSplit
+from lightning_ssesam import ClassSplit, objectives
 from lightning_ssesam.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def code_of(name):
@@ -40,6 +41,18 @@ def test_readme():
     assert trainer.global_step == 10
     assert model.objective.stage == 2
     assert len(torch.where(model.objective.split.tail)[0]) == 2
+
+
+@pytest.mark.usefixtures("float64")
+def test_contributing():
+    """The objective of the example passes its test, and fails it with the radii swapped."""
+    code = code_of("CONTRIBUTING.md")
+    swapped = code.replace("(head), self.rho)", "(head), 0.0)").replace("(tail), 0.0)", "(tail), self.rho)")
+    for text, holds in ((code, True), (swapped, False)):
+        names = {**vars(helpers), **vars(objectives)}
+        exec(text, names)
+        with contextlib.nullcontext() if holds else pytest.raises(AssertionError, match="not close"):
+            names["test_head_sam_equals_its_naive_twin"]()
 
 
 def test_method(capsys):
@@ -216,7 +229,7 @@ def _quiet():
 
 def test_every_page_with_code_is_run():
     with_code = {page.stem for page in PAGES if "```python\n" in page.read_text()}
-    with_tests_of_their_own = {"README", "method", "performance", "toolkit", "trainer"}
+    with_tests_of_their_own = {"README", "CONTRIBUTING", "method", "performance", "toolkit", "trainer"}
     assert with_code - with_tests_of_their_own == set(RUN_AS_THEY_ARE)
 
 
