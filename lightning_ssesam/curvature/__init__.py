@@ -1,0 +1,26 @@
+"""Curvature of the loss per group of classes: eigenvalues, trace, spectral density, sharpness."""
+
+from lightning_ssesam.curvature.hessian import Hessian
+from lightning_ssesam.curvature.lanczos import (
+    Eigenvalues,
+    SpectralDensity,
+    Trace,
+    estimate_trace,
+    extreme_eigenvalues,
+    spectral_density,
+)
+from lightning_ssesam.curvature.measure import Curvature, group_masks, measure_curvature, sharpness
+
+__all__ = [
+    "Curvature",
+    "Eigenvalues",
+    "Hessian",
+    "SpectralDensity",
+    "Trace",
+    "estimate_trace",
+    "extreme_eigenvalues",
+    "group_masks",
+    "measure_curvature",
+    "sharpness",
+    "spectral_density",
+]
