@@ -1,6 +1,6 @@
 """Class-imbalanced, sharpness-aware training for PyTorch Lightning."""
 
-from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch
+from lightning_ssesam.callbacks import CurvatureMonitor, DeferredReweighting, StageSwitch
 from lightning_ssesam.data import DigitsLT
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
@@ -15,6 +15,7 @@ __all__ = [
     "SAM",
     "SSESAM",
     "ClassSplit",
+    "CurvatureMonitor",
     "DeferredReweighting",
     "DigitsLT",
     "HeadTailAccuracy",

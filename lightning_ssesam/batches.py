@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -62,6 +63,25 @@ def pick_samples(item: Any, index: Tensor, size: int) -> Any:
 def clone_tensors(batch: Any) -> Any:
     """Return a batch to be kept, as a loader may write the next one into the same memory."""
     return apply_to_collection(batch, Tensor, Tensor.clone)
+
+
+def find_targets(batch: Any, owner: str) -> Tensor:
+    """Return the second item of a pair, or ``batch["target"]``, ``batch["label"]`` or ``batch["labels"]``.
+
+    Raises:
+        MisconfigurationException: If there is none; names the class ``owner`` as the place to say where they are.
+
+    """
+    if isinstance(batch, Mapping):
+        for key in ("target", "label", "labels"):
+            if key in batch:
+                return torch.as_tensor(batch[key])
+    elif isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[1]
+    raise MisconfigurationException(
+        "Expected a batch that is a pair (inputs, targets) or a mapping with the key 'target', 'label' or"
+        f" 'labels', but got {describe(batch)}. Override `sample_targets(self, batch)` in `{owner}`."
+    )
 
 
 def describe(batch: Any) -> str:

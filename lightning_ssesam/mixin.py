@@ -1,6 +1,7 @@
 """The training step: batch to terms to gradient to optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
-from lightning_ssesam.batches import HostTargets, clone_tensors, describe, pick_samples, terms_of_union
+from lightning_ssesam.batches import HostTargets, clone_tensors, find_targets, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
 from lightning_ssesam.lightning_loops import (
@@ -140,17 +141,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         By default the second item of a pair, or ``batch["target"]``, ``batch["label"]`` or ``batch["labels"]``.
         Override it for batches of another form.
         """
-        if isinstance(batch, Mapping):
-            for key in ("target", "label", "labels"):
-                if key in batch:
-                    return torch.as_tensor(batch[key])
-        elif isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
-            return batch[1]
-        raise MisconfigurationException(
-            "Expected a batch that is a pair (inputs, targets) or a mapping with the key 'target', 'label' or"
-            f" 'labels', but got {describe(batch)}. Override `sample_targets(self, batch)` in"
-            f" `{type(self).__name__}`."
-        )
+        return find_targets(batch, type(self).__name__)
 
     def select_samples(self, batch: Any, index: Tensor) -> Any:
         """Return the batch with only the samples at ``index`` ``(M,)``, a CPU tensor; used by split passes.
@@ -169,6 +160,15 @@ class SharpnessAwareMixin(pl.LightningModule):
         sample is seen once.
         """
         return self._current_pass == "clean"
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Let :meth:`sample_losses` be called between steps, to measure: it logs nothing."""
+        before, self._current_pass = self._current_pass, "repeated"
+        try:
+            yield
+        finally:
+            self._current_pass = before
 
     # What the mixin does.
 

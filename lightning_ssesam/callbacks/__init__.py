@@ -1,7 +1,8 @@
 """Callbacks."""
 
+from lightning_ssesam.callbacks.curvature_monitor import CurvatureMonitor
 from lightning_ssesam.callbacks.deferred_reweighting import DeferredReweighting
 from lightning_ssesam.callbacks.stage_switch import StageSwitch
 from lightning_ssesam.callbacks.switch import Switch
 
-__all__ = ["DeferredReweighting", "StageSwitch", "Switch"]
+__all__ = ["CurvatureMonitor", "DeferredReweighting", "StageSwitch", "Switch"]

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,10 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice
-from lightning_ssesam.batches import pick_samples
+from lightning_ssesam.batches import find_targets, pick_samples
 from lightning_ssesam.engine import NonFiniteError
 from lightning_ssesam.lightning_loops import is_compiled
-from lightning_ssesam.mixin import SharpnessAwareMixin
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -212,7 +211,7 @@ class Hessian:
         """Return the targets and how much of each sample is the group's."""
         if self.classes is None:
             return None, None
-        find = getattr(self.model, "sample_targets", None) or partial(_sample_targets, self.model)
+        find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
         targets = find(batch).detach().cpu()
         if targets.is_floating_point():
             return targets, targets.double().movedim(1, -1) @ self.classes.double()
@@ -230,7 +229,7 @@ class Hessian:
         with ExitStack() as stack:
             # Modes are put back one by one: a module may have been in evaluation mode in part.
             stack.callback(_set_modes, modes)
-            stack.enter_context(_silent(self.model))
+            stack.enter_context(getattr(self.model, "_measuring", nullcontext)())
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -277,10 +276,6 @@ class _Losses(nn.Module):
         return self.sample_losses(self.model, batch)
 
 
-# Needs nothing of the mixin but its name.
-_sample_targets: Callable[[Any, Any], Tensor] = SharpnessAwareMixin.sample_targets
-
-
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
     for layer, mode in modes.items():
         layer.training = mode
@@ -289,19 +284,6 @@ def _set_modes(modes: dict[nn.Module, bool]) -> None:
 def _own_sample_losses(model: Any, batch: Any) -> Tensor:
     losses: Tensor = model.sample_losses(batch)
     return losses
-
-
-@contextmanager
-def _silent(model: nn.Module) -> Iterator[None]:
-    """Log nothing that the module logs."""
-    if not isinstance(model, SharpnessAwareMixin):
-        yield
-        return
-    before, model._current_pass = model._current_pass, "repeated"
-    try:
-        yield
-    finally:
-        model._current_pass = before
 
 
 def _is_of_batch(layer: _BatchNorm) -> bool:
