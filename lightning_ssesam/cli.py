@@ -103,7 +103,8 @@ def _names_given(args: list[str]) -> set[str]:
         option, _, value = arg.partition("=")
         path = Path(value or "".join(args[position + 1 : position + 2]))
         if option == "--config" and path.is_file() and isinstance(content := yaml.safe_load(path.read_text()), dict):
-            names |= content.keys()
+            # Arguments without a class are for the default one.
+            names |= {name for name, value in content.items() if not isinstance(value, dict) or "class_path" in value}
     return names
 
 
@@ -165,6 +166,8 @@ def _shipped_configs(command: str) -> list[str]:
     """Return the names of the shipped YAML files for a command, without their suffix."""
     names = sorted(resource.name for resource in files("lightning_ssesam.configs").iterdir())
     names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
+    if command == "sweep":
+        return []
     return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 
@@ -179,7 +182,8 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
         if option not in ("--config", "-c") or Path(value).exists():
             continue
         if value not in shipped:
-            sys.exit(f"error: Expected `--config` to be a YAML file or one of {', '.join(shipped)}, but got {value!r}.")
+            expected = f"a YAML file or one of {', '.join(shipped)}" if shipped else "a YAML file"
+            sys.exit(f"error: Expected `--config` to be {expected}, but got {value!r}.")
         with as_file(files("lightning_ssesam.configs") / f"{value}.yaml") as path:
             resolved[position] = f"{option}={path}" if equals else str(path)
     return resolved

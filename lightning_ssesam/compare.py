@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from tqdm.auto import tqdm
 
-from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
+from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer, check_radius
+from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.models import BackboneFactory, SmallConvNet
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
@@ -28,6 +29,9 @@ from lightning_ssesam.tables import format_table, write_runs
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
 
 DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+# What has to be the same for all methods, since their accuracies are by it.
+_GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
 
 # The methods come one after the other for every seed, so that whatever ends early is a fair comparison.
 _Task = tuple[Experiment, str, int]
@@ -150,11 +154,14 @@ def compare(
         split = experiments[0].make_split(module)
         fingerprints = {experiment.method: experiment.fingerprint(split) for experiment in experiments}
         experiments[0].make_trainer([])
-    module.prepare_data()
+    # Here, not in several processes at once.
+    for make_data in (data, *(method.data for method in of_method.values() if method.data)):
+        make_data().prepare_data()
     store = RunStore(output / "runs")
     tasks = [(experiment, fingerprints[experiment.method], seed) for seed in range(seeds) for experiment in experiments]
     runs = _finish(tasks, store, jobs, output)
-    comparison = Comparison(runs, split, module, epochs, gamma if _has_stages(experiments) else None, config)
+    switch = gamma if any(map(_switches_at_gamma, experiments)) else None
+    comparison = Comparison(runs, split, module, epochs, switch, config)
     print(format_table(runs))
     written = write_report(comparison, output)
     print(f"\nWritten: {', '.join(str(path) for path in written)}")
@@ -163,8 +170,12 @@ def compare(
 
 def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
     if isinstance(methods, dict) and methods:
+        for name, method in methods.items():
+            if wrong := sorted(method.model.keys() & _GROUPINGS):
+                got = Phrase(f"{', '.join(wrong)} for {name!r}")
+                raise bad_argument("methods", f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})", got)
         return methods
-    names = methods.split(",") if isinstance(methods, str) else list(methods)
+    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
         raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
     makers: dict[str, Callable[[], Objective]] = {
@@ -176,8 +187,9 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
     return {name: Method(makers[name]) for name in names}
 
 
-def _has_stages(experiments: list[Experiment]) -> bool:
-    return any(experiment.objective().num_stages > 1 for experiment in experiments)
+def _switches_at_gamma(experiment: Experiment) -> bool:
+    own = any(isinstance(callback, StageSwitch) for callback in experiment.callbacks)
+    return experiment.objective().num_stages > 1 and not own
 
 
 def _finish(tasks: list[_Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
@@ -230,7 +242,8 @@ def _in_processes(tasks: list[_Task], jobs: int) -> Iterator[Run]:
         with tqdm(total=len(tasks), unit="run") as progress:
             while waiting:
                 ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ended:
+                # What has ended well is kept, if another one fails at the same time.
+                for future in sorted(ended, key=lambda future: future.exception() is not None):
                     run = future.result()
                     progress.update()
                     progress.set_description(f"{run.method}, seed {run.seed}")

@@ -25,11 +25,24 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 _MOST_POINTS = 40
 
 
-def _style(number: int) -> tuple[str, str]:
+def method_style(number: int) -> tuple[str, str]:
+    """Return color and marker of the method of this number."""
     return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
 
 
-def draw_comparison(runs: Sequence[Run], split: ClassSplit, switch_epoch: float | None, title: str, path: Path) -> Path:
+def _label(name: str) -> str:
+    """Return a method's name such that matplotlib takes it for no formula, and leaves it in the legend."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def draw_comparison(
+    runs: Sequence[Run],
+    split: ClassSplit,
+    switch_epoch: float | None,
+    title: str,
+    path: Path,
+    validation: str = "validation",
+) -> Path:
     """Draw per-class accuracy against class rank, and head and tail accuracy over epochs.
 
     Args:
@@ -38,6 +51,7 @@ def draw_comparison(runs: Sequence[Run], split: ClassSplit, switch_epoch: float 
         switch_epoch: Epoch at which stage 2 begins, or None where no method has stages.
         title: Heading of the picture.
         path: The PNG to write.
+        validation: The set that the curves are on.
 
     Returns:
         ``path``.
@@ -49,7 +63,7 @@ def draw_comparison(runs: Sequence[Run], split: ClassSplit, switch_epoch: float 
     _draw_classes(per_class, methods, split)
     for ax, group in ((head, "head"), (tail, "tail")):
         _draw_curves(ax, {name: [run.curves[group] for run in of] for name, of in methods.items()}, switch_epoch)
-        ax.set_title(f"{group.capitalize()} classes (validation)")
+        ax.set_title(f"{group.capitalize()} classes ({validation})")
     per_class.set(title="Every class (test)", ylabel="accuracy in %", ylim=(-2, 102))
     handles, labels = per_class.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
@@ -73,10 +87,12 @@ def draw_trade_off(runs: Sequence[Run], title: str, path: Path) -> Path:
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
     for number, (name, of) in enumerate(by_method(runs).items()):
-        color, marker = _style(number)
+        color, marker = method_style(number)
         head, tail = (100 * np.array([run.accuracy[group] for run in of]) for group in ("head", "tail"))
         ax.scatter(head, tail, s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        ax.scatter(head.mean(), tail.mean(), s=90, color=color, marker=marker, edgecolors="white", label=name, zorder=3)
+        ax.scatter(
+            head.mean(), tail.mean(), s=90, color=color, marker=marker, edgecolors="white", label=_label(name), zorder=3
+        )
     ax.set(xlabel="head accuracy in % (test)", ylabel="tail accuracy in % (test)")
     ax.set_title(title, wrap=True)
     ax.margins(0.1)
@@ -111,7 +127,7 @@ def draw_confusion(runs: Sequence[Run], path: Path) -> Path:
         left = np.zeros(len(methods))
         labels = ("the right class", "another head class", "another tail class")
         for values, label, color in zip(shares, labels, ("#009E73", "#56B4E9", "#E69F00"), strict=True):
-            bars = ax.barh(list(methods), values, left=left, color=color, label=label)
+            bars = ax.barh([_label(name) for name in methods], values, left=left, color=color, label=label)
             ax.bar_label(bars, [f"{v:.0f}" if v >= 6 else "" for v in values], label_type="center", fontsize=8)
             left = left + np.nan_to_num(np.array(values))
         ax.set(title=f"Test samples of {group} classes", xlim=(0, 100), xlabel="taken for, in %")
@@ -156,11 +172,11 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
         first = int(np.argmax(is_tail))
         ax.axvspan(first - 0.5, len(order) - 0.5, color="0.93", label="tail classes")
     for number, (name, runs) in enumerate(methods.items()):
-        color, marker = _style(number)
+        color, marker = method_style(number)
         shift = 0.24 * ((number + 0.5) / len(methods) - 0.5) * len(order) / len(groups)
         recalls = [[_nanmean(np.array(run.class_recalls)[group]) for group in groups] for run in runs]
         mean, spread = _mean_and_spread(recalls)
-        ax.errorbar(ranks + shift, mean, spread, marker=marker, color=color, label=name, capsize=2)
+        ax.errorbar(ranks + shift, mean, spread, marker=marker, color=color, label=_label(name), capsize=2)
     # At most some twelve labels fit.
     shown = np.arange(len(order))[:: max(1, len(order) // 12)]
     ax.set_xticks(shown, [f"{count:,}" for count in counts[order][shown]], rotation=0 if len(order) <= 12 else 45)
@@ -171,10 +187,11 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
 
 def _draw_curves(ax: Axes, curves: dict[str, list[list[float]]], switch_epoch: float | None) -> None:
     for number, runs in enumerate(curves.values()):
-        color = _style(number)[0]
+        color = method_style(number)[0]
         mean, spread = _mean_and_spread(runs)
         epochs = np.arange(1, len(mean) + 1)
-        ax.plot(epochs, mean, color=color)
+        # More methods than colors.
+        ax.plot(epochs, mean, color=color, linestyle="-" if number < len(_COLORS) else "--")
         ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     if switch_epoch is not None:
         ax.axvline(switch_epoch, color="0.4", linestyle="--", linewidth=1)

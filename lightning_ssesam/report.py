@@ -39,7 +39,7 @@ class Comparison:
         split: The class split of the training set.
         data: The data module.
         epochs: Length of each training.
-        gamma: Share of the training after which stage 2 begins, or None where no method has stages.
+        gamma: Share of the training after which stage 2 begins, or None where no method is switched there.
         config: The configuration that repeats it, as YAML, if there is one.
 
     """
@@ -60,11 +60,12 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     runs, name = comparison.runs, type(comparison.data).__name__
     title = f"{name}: mean over {seeds_of(runs)}, with one standard deviation"
     switch = None if comparison.gamma is None else comparison.gamma * comparison.epochs
+    validation = _validation_set(comparison)
     write_runs(runs, folder / "results.csv")
     write_summary(runs, folder / "summary.csv")
-    (folder / "table.md").write_text(markdown_table(runs), encoding="utf-8")
+    (folder / "table.md").write_text(markdown_table(runs, validation), encoding="utf-8")
     pictures = [
-        draw_comparison(runs, comparison.split, switch, title, folder / "comparison.png"),
+        draw_comparison(runs, comparison.split, switch, title, folder / "comparison.png", validation),
         draw_trade_off(runs, f"{name}: every run (small) and the mean over {seeds_of(runs)}", folder / "trade_off.png"),
         draw_confusion(runs, folder / "confusion.png"),
     ]
@@ -82,7 +83,7 @@ def _render(comparison: Comparison, name: str, pictures: Sequence[Path]) -> str:
         facts=_facts(comparison),
         groups=GROUPS,
         seeds=seeds_of(runs),
-        validation="test" if comparison.data.val_is_test else "validation",
+        validation=_validation_set(comparison),
         summary={
             method: {
                 "last": {group: spread([run.accuracy[group] for run in of]) for group in GROUPS},
@@ -109,7 +110,7 @@ def _render(comparison: Comparison, name: str, pictures: Sequence[Path]) -> str:
 def _facts(comparison: Comparison) -> dict[str, Any]:
     split, counts = comparison.split, comparison.split.class_counts
     seconds = sum(run.seconds for run in comparison.runs)
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    devices = ", ".join(sorted({run.device for run in comparison.runs} - {""}))
     return {
         "Training samples": f"{int(counts.sum()):,} of {split.num_classes:,} classes, {int(counts.max()):,} of the"
         f" largest and {int(counts.min()):,} of the smallest",
@@ -119,17 +120,21 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "Training": f"{comparison.epochs} epochs"
         + ("" if comparison.gamma is None else f", stage 2 after {100 * comparison.gamma:g} % of them"),
         "Made with": f"lightning-ssesam {lightning_ssesam.__version__}, torch {torch.__version__}, lightning"
-        f" {pl.__version__}, Python {platform.python_version()}, on {hardware}",
+        f" {pl.__version__}, Python {platform.python_version()}" + (f", on {devices}" if devices else ""),
         "Time": f"{seconds / 60:.1f} minutes of training, summed over the runs",
     }
 
 
+def _validation_set(comparison: Comparison) -> str:
+    return "test" if comparison.data.val_is_test else "validation"
+
+
 def _captions(comparison: Comparison) -> tuple[str, str, str]:
     switched = " The dashed line is the switch to stage 2." if comparison.gamma is not None else ""
-    validation = "test" if comparison.data.val_is_test else "validation"
     return (
         "Left: test accuracy of every class, the largest first; tail classes on grey. Right: accuracy of head and tail"
-        f" on the {validation} set over the epochs; bands are one standard deviation over seeds.{switched}",
+        f" on the {_validation_set(comparison)} set over the epochs; bands are one standard deviation over"
+        f" seeds.{switched}",
         "What a method gains on the tail and what it pays on the head. Up and to the right is better.",
         "Where the errors go: what the test samples of head and of tail classes are taken for; every class counts the"
         " same.",

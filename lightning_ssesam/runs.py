@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import time
 import warnings
@@ -51,6 +52,7 @@ class Run:
         curves: For each group its validation accuracy after every epoch.
         seconds: How long it took.
         diverged: Whether the last training loss was not finite.
+        device: What it was trained on.
 
     """
 
@@ -63,6 +65,7 @@ class Run:
     curves: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     diverged: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class Experiment:
         own = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
         _check_names("model", self.model, LongTailClassifier, own)
         _check_names("trainer", self.trainer, pl.Trainer, {"max_epochs", "callbacks"})
+        if (devices := self.trainer.get("devices", 1)) not in (1, "1") and not _is_one(devices):
+            raise bad_argument(
+                "trainer", "settings with a single device (`jobs` makes several runs at a time)", devices
+            )
 
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
@@ -132,14 +139,14 @@ class Experiment:
         return callbacks
 
     def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
-        """Return a Trainer that says and writes nothing; on one GPU, by its number, if that is given."""
+        """Return a Trainer that says and writes nothing; on one device, the GPU of a number if that is given."""
         silent: dict[str, Any] = {
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
-            "devices": "auto" if device is None or self.trainer.get("accelerator") == "cpu" else [device],
+            "devices": 1 if device is None or self.trainer.get("accelerator") == "cpu" else [device],
         }
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**silent, **self.trainer})
 
@@ -162,11 +169,13 @@ class Experiment:
             "counts": split.class_counts.tolist(),
             "tail": model.split.tail.tolist(),
             "model": _without_addresses(repr(model)),
-            "loss": _settings(vars(model.loss)),
+            "loss": _settings({**vars(model.loss), **dict(model.loss.named_buffers())}),
             "objective": repr(model.objective),
             "optimizer": _without_addresses(repr(self.optimizer(model.parameters()))),
             "made_by": [_without_addresses(repr(factory)) for factory in (self.data, self.backbone, self.loss)],
-            "callbacks": [(type(callback).__qualname__, _settings(vars(callback))) for callback in self.callbacks],
+            "callbacks": [
+                (type(callback).__qualname__, _settings(vars(callback), private=True)) for callback in self.callbacks
+            ],
             "settings": [self.epochs, self.gamma, _settings(self.model), _settings(self.trainer)],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -195,6 +204,7 @@ class Experiment:
             curve += [math.nan] * (self.epochs - len(curve))
         epoch = max(range(self.epochs), key=lambda epoch: _or_nothing(run.curves["all"][epoch]))
         run.best = {group: curve[epoch] for group, curve in run.curves.items()}
+        run.device = _name_of(trainer.strategy.root_device)
         run.seconds = time.perf_counter() - start
         return run
 
@@ -274,17 +284,26 @@ def _check_names(name: str, arguments: dict[str, Any], of: type, own: set[str]) 
         raise bad_argument(name, f"arguments of {of.__name__}{kept}", Phrase(", ".join(map(repr, wrong))))
 
 
+def _is_one(devices: Any) -> bool:
+    return isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) == 1
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
 def _or_nothing(accuracy: float) -> float:
     return -1.0 if math.isnan(accuracy) else accuracy
 
 
-def _settings(values: dict[str, Any]) -> dict[str, str]:
-    """Return the public values among the attributes of an object, as text."""
+def _settings(values: dict[str, Any], private: bool = False) -> dict[str, str]:
+    """Return the public values among the attributes of an object, as text; the private ones too if asked."""
     skipped = ("trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
     return {
-        name: _without_addresses(repr(value))
+        # The text of a long tensor leaves out its middle.
+        name: _without_addresses(repr(value.tolist() if isinstance(value, torch.Tensor) else value))
         for name, value in values.items()
-        if not name.startswith("_") and name not in skipped
+        if (private or not name.startswith("_")) and name not in skipped
     }
 
 

@@ -100,11 +100,14 @@ def sweep(
     for name, value in {"trials": trials, "seeds": seeds, "epochs": epochs, "threads": threads}.items():
         check_integer(name, value, minimum=1)
     check_choice("metric", metric, METRICS)
-    for name, (low, high) in {"head_rho": head_rho, "tail_rho": tail_rho, "gamma": gamma}.items():
-        for bound in (low, high):
-            (check_fraction if name == "gamma" else check_positive)(name, bound)
+    bounds_of = {"head_rho": head_rho, "tail_rho": tail_rho, "gamma": gamma}
+    for name, bounds in bounds_of.items():
+        if not isinstance(bounds, Sequence) or len(bounds) != 2:
+            raise bad_argument(name, "the smallest and the largest value", bounds)
+        low, high = ((check_fraction if name == "gamma" else check_positive)(name, bound) for bound in bounds)
         if low > high:
-            raise bad_argument(name, "the smallest and the largest value, in this order", (low, high))
+            raise bad_argument(name, "the smallest and the largest value, in this order", bounds)
+        bounds_of[name] = (low, high)
     tail = {"tail_fraction": tail_fraction, "tail_below": tail_below}
 
     def experiment(head: float, tail_radius: float, switch: float) -> Experiment:
@@ -130,7 +133,7 @@ def sweep(
         first = experiment(head_rho[0], tail_rho[0], gamma[0])
         settings = first.fingerprint(first.make_split(module))
     module.prepare_data()
-    study = _open_study(output, f"{settings} {seeds} {metric}")
+    study = _open_study(output, f"{settings} {seeds} {metric} {bounds_of}")
 
     def objective(trial: optuna.Trial) -> float:
         radii = [
@@ -208,6 +211,9 @@ class _Watch(Callback):
 
         if not (accuracy := _accuracies(trainer)):
             return
+        if math.isnan(_value(accuracy, self.metric)):
+            expected = "an accuracy of classes that the validation set has"
+            raise bad_argument("metric", expected, Phrase(f"{self.metric!r}, which is NaN"))
         self.trial.report(_value(accuracy, self.metric), self.epoch)
         self.epoch += 1
         self._keep([*self.finished, accuracy])
@@ -264,10 +270,10 @@ def _report(study: "optuna.Study", output: Path, config: str | None) -> dict[str
     print(f"Validation accuracy in %, the best of {len(complete)} trials ({pruned} more were given up early)")
     print(" ".join(f"{name:>9}" for name in ("trial", *_PARAMETERS, *shown)))
     for trial in ranked[:10]:
-        cells = [f"{trial.number:9}", *(f"{trial.params[name]:9.3f}" for name in _PARAMETERS)]
+        cells = [f"{trial.number:9}", *(f"{trial.params[name]:9.3g}" for name in _PARAMETERS)]
         print(" ".join([*cells, *(f"{100 * trial.user_attrs[group]:9.1f}" for group in shown)]))
     best = ranked[0]
-    settings = {name: round(best.params[name], 4) for name in _PARAMETERS}
+    settings = {name: float(f"{best.params[name]:.4g}") for name in _PARAMETERS}
     shared = {name: value for name, value in yaml.safe_load(config or "{}").items() if name in _SHARED}
     (output / "best.yaml").write_text(yaml.safe_dump({**shared, **settings}, sort_keys=False))
     draw_sweep([trial.user_attrs for trial in ranked], output / "sweep.png")

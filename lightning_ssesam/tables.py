@@ -44,7 +44,7 @@ def paired_difference(values: dict[int, float], others: dict[int, float]) -> Dif
     number = len(differences)
     if number < 2:
         return Difference(differences[0] if differences else math.nan, math.nan)
-    error = statistics.stdev(differences) / math.sqrt(number)
+    error = _deviation(differences) / math.sqrt(number)
     return Difference(statistics.mean(differences), float(t.ppf(0.975, number - 1)) * error)
 
 
@@ -79,8 +79,13 @@ def seeds_of(runs: Sequence[Run]) -> str:
 def spread(values: Sequence[float], width: int = 0) -> str:
     """Return mean and standard deviation of accuracies in [0, 1], in percent."""
     percent = [100 * value for value in values]
-    deviation = f" ± {statistics.stdev(percent):{width}.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{deviation}"
+    deviation = _deviation(percent)
+    return f"{statistics.mean(percent):.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:{width}.1f}")
+
+
+def _deviation(values: Sequence[float]) -> float:
+    # Of a NaN (a group without a class, say) statistics.stdev makes an error.
+    return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
 
 
 def format_table(runs: Sequence[Run]) -> str:
@@ -108,6 +113,8 @@ def format_table(runs: Sequence[Run]) -> str:
 
 def format_difference(difference: Difference) -> str:
     """Return a difference in points with its margin, and a star where that leaves out 0."""
+    if math.isnan(difference.mean):
+        return "nan"
     margin = "" if math.isnan(difference.margin) else f" ± {difference.margin:.1f}"
     return f"{difference.mean:+.1f}{margin}{'*' if difference.is_significant else ''}"
 
@@ -117,12 +124,12 @@ def diverged_runs(runs: Sequence[Run]) -> str:
     return ", ".join(f"{run.method} with seed {run.seed}" for run in runs if run.diverged)
 
 
-def markdown_table(runs: Sequence[Run]) -> str:
-    """Return as Markdown what :func:`format_table` says, and beside it the best epoch's accuracy."""
+def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
+    """Return as Markdown what :func:`format_table` says, and beside it the best epoch's accuracy on that set."""
     methods = by_method(runs)
     lines = [
         f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}, after the last epoch; `best epoch`: on"
-        " the validation set, after the epoch that was best there.",
+        f" the {validation} set, after the epoch that was best there.",
         "",
         f"| | {' | '.join(GROUPS)} | all, best epoch | difference in tail | in all |",
         "|---" * (len(GROUPS) + 4) + "|",
@@ -169,7 +176,7 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
     for name, of in by_method(runs).items():
         for group in GROUPS:
             values = [run.accuracy[group] for run in of]
-            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+            deviation = _deviation(values)
             difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
             numbers = (statistics.mean(values), deviation, difference.mean / 100, difference.margin / 100)
             rows.append([name, group, len(values), *("" if math.isnan(x) else round(x, 6) for x in numbers)])

@@ -146,6 +146,7 @@ def test_bad_values_get_one_line(arguments, message):
             ["test", "-c", "nope.yaml"],
             "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope",
         ),
+        (["sweep", "--config", "digits_lt"], "error: Expected `--config` to be a YAML file, but got 'digits_lt'."),
         (
             ["fit", "--config=digits_lt", "--model.optimizer=torch.optim.LBFGS", *QUICK],
             "error: LBFGS evaluates the loss several times",

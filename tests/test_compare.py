@@ -4,27 +4,39 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 import torch
 from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, planned_runs, show_as
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from matplotlib.figure import Figure
 
-from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT
+from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch
 from lightning_ssesam.cli import main
-from lightning_ssesam.compare import Method, compare
+from lightning_ssesam.compare import METHODS, Method, _run, _start_worker, compare
 from lightning_ssesam.figures import draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.models import SmallConvNet
 from lightning_ssesam.report import Comparison, write_report
 from lightning_ssesam.runs import CONFUSIONS, GROUPS, Experiment, Run, RunStore
-from lightning_ssesam.tables import differences, format_table, markdown_table, paired_difference
+from lightning_ssesam.tables import (
+    differences,
+    format_table,
+    markdown_table,
+    paired_difference,
+    write_runs,
+    write_summary,
+)
 
 pytestmark = STRICT
 
@@ -153,18 +165,20 @@ def test_methods_of_ones_own_from_one_file(monkeypatch):
 def test_a_class_takes_over_nothing_from_the_default(monkeypatch):
     chosen = ["--optimizer=AdamW", "--backbone=CIFARResNet", "--backbone.in_channels=1", "--methods=ERM"]
     Path("data.yaml").write_text("data: {class_path: DigitsLT, init_args: {seed: 3}}\noptimizer: torch.optim.Adagrad\n")
-    commands = ([*chosen, "--data.seed=2"], ["--config=data.yaml", "--methods=ERM", "--optimizer=Adagrad"], [])
+    Path("arguments.yaml").write_text("data: {init_args: {seed: 5}}\n")
+    files = [["--config=data.yaml", "--methods=ERM", "--optimizer=Adagrad"], ["--config=arguments.yaml"]]
+    commands = ([*chosen, "--data.seed=2"], *files, [])
     seen = planned_runs(monkeypatch, *(["--seeds=1", *options] for options in commands))
-    first, second, default = (experiment for experiment, _, _ in seen[:3])
+    first, second, third, default = (seen[number][0] for number in (0, 1, 2, -1))
     model = first.make_model(first.data())
     assert model.configure_optimizers()["optimizer"].param_groups[0]["initial_lr"] == 1e-3
     assert isinstance(model.backbone.features[1], torch.nn.BatchNorm2d)
-    assert (first.data().seed, second.data().seed, default.data().seed) == (2, 3, 0)
+    assert [e.data().seed for e in (first, second, third, default)] == [2, 3, 5, 0]
     assert second.optimizer(model.parameters()).param_groups[0]["lr"] == 0.01
     assert default.optimizer(model.parameters()).param_groups[0]["lr"] == 0.05
 
 
-def test_settings_tell_runs_apart():
+def test_settings_tell_runs_apart(monkeypatch):
     def fingerprint(**kwargs):
         settings = {"data": DigitsLT, "backbone": SmallConvNet, "objective": ERM, "optimizer": sgd, "epochs": 2}
         experiment = Experiment("name", **{**settings, **kwargs})
@@ -186,10 +200,27 @@ def test_settings_tell_runs_apart():
         {"model": {"interval": 2}},
         {"model": {"tta": "hflip"}},
         {"trainer": {"gradient_clip_val": 1.0}},
+        {"callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]},
+        {"callbacks": [StochasticWeightAveraging(swa_lrs=0.2)]},
+        {"loss": lambda: torch.nn.CrossEntropyLoss(reduction="none", weight=torch.ones(10))},
+        {"loss": lambda: torch.nn.CrossEntropyLoss(reduction="none", weight=torch.arange(10.0))},
     ]
     texts = [fingerprint(**change) for change in changes]
     assert len(set(texts)) == len(changes)
     assert texts == [fingerprint(**change) for change in changes]
+    # Factories tell what the text of a network does not, but not where they lie in memory.
+    quiet_nets = [partial(QuietNet, secret=secret) for secret in (1, 2)]
+    assert len({fingerprint(backbone=net) for net in quiet_nets}) == 2
+    factories = [lambda: DigitsLT() for _ in range(2)]
+    assert len({fingerprint(data=factory) for factory in factories}) == 1
+    monkeypatch.setattr("lightning_ssesam.__version__", "another")
+    assert fingerprint() not in texts
+
+
+class QuietNet(SmallConvNet):
+    def __init__(self, num_classes, secret):
+        super().__init__(num_classes)
+        self.secret = secret
 
 
 def sgd(params):
@@ -211,6 +242,19 @@ def test_store_keeps_whole_runs_only(tmp_path):
     assert store.load("A/B", 1, "A/B") is None
     path.write_text("{}")
     assert store.load("A/B", 1, "A/B") is None
+
+
+def test_what_is_cut_off_while_it_is_written_leaves_what_was_there(monkeypatch):
+    store = RunStore(Path("runs"))
+    runs = [made_up("ERM", 0, value) for value in (0.25, 0.5)]
+    store.save(runs[0], "same")
+    write_runs(runs[:1], Path("results.csv"))
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("cut off"))
+    for write in (lambda: store.save(runs[1], "same"), lambda: write_runs(runs[1:], Path("results.csv"))):
+        with pytest.raises(pytest.fail.Exception):
+            write()
+    assert store.load("ERM", 0, "same") == runs[0]
+    assert rows_of("results.csv")[0]["all"] == "0.25"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -303,6 +347,96 @@ def test_a_training_may_stop_early_and_validate_now_and_then():
     assert Path("comparison/report.html").exists()
 
 
+def test_a_class_of_nobody_leaves_a_group_empty(monkeypatch):
+    """As where no class is few-shot: the group is NaN in every run."""
+    monkeypatch.setattr(Experiment, "run", lambda self, seed, *_: with_few(made_up(self.method, seed), math.nan))
+    compare(["ERM", "SAM"], seeds=2, epochs=3)
+    assert [row["few"] for row in rows_of("comparison/results.csv")] == ["nan"] * 4
+    few = [row for row in rows_of("comparison/summary.csv") if row["group"] == "few"]
+    assert [(row["mean"], row["std"], row["difference"]) for row in few] == [("", "", "")] * 2
+    assert "| 50.0 ± 0.0 | nan | 50.0 ± 0.0 |" in Path("comparison/table.md").read_text()
+    assert "<td>nan</td>" in Path("comparison/report.html").read_text()
+
+
+def with_few(run, value):
+    run.accuracy["few"] = run.best["few"] = value
+    return run
+
+
+def test_a_switch_of_ones_own_is_not_shown_at_gamma(monkeypatch):
+    monkeypatch.setattr(Experiment, "run", lambda self, seed, *_: made_up(self.method, seed))
+    compare({"own": Method(SSESAM, callbacks=[StageSwitch(epoch=1)])}, seeds=1, epochs=3)
+    assert "3 epochs</dd>" in Path("comparison/report.html").read_text()
+    compare({"plain": Method(ERM), "switched": Method(SSESAM)}, seeds=1, epochs=3, gamma=0.6)
+    assert "3 epochs, stage 2 after 60 % of them</dd>" in Path("comparison/report.html").read_text()
+
+
+def test_methods_with_spaces_between_and_data_that_is_prepared_once(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(DigitsLT, "prepare_data", lambda self: prepared.append(self.seed))
+    monkeypatch.setattr(Experiment, "run", lambda self, seed, *_: made_up(self.method, seed))
+    assert [run.method for run in compare("ERM, SAM", seeds=1, epochs=3)] == ["ERM", "SAM"]
+    compare({"one": Method(ERM), "other": Method(ERM, data=lambda: DigitsLT(seed=7))}, seeds=1, epochs=3)
+    assert prepared == [0, 0, 7]
+
+
+def test_workers_share_the_gpus(monkeypatch):
+    class Pool:
+        def __init__(self, jobs, context, initializer, initargs):
+            devices.extend(initargs[0].get() for _ in range(jobs))
+            raise KeyboardInterrupt
+
+    devices = []
+    monkeypatch.setattr("lightning_ssesam.compare.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("lightning_ssesam.compare._device", None)
+    with pytest.raises(KeyboardInterrupt):
+        compare("ERM", seeds=3, epochs=3, jobs=3)
+    assert devices == [0, 1, 0]
+    queue = SimpleQueue()
+    queue.put(1)
+    _start_worker(queue)
+    monkeypatch.setattr(Experiment, "run", lambda self, seed, device: (seed, device))
+    assert _run(Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1), 5) == (5, 1)
+
+
+def test_an_experiment_copies_callbacks_and_takes_the_thresholds_of_its_data():
+    data = partial(DigitsLT, imbalance_factor=20)
+    experiment = Experiment("name", data, SmallConvNet, SSESAM, sgd, epochs=7, callbacks=[StageSwitch(epoch=1)])
+    model = experiment.make_model(data())
+    (callback,) = experiment.make_callbacks(model)
+    assert callback.epoch == 1
+    assert callback is not experiment.callbacks[0]
+    assert (model.split.many_above, model.split.few_below) == (data().many_above, data().few_below) == (50, 10)
+    assert model.configure_optimizers()["lr_scheduler"]["scheduler"].T_max == 7
+
+
+def test_plan(monkeypatch):
+    options = ["--seeds=2", "--sam_rho=0.1", "--imbsam_rho=0.2", "--head_rho=0.3", "--tail_rho=0.4"]
+    Path("own.yaml").write_text(
+        "methods: {own: {objective: ERM, model: {interval: 3}}}\nmodel: {interval: 2, tta: hflip}\n"
+    )
+    seen = planned_runs(monkeypatch, options, ["--config=own.yaml", "--seeds=1"])
+    assert [(e.method, seed) for e, _, seed in seen[:8]] == [(method, seed) for seed in (0, 1) for method in METHODS]
+    objectives = [experiment.objective() for experiment, *_ in seen[:4]]
+    assert (objectives[1].rho, objectives[2].rho) == (0.1, 0.2)
+    assert (objectives[3].head_rho, objectives[3].tail_rho) == (0.3, 0.4)
+    model = seen[8][0].make_model(DigitsLT())
+    assert (model.interval, model.tta) == (3, "hflip")
+
+
+def test_seeds_differ():
+    first, second = compare("ERM", seeds=2, epochs=1)
+    assert first.class_recalls != second.class_recalls
+
+
+def test_one_training_takes_one_gpu(monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.accelerators.CPUAccelerator.auto_device_count", staticmethod(lambda: 4))
+    experiment = Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1, trainer={"accelerator": "cpu"})
+    assert experiment.make_trainer([]).num_devices == 1
+
+
 def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
     experiment = Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1, trainer={"accelerator": "cpu"})
     assert experiment.make_trainer([], device=3).num_devices == 1
@@ -333,6 +467,7 @@ def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
             "`trainer` to be arguments of Trainer, but for those set elsewhere (callbacks, max_epochs),"
             " but got 'max_epochs', 'precison'",
         ),
+        (["--trainer={devices: 2}"], "`trainer` to be settings with a single device (`jobs` makes several"),
     ],
 )
 def test_refuses_before_it_trains(arguments, message, monkeypatch):
@@ -348,6 +483,10 @@ def test_methods_must_share_their_classes():
     methods = {"one": Method(ERM), "other": Method(ERM, data=lambda: DigitsLT(imbalance_factor=10))}
     with pytest.raises(ValueError, match="same training samples per class, but got other class counts for 'other'"):
         compare(methods)
+    with pytest.raises(
+        ValueError, match=r"`methods` to be .* same groups .* but got few_below, tail_below for 'other'"
+    ):
+        compare({"one": Method(ERM), "other": Method(ERM, model={"tail_below": 9, "interval": 2, "few_below": 3})})
 
 
 class TestTables:
@@ -384,6 +523,56 @@ class TestTables:
         assert paired_difference({0: 2.0}, {0: 1.5}).mean == 0.5
         assert math.isnan(paired_difference({0: 2.0}, {0: 1.5}).margin)
         assert math.isnan(paired_difference({0: 2.0}, {1: 1.5}).mean)
+
+    def test_summary(self):
+        write_summary(self.RUNS, Path("summary.csv"))
+        first, second = (row for row in rows_of("summary.csv") if row["group"] == "tail" and row["method"] != "worse")
+        numbers = ("mean", "std", "difference", "margin_95")
+        assert [first[name] for name in numbers] == ["0.6", "0.1", "", ""]
+        assert [second[name] for name in numbers] == ["0.81", "0.11", "0.21", "0.024841"]
+
+    def test_best_is_not_the_last(self):
+        run = made_up("ERM", 0, 0.5)
+        run.best = dict.fromkeys(GROUPS, 0.75)
+        write_runs([run], Path("results.csv"))
+        (row,) = rows_of("results.csv")
+        assert (row["tail"], row["best_tail"]) == ("0.5", "0.75")
+        write_summary([run], Path("summary.csv"))
+        assert {row["mean"] for row in rows_of("summary.csv")} == {"0.5"}
+        assert markdown_table([run]).splitlines()[4].split("|")[7:9] == [" 50.0 ", " 75.0 "]
+        text = report_of([run], SPLIT).read_text()
+        last, best, each = (
+            text.partition(f'id="{name}"')[2].partition("</table>")[0] for name in ("last", "best", "runs")
+        )
+        assert (last.count("<td>50.0</td>"), best.count("<td>75.0</td>"), each.count("<td>50.0</td>")) == (6, 6, 6)
+
+    def test_report_colours_what_is_significant(self):
+        text = report_of(self.RUNS, SPLIT).read_text()
+        assert text.count('<td class="good">+21.0 ± 2.5*</td>') == 6
+        assert text.count('<td class="bad">-10.0 ± 0.0*</td>') == 6
+        unsure = [made_up("a", 0, 0.5), made_up("a", 1, 0.5), made_up("b", 0, 0.6), made_up("b", 1, 0.5)]
+        assert "<td>+5.0 ± 63.5</td>" in report_of(unsure, SPLIT).read_text()
+
+    def test_facts(self):
+        runs = [made_up("ERM", 0, seconds=90.0, device="chip"), made_up("ERM", 1, seconds=60.0, device="chip")]
+        text = report_of(runs, ClassSplit([500, 120, 60, 8], tail=[2, 3])).read_text()
+        assert "688 of 4 classes, 500 of the largest and 8 of the smallest" in text
+        assert "<dd>2 classes with 68 samples</dd>" in text
+        assert "2 classes with more than 100 training samples, 1 between, 1 with fewer than 20" in text
+        assert "2.5 minutes of training" in text
+        assert re.search(r"Python [\d.]+, on chip</dd>", text)
+        assert "on the validation set over the epochs" in text
+
+    def test_pictures_get_the_switch_and_the_set(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr("lightning_ssesam.report.draw_comparison", lambda *args: seen.append(args) or args[4])
+        monkeypatch.setattr(DigitsLT, "val_is_test", True)
+        Path("comparison.png").touch()
+        text = report_of(self.RUNS, SPLIT, 0.6, 5).read_text()
+        assert seen[0][2] == 3
+        assert seen[0][5] == "test"
+        assert "on the test set over the epochs" in text
+        assert "`best epoch`: on the test set" in Path("table.md").read_text()
 
     def test_interval_holds_its_promise(self):
         generator = np.random.default_rng(0)
@@ -427,6 +616,44 @@ def test_report_holds_all_that_it_shows():
     assert "<script>" not in text
     assert "name: &lt;b&gt;&amp;" in text
     assert "37.5 ± 17.7" in text
+
+
+def test_names_are_no_formulas_and_stay_in_the_legend(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure))
+    runs = [made_up(name, 0) for name in (r"$\no$", "_own")]
+    draw_comparison(runs, SPLIT, None, "title", Path("a.png"), "test")
+    draw_trade_off(runs, "title", Path("b.png"))
+    for figure in seen:
+        figure.draw_without_rendering()
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert labels[-2:] == [r"\$\no\$", "\u200b_own"]
+    assert seen[0].axes[1].get_title() == "Head classes (test)"
+
+
+def test_pictures_show_the_numbers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure))
+    runs = [made_up("ERM", 0), made_up("ERM", 1)]
+    for run, value in zip(runs, (0.2, 0.4), strict=True):
+        run.class_recalls = [0.1, value, 0.3]
+        run.accuracy |= {"head": 0.6, "tail": value}
+        run.curves |= {"head": [0.5, 0.6], "tail": [0.1, value]}
+        run.confusion = dict(zip(CONFUSIONS, (0.15, 0.25, 0.5, 0.2), strict=True))
+    draw_comparison(runs, ClassSplit([50, 500, 5], tail=[2]), 1.5, "title", Path("a.png"))
+    draw_trade_off(runs, "title", Path("b.png"))
+    draw_confusion(runs, Path("c.png"))
+    (per_class, head, tail), trade_off, confusion = seen[0].axes, seen[1].axes[0], seen[2].axes
+    # By rank; the deviation of 20 and 40 is sqrt(200).
+    assert per_class.lines[0].get_ydata() == pytest.approx([30, 10, 30])
+    (bar, *_), *_ = per_class.containers[0].lines[2][0].get_segments()
+    assert abs(bar[1] - 30) == pytest.approx(200**0.5)
+    assert head.lines[0].get_ydata() == pytest.approx([50, 60])
+    assert tail.lines[0].get_ydata() == pytest.approx([10, 30])
+    assert list(tail.lines[1].get_xdata()) == [1.5, 1.5]
+    assert trade_off.collections[1].get_offsets().tolist() == [pytest.approx([60, 30])]
+    widths = [[bars[0].get_width() for bars in ax.containers] for ax in confusion]
+    assert widths == [pytest.approx([60, 15, 25]), pytest.approx([30, 50, 20])]
 
 
 @NEEDS_BROWSER

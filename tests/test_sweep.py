@@ -1,6 +1,7 @@
 """The search for radii and switch."""
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_command(capsys):
     assert heading.split() == ["trial", "head_rho", "tail_rho", "gamma", "head", "tail", "all"]
     best = max(rows(), key=lambda row: float(row["all"]))
     settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
-    assert {name: settings[name] for name in FOUND} == {name: round(float(best[name]), 4) for name in FOUND}
+    assert {name: settings[name] for name in FOUND} == {name: float(f"{float(best[name]):.4g}") for name in FOUND}
     assert settings["data"]["init_args"]["seed"] == 4
     assert 0.4 <= settings["gamma"] <= 0.6
     assert Path("sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -95,6 +96,70 @@ def test_command(capsys):
     assert str(stop.value) == (
         "error: Expected argument `output` to be a folder without a search of other settings, but got 'sweep'."
     )
+
+
+def test_small_radii_are_not_rounded_away_and_bounds_are_settings(trained):
+    assert 1e-5 <= sweep(trials=1, epochs=1, head_rho=(1e-5, 2e-5))["head_rho"] <= 2e-5
+    assert 1e-5 <= yaml.safe_load(Path("sweep/best.yaml").read_text())["head_rho"] <= 2e-5
+    with pytest.raises(ValueError, match="a folder without a search of other settings"):
+        sweep(trials=1, epochs=1, head_rho=(1e-5, 3e-5))
+
+
+def test_refuses_a_metric_of_classes_that_are_not_there(monkeypatch):
+    def fit(self, seed, callbacks):
+        callbacks[0].on_train_epoch_end(FakeTrainer(1, lambda group, epoch: math.nan if group == "tail" else 0.5), None)
+
+    monkeypatch.setattr(Experiment, "fit", fit)
+    with pytest.raises(ValueError, match="`metric` to be an accuracy of classes that the validation set has"):
+        sweep(trials=1, epochs=1, metric="tail")
+
+
+def test_the_same_search_twice_and_settings_tell_searches_apart(trained):
+    sweep(trials=12, epochs=1, output=Path("a"))
+    sweep(trials=12, epochs=1, output=Path("b"))
+    assert trained[:12] == trained[12:]
+    # On a log scale half of [0.01, 0.5] lies below 0.07.
+    sweep(trials=10, epochs=1, seeds=1, output=Path("c"))
+    assert 3 <= sum(head < 0.07 for head, *_ in trained[-10:]) <= 8
+    for other in ({"seeds": 2}, {"metric": "tail"}, {"epochs": 2}):
+        with pytest.raises(ValueError, match="a folder without a search of other settings"):
+            sweep(**{"trials": 12, "epochs": 1, "output": Path("a"), **other})
+
+
+def test_averages_over_seeds_also_while_it_trains(monkeypatch):
+    averages = []
+
+    def fit(self, seed, callbacks):
+        trainer = FakeTrainer(1, lambda group, epoch: {1000: 0.2, 1001: 0.6}[seed])
+        callbacks[0].on_train_epoch_end(trainer, None)
+        averages.append(callbacks[0].trial.user_attrs["tail"])
+        callbacks[0].on_train_end(trainer, None)
+
+    monkeypatch.setattr(Experiment, "fit", fit)
+    assert sweep(trials=1, seeds=2, epochs=1)["tail"] == pytest.approx(0.4)
+    assert averages == [0.2, pytest.approx(0.4)]
+    assert load().best_value == pytest.approx(0.4)
+
+
+def test_gives_up_nothing_if_told_so_and_passes_on_what_compare_shares(trained):
+    config = "trials: 15\nmodel: {tta: hflip}\ntail_below: 20\nmetric: all\nepochs: 20\n"
+    sweep(trials=15, epochs=20, prune=False, config=config)
+    assert {row["state"] for row in rows()} == {"complete"}
+    settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
+    assert list(settings) == ["model", "tail_below", "epochs", *FOUND]
+
+
+def test_trials_that_were_given_up_count(trained):
+    sweep(trials=15, epochs=20)
+    assert "pruned" in {row["state"] for row in rows()}
+    number = len(trained)
+    sweep(trials=15, epochs=20)
+    assert len(trained) == number == 15
+
+
+def test_bounds_are_two():
+    with pytest.raises(ValueError, match=r"`head_rho` to be the smallest and the largest value, but got 0\.1"):
+        sweep(head_rho=0.1)
 
 
 def test_finds_what_is_best(trained):

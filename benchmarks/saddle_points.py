@@ -1,0 +1,165 @@
+"""Is there negative curvature left in the head's and the tail's loss? Over training, for every method.
+
+    python benchmarks/saddle_points.py                    # DigitsLT, 20 trainings: minutes on a CPU
+    python benchmarks/saddle_points.py --images cifar/      # CIFAR-10-LT, from cifar/{train,test}/CLASS/*.jpg: GPU
+
+Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor, like `compare`. Prints
+the extreme eigenvalues of the Hessians of the head's and the tail's mean training loss, and draws them over the epochs
+with the stage switch. Trainings that are in the output folder are not made again. docs/saddle_points.md says what came
+out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from cifar10_lt import DecodedCIFAR10LT, decode_all
+from cifar10_lt_cpu import OBJECTIVES
+from matplotlib.figure import Figure
+from torch.optim import SGD
+
+from lightning_ssesam import ERM, SAM, SSESAM, CurvatureMonitor, DigitsLT, ImbSAM
+from lightning_ssesam.compare import DEFAULT_SGD, usable_jobs
+from lightning_ssesam.figures import method_style
+from lightning_ssesam.models import CIFARResNet, SmallConvNet
+from lightning_ssesam.runs import Experiment, limited_threads, quiet
+from lightning_ssesam.tables import write_csv
+
+GAMMA = 0.7
+DIGITS = {
+    "ERM": ERM,
+    "SAM": partial(SAM, 0.2),
+    "ImbSAM": partial(ImbSAM, rho=0.2),
+    "SSE-SAM": partial(SSESAM, head_rho=0.05, tail_rho=0.2),
+}
+COLUMNS = ["method", "seed", "step", "epoch", "stage", "when", "group"]
+NUMBERS = ["loss", "gradient_norm", "largest", "smallest", "ratio", "sharpness", "iterations", "converged"]
+
+
+def plan(options):
+    """Return for every method its experiment, and how its curvature is measured."""
+    if options.images is None:
+        monitor = {"every_n_epochs": 3, "samples": 1000, "tolerance": 0.01, "max_iterations": 300}
+        make = partial(
+            Experiment,
+            data=DigitsLT,
+            backbone=SmallConvNet,
+            optimizer=DEFAULT_SGD,
+            epochs=options.epochs or 60,
+            gamma=GAMMA,
+            trainer={"accelerator": "cpu", "limit_val_batches": 0},
+        )
+        return {name: (make(name, objective=objective), monitor) for name, objective in DIGITS.items()}
+    file = options.output / "images.pt"
+    if not file.exists():
+        decode_all(options.images, file)
+    monitor = {"every_n_epochs": 10, "samples": 1024, "batch_size": 1024, "tolerance": 0.05, "max_iterations": 150}
+    make = partial(
+        Experiment,
+        data=partial(DecodedCIFAR10LT, file, batch_size=128),
+        backbone=partial(CIFARResNet, depth=20),
+        optimizer=partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4),
+        epochs=options.epochs or 200,
+        gamma=GAMMA,
+        model={"tail_below": 500},
+        trainer={"limit_val_batches": 0},
+    )
+    return {name: (make(name, objective=objective), monitor) for name, objective in OBJECTIVES.items()}
+
+
+def train(experiment, monitor_options, seed, file):
+    """Train once and keep what was measured."""
+    monitor = CurvatureMonitor(**monitor_options)
+    with quiet(), limited_threads(1):
+        experiment.fit(seed, [monitor])
+    rows = [{"method": experiment.method, "seed": seed, **row} for row in monitor.history]
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(rows))
+    os.replace(unfinished, file)
+
+
+def spread(values):
+    """Return mean and standard deviation over seeds as text."""
+    return f"{np.mean(values):9.3g} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:<7.2g}"
+
+
+def table(rows, epochs):
+    """Return the eigenvalues at the switch and at the end, mean and standard deviation over seeds."""
+    lines = []
+    for title, epoch in ((f"When stage 2 begins (epoch {GAMMA * epochs:g})", GAMMA * epochs), ("At the end", epochs)):
+        heading = f"{title:38}{'largest':>19}{'smallest':>19}{'|smallest| / largest':>22}"
+        lines += ["", heading]
+        for group in ("head", "tail"):
+            for method in dict.fromkeys(row["method"] for row in rows):
+                of = [r for r in rows if (r["method"], r["group"], r["when"]) == (method, group, "epoch")]
+                nearest = min({row["epoch"] for row in of}, key=lambda at: abs(at - epoch))
+                of = [row for row in of if row["epoch"] == nearest]
+                cells = [spread([row[name] for row in of]) for name in ("largest", "smallest", "ratio")]
+                lines.append(f"  {group:6}{method:12}{'':16}" + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def draw(rows, epochs, title, path):
+    """Draw largest and smallest eigenvalues of head and tail over the epochs."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for column, group in enumerate(("head", "tail")):
+        for ax, name in zip(axes[:, column], ("largest", "smallest"), strict=True):
+            for number, method in enumerate(methods):
+                of = [r for r in rows if (r["method"], r["group"], r["when"]) == (method, group, "epoch")]
+                x = sorted({row["epoch"] for row in of})
+                y = np.array([[row[name] for row in of if row["epoch"] == epoch] for epoch in x])
+                color, marker = method_style(number)
+                ax.plot(x, y.mean(1), color=color, marker=marker, markersize=4, label=method)
+                ax.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.15, linewidth=0)
+            ax.axvline(GAMMA * epochs, color="0.4", linestyle="--", linewidth=1)
+            ax.grid(alpha=0.3)
+            ax.set_title(f"{name} eigenvalue, {group}")
+        axes[1, column].set_xlabel("epoch")
+    axes[0, 0].set_yscale("log")
+    axes[1, 0].set_yscale("symlog", linthresh=0.1)
+    axes[0, 0].annotate(" stage 2 of SSE-SAM", (GAMMA * epochs, 0.95), xycoords=("data", "axes fraction"), va="top")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    """Train, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=Path, help="with {train,test}/CLASS/*.jpg; DigitsLT by default")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--jobs", type=int, default=usable_jobs(), help="trainings at a time")
+    parser.add_argument("--output", type=Path, default=Path("saddle_points"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    plans, start = plan(options), time.perf_counter()
+    files = {(name, seed): options.output / f"{name}-{seed}.json" for seed in range(options.seeds) for name in plans}
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        missing = [key for key, file in files.items() if not file.exists()]
+        for done in [pool.submit(train, *plans[name], seed, files[name, seed]) for name, seed in missing]:
+            done.result()
+    rows = [row for name in plans for seed in range(options.seeds) for row in json.loads(files[name, seed].read_text())]
+    columns = COLUMNS + NUMBERS
+    write_csv(options.output / "saddle_points.csv", columns, [[row[name] for name in columns] for row in rows])
+    experiment = next(iter(plans.values()))[0]
+    name = type(experiment.data()).__name__.removeprefix("Decoded")
+    title = f"{name}: Hessian of the mean training loss; mean and range over {options.seeds} seeds"
+    draw(rows, experiment.epochs, title, options.output / "saddle_points.png")
+    print(table(rows, experiment.epochs))
+    left = sum(1 - row["converged"] for row in rows)
+    print(f"\n{len(rows)} measurements, {left:g} not to their tolerance; torch {torch.__version__},", end=" ")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Written to {options.output}.")
+
+
+if __name__ == "__main__":
+    main()
