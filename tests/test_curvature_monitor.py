@@ -87,6 +87,23 @@ def test_times_and_weights(switch_first):
             assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (row["when"], name)
 
 
+def test_the_same_weights_are_measured_once(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return measure_curvature(*args, **kwargs)
+
+    monkeypatch.setattr("lightning_ssesam.callbacks.curvature_monitor.measure_curvature", counted)
+    monitor = CurvatureMonitor(1, samples=5, **QUICK)
+    run(mlp, StageSwitch(step=8), monitor, epochs=3)
+    seen = [(row["step"], row["when"]) for row in monitor.history if row["group"] == "tail"]
+    assert seen == [(4, "epoch"), (8, "epoch"), (8, "before"), (9, "after"), (12, "epoch")]
+    assert len(calls) == 4
+    at_8 = [{**row, "when": "", "stage": 0} for row in monitor.history if row["step"] == 8]
+    assert at_8[:2] == at_8[2:]
+
+
 class Collected(Logger):
     name, version = "collected", 0
 
@@ -142,6 +159,19 @@ def test_resumed(kill_at):
     # One object serves another run.
     run(mlp, *second)
     assert second[1].history == whole[1].history
+
+
+def test_does_not_end_a_training_that_diverges():
+    class Diverging(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.net[0].weight.data.fill_(torch.nan)
+
+    monitor = CurvatureMonitor(1, samples=5, **QUICK)
+    with pytest.warns(UserWarning, match="measures nothing at step 8. The loss or its gradient is infinite"):
+        _, fit = run(mlp, Diverging(), monitor, epochs=2)
+    assert fit.global_step == 8
+    assert {row["step"] for row in monitor.history} == {4}
 
 
 class Augmented(Dataset):

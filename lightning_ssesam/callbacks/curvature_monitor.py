@@ -7,16 +7,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer, check_positive, check_radius
-from lightning_ssesam.curvature import group_masks, measure_curvature
+from lightning_ssesam.curvature import Curvature, group_masks, measure_curvature
 from lightning_ssesam.curvature.hessian import SampleLosses
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.distributed import Processes
+from lightning_ssesam.engine import NonFiniteError
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
 
@@ -30,7 +32,8 @@ class CurvatureMonitor(Callback):
     (:class:`~lightning_ssesam.StageSwitch`). The numbers of
     :meth:`Curvature.numbers <lightning_ssesam.curvature.Curvature.numbers>` go to every logger of the Trainer, as
     ``curvature/tail/smallest`` and so on, and into :attr:`history`. The training itself is the same, bit for bit, as
-    without the callback. In several processes each measures the same; sharded models are refused.
+    without the callback; where its loss is not finite a warning says so. In several processes each measures the same;
+    sharded models are refused.
 
     Args:
         every_n_epochs: Measures at the end of every so many epochs, an integer >= 1.
@@ -92,6 +95,7 @@ class CurvatureMonitor(Callback):
         self.progress = progress
         self.history: list[dict[str, Any]] = []
         self._data: Batches | None = None
+        self._measured: tuple[int, dict[str, Curvature]] | None = None
         self._stage: int | None = None
         self._switched_at: int | None = None
 
@@ -126,7 +130,7 @@ class CurvatureMonitor(Callback):
         """Called when an update's gradient is there: measure if it is the first of a stage."""
         stage = _stage_of(pl_module)
         if self._stage not in (None, stage):
-            self._measure(trainer, pl_module, "before")
+            self._record(trainer, pl_module, "before")
             self._switched_at = trainer.global_step
         self._stage = stage
 
@@ -137,18 +141,18 @@ class CurvatureMonitor(Callback):
         """Called after every batch: measure if its update was the first of a stage."""
         if self._switched_at is not None and trainer.global_step > self._switched_at:
             self._switched_at = None
-            self._measure(trainer, pl_module, "after")
+            self._record(trainer, pl_module, "after")
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after every epoch: measure if it is time."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure(trainer, pl_module, "epoch")
+            self._record(trainer, pl_module, "epoch")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called when a run ends: let go of the samples."""
-        self._data = None
+        self._data = self._measured = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -162,9 +166,26 @@ class CurvatureMonitor(Callback):
         self._stage = state_dict["stage"] or None
         self._switched_at = None if state_dict["switched_at"] < 0 else state_dict["switched_at"]
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+        step = trainer.global_step
+        if self._measured is None or self._measured[0] != step:
+            # The end of an epoch and a switch after it see the same weights.
+            try:
+                self._measured = step, self._measure(trainer, pl_module)
+            except NonFiniteError as error:
+                rank_zero_warn(f"CurvatureMonitor measures nothing at step {step}. {error}")
+                return
+        at = {"step": step, "epoch": _epochs(trainer, when), "stage": _stage_of(pl_module), "when": when}
+        for group, curvature in self._measured[1].items():
+            numbers = curvature.numbers()
+            self.history.append({**at, "group": group, **numbers})
+            logged = {f"curvature/{group}/{name}": value for name, value in numbers.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, step=step)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Curvature]:
         assert self._data is not None
-        measured = measure_curvature(
+        return measure_curvature(
             pl_module,
             self._data,
             self._split_of(pl_module),
@@ -178,14 +199,6 @@ class CurvatureMonitor(Callback):
             seed=self.seed,
             progress=self.progress and trainer.is_global_zero,
         )
-        step = trainer.global_step
-        at = {"step": step, "epoch": _epochs(trainer, when), "stage": _stage_of(pl_module), "when": when}
-        for group, curvature in measured.items():
-            numbers = curvature.numbers()
-            self.history.append({**at, "group": group, **numbers})
-            logged = {f"curvature/{group}/{name}": value for name, value in numbers.items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(logged, step=step)
 
     def _split_of(self, pl_module: pl.LightningModule) -> ClassSplit:
         split = self.split or getattr(getattr(pl_module, "objective", None), "split", None)
