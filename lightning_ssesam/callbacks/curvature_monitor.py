@@ -4,17 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer, check_positive, check_radius
-from lightning_ssesam.curvature import Curvature, group_masks, measure_curvature
+from lightning_ssesam.curvature import Curvature, choose_samples, group_masks, measure_curvature
 from lightning_ssesam.curvature.hessian import SampleLosses
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.distributed import Processes
@@ -221,17 +219,9 @@ class CurvatureMonitor(Callback):
                 f"CurvatureMonitor cannot tell of which class the training samples are. {error} Give it `batches=...`"
                 " to measure on."
             ) from error
-        chosen = {}
-        generator = torch.Generator().manual_seed(self.seed)
-        with isolate_rng():
-            for group, classes in group_masks(split, self.groups).items():
-                members = classes[labels].nonzero().flatten()
-                order = torch.randperm(len(members), generator=generator)[: self.samples]
-                torch.manual_seed(self.seed)
-                samples = [loader.dataset[i] for i in members[order].sort().values.tolist()]
-                parts = range(0, len(samples), self.batch_size)
-                chosen[group] = [loader.collate_fn(samples[start : start + self.batch_size]) for start in parts]
-        return chosen
+        return choose_samples(
+            loader.dataset, loader.collate_fn, split, self.groups, self.samples, self.batch_size, self.seed, labels
+        )
 
 
 def _stage_of(pl_module: pl.LightningModule) -> int:

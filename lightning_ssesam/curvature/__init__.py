@@ -10,6 +10,7 @@ from lightning_ssesam.curvature.lanczos import (
     spectral_density,
 )
 from lightning_ssesam.curvature.measure import Curvature, group_masks, measure_curvature, sharpness
+from lightning_ssesam.curvature.samples import choose_samples
 
 __all__ = [
     "Curvature",
@@ -17,6 +18,7 @@ __all__ = [
     "Hessian",
     "SpectralDensity",
     "Trace",
+    "choose_samples",
     "estimate_trace",
     "extreme_eigenvalues",
     "group_masks",
