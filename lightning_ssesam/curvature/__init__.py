@@ -9,6 +9,7 @@ from lightning_ssesam.curvature.lanczos import (
     extreme_eigenvalues,
     spectral_density,
 )
+from lightning_ssesam.curvature.landscape import filter_normalized, line, plane
 from lightning_ssesam.curvature.measure import Curvature, group_masks, measure_curvature, sharpness
 from lightning_ssesam.curvature.samples import choose_samples
 
@@ -21,8 +22,11 @@ __all__ = [
     "choose_samples",
     "estimate_trace",
     "extreme_eigenvalues",
+    "filter_normalized",
     "group_masks",
+    "line",
     "measure_curvature",
+    "plane",
     "sharpness",
     "spectral_density",
 ]

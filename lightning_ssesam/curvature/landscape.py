@@ -1,0 +1,121 @@
+"""The loss of a group around the weights: along a line, and over a plane."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_ssesam._validation import Phrase, bad_argument, check_integer
+from lightning_ssesam.curvature.hessian import Hessian
+
+
+def line(
+    hessian: Hessian, direction: Tensor, offsets: Sequence[float] | np.ndarray, progress: str | None = None
+) -> np.ndarray:
+    """Return a group's mean loss along a direction, at ``w + t * direction`` for every offset t.
+
+    Args:
+        hessian: Of the group, whose loss is used; each offset takes a pass over its data, without derivatives.
+        direction: ``(P,)``, of any length, such as an eigenvector of :func:`extreme_eigenvalues`.
+        offsets: The values of t, ``(A,)``, finite.
+        progress: What the progress display is called; none by default.
+
+    Returns:
+        The losses ``(A,)``; infinite or NaN where the model is.
+
+    Raises:
+        ValueError: If the direction has another shape, or it or an offset is not finite.
+
+    """
+    _check_direction("direction", direction, hessian)
+    return plane(hessian, direction, torch.zeros_like(direction), offsets, [0.0], progress)[:, 0]
+
+
+def plane(
+    hessian: Hessian,
+    first: Tensor,
+    second: Tensor,
+    offsets: Sequence[float] | np.ndarray,
+    second_offsets: Sequence[float] | np.ndarray | None = None,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Return a group's mean loss over a plane, at ``w + a * first + b * second``.
+
+    Args:
+        hessian: Of the group, whose loss is used; each point takes a pass over its data, without derivatives.
+        first: ``(P,)``, of any length, such as one of :func:`filter_normalized`.
+        second: ``(P,)``.
+        offsets: The values of a, ``(A,)``, finite.
+        second_offsets: The values of b, ``(B,)``, finite; those of a by default.
+        progress: What the progress display is called; none by default.
+
+    Returns:
+        The losses ``(A, B)``; infinite or NaN where the model is.
+
+    Raises:
+        ValueError: If a direction has another shape, or it or an offset is not finite.
+
+    """
+    _check_direction("first", first, hessian)
+    _check_direction("second", second, hessian)
+    rows = _offsets("offsets", offsets)
+    columns = rows if second_offsets is None else _offsets("second_offsets", second_offsets)
+    first, second = (v.to(hessian.device, hessian.dtype) for v in (first, second))
+    losses = np.empty((len(rows), len(columns)))
+    with tqdm(total=losses.size, desc=progress, unit="point", leave=False, disable=progress is None) as bar:
+        for place in np.ndindex(losses.shape):
+            losses[place] = hessian.loss(at=float(rows[place[0]]) * first + float(columns[place[1]]) * second)
+            bar.update()
+    return losses
+
+
+def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
+    """Return a random direction in which each filter is as long as that of the weights.
+
+    Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018, arXiv:1712.09913, section 4): Gaussian,
+    then scaled filter by filter, which takes away that a network with larger weights and normalization after them
+    looks flatter. A filter is what makes one output channel, or one output of a linear layer: an entry of the first
+    dimension. Parameters of one dimension (biases, those of normalizations) are not moved, as in their code.
+
+    Args:
+        model: The model, whose parameters that require a gradient span the space, of dimension P.
+        seed: Of the direction, an integer >= 0, the same one on every device.
+
+    Returns:
+        The direction ``(P,)``, in the type of the weights, float32 at least.
+
+    Raises:
+        ValueError: If no parameter that requires a gradient has two dimensions or more.
+
+    """
+    generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    if all(weights.ndim <= 1 for weights in trained):
+        expected = "one whose trained parameters have filters, that is two dimensions or more"
+        raise bad_argument("model", expected, Phrase("one without"))
+    return torch.cat([_like_filters(weights, generator).flatten() for weights in trained])
+
+
+def _like_filters(weights: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    drawn = torch.randn(weights.shape, generator=generator).to(weights.device, dtype)
+    if weights.ndim <= 1:
+        return torch.zeros_like(drawn)
+    lengths = weights.to(dtype).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
+    scaled: Tensor = drawn * lengths.view(-1, *[1] * (weights.ndim - 1))
+    return scaled
+
+
+def _check_direction(name: str, direction: Tensor, hessian: Hessian) -> None:
+    if direction.shape != hessian.shape[:1] or not bool(direction.isfinite().all()):
+        got = Phrase(f"one of shape {tuple(direction.shape)}")
+        raise bad_argument(name, f"a finite vector of shape {hessian.shape[:1]}", got)
+
+
+def _offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:
+    values = np.asarray(offsets, dtype=float)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise bad_argument(name, "finite numbers (A,)", offsets)
+    return values

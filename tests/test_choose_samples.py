@@ -1,0 +1,44 @@
+"""Samples of the groups, as curvature is measured on them."""
+
+import pytest
+import torch
+from helpers import SPLIT
+
+from lightning_ssesam.curvature import choose_samples
+
+
+class Listed:
+    """A data set that does not tell its labels."""
+
+    def __init__(self, labels):
+        self.of = labels
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, index):
+        return torch.randn(2), self.of[index]
+
+
+def test_samples_of_a_data_set_without_labels():
+    labels = torch.arange(5).repeat(6)
+    state = torch.get_rng_state()
+    chosen = choose_samples(Listed(labels), list, SPLIT, ["tail", "class_1"], 4, 3, seed=7, labels=labels)
+    assert torch.get_rng_state().equal(state)
+    assert [[len(batch) for batch in chosen[group]] for group in ("tail", "class_1")] == [[3, 1], [3, 1]]
+    assert {int(label) for batch in chosen["tail"] for _, label in batch} <= {3, 4}
+    assert {int(label) for batch in chosen["class_1"] for _, label in batch} == {1}
+    other = choose_samples(Listed(labels), list, SPLIT, ["tail"], 4, 3, seed=8, labels=labels)
+    assert not other["tail"][0][0][0].equal(chosen["tail"][0][0][0])
+    for arguments, message in (
+        ({"labels": labels + 1}, "`labels` to be class indices in"),
+        ({}, "`dataset` to be a data set with"),
+        ({"labels": labels, "samples": 0}, "`samples` to be an integer >= 1"),
+        ({"labels": labels, "groups": ["nope"]}, "`groups` to be any of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_samples(
+                **{"dataset": Listed(labels), "collate": list, "split": SPLIT, "groups": ["tail"]}
+                | {"samples": 4}
+                | arguments
+            )
