@@ -22,6 +22,7 @@ commands:
   test       evaluate it on the test data
   compare    train ERM, SAM, ImbSAM and SSESAM, or methods of your own, side by side; tables, pictures, an HTML report
   sweep      search for the radii of SSESAM and its switch, on validation data
+  curvature  measure and draw how the losses of head and tail bend, at checkpoints of fit
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
 line. Give options one by one or in a YAML file with `--config`, where a name without a suffix is a shipped file: for
@@ -31,6 +32,7 @@ examples:
   lightning-ssesam compare
   lightning-ssesam fit --config digits_lt
   lightning-ssesam fit --config digits_lt --model.objective SAM --model.objective.rho 0.1
+  lightning-ssesam curvature lightning_logs/version_0/checkpoints/*.ckpt
 """
 
 
@@ -53,10 +55,12 @@ def main(args: Sequence[str] | None = None) -> None:
         _compare(args[1:])
     elif args[0] == "sweep":
         _sweep(args[1:])
+    elif args[0] == "curvature":
+        _curvature(args[1:])
     elif args[0] in _LIGHTNING_COMMANDS:
         _lightning(_with_shipped_configs(args))
     else:
-        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare", "sweep"])
+        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare", "sweep", "curvature"])
         sys.exit(f"error: Expected a command, one of {commands}, but got {args[0]!r}.")
 
 
@@ -72,14 +76,25 @@ def _sweep(args: list[str]) -> None:
     _call(sweep, "sweep", args)
 
 
+def _curvature(args: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    from lightning_ssesam.curvature.command import curvature
+
+    parser = ArgumentParser(prog="lightning-ssesam curvature", description=_description(curvature))
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
+    parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
+    with _one_line_errors(), _quiet_interrupt():
+        curvature(**vars(parser.parse_args(_with_shipped_configs(["curvature", *args])[1:])))
+
+
 def _call(function: Callable[..., Any], name: str, args: list[str], **defaults: Any) -> None:
     """Call a function with what the command line says of its arguments, and with all of that as ``config``, in YAML."""
     from jsonargparse import ArgumentParser
 
     from lightning_ssesam.compare import DEFAULT_SGD
 
-    description = (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
-    parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=description)
+    parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=_description(function))
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_function_arguments(function, as_group=False, skip={"config"})
     parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
@@ -92,6 +107,10 @@ def _call(function: Callable[..., Any], name: str, args: list[str], **defaults: 
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         arguments = vars(instantiate(chosen))
         function(**{**arguments, "config": parser.dump(chosen)})
+
+
+def _description(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
 
 
 def _names_given(args: list[str]) -> set[str]:

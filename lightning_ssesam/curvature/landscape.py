@@ -1,6 +1,8 @@
 """The loss of a group around the weights: along a line, and over a plane."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +11,66 @@ from tqdm.auto import tqdm
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_integer
 from lightning_ssesam.curvature.hessian import Hessian
+from lightning_ssesam.curvature.lanczos import Eigenvalues
+
+# A line does not go further than this share of the norm of the weights.
+_FURTHEST = 0.5
+
+
+@dataclass(frozen=True)
+class EigenLine:
+    """A group's loss along an eigenvector of its Hessian.
+
+    Attributes:
+        eigenvalue: Of this eigenvector v.
+        slope: Of the loss along it, g . v; never positive, as v points downhill.
+        loss: The loss at the weights.
+        offsets: The distances t from the weights, ``(A,)``.
+        losses: The losses at ``w + t v``, ``(A,)``.
+
+    """
+
+    eigenvalue: float
+    slope: float
+    loss: float
+    offsets: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def quadratic(self) -> np.ndarray:
+        """The losses ``(A,)`` that slope and eigenvalue foretell, L + t g . v + eigenvalue t^2 / 2."""
+        foretold: np.ndarray = self.loss + self.slope * self.offsets + 0.5 * self.eigenvalue * self.offsets**2
+        return foretold
+
+
+def eigen_lines(
+    hessian: Hessian, ends: Eigenvalues, points: int = 21, progress: str | None = None
+) -> tuple[EigenLine, EigenLine]:
+    """Return a group's loss along the eigenvectors of the smallest and of the largest eigenvalue.
+
+    To both sides as far as the quadratic term is as large as the loss itself, t = sqrt(2 L / abs(eigenvalue)), but no
+    further than half of the norm of the weights.
+
+    Args:
+        hessian: Of the group.
+        ends: What :func:`extreme_eigenvalues` has found for it.
+        points: Points of each line, an integer >= 3; an odd number has one at the weights themselves.
+        progress: What the progress display is called; none by default.
+
+    """
+    check_integer("points", points, minimum=3)
+    weights = [p.detach().double().norm() for p in hessian.model.parameters() if p.requires_grad]
+    furthest = _FURTHEST * math.hypot(*map(float, weights))
+    lines = []
+    for name, eigenvalue, vector in zip(
+        ("smallest", "largest"), (ends.smallest, ends.largest), ends.vectors, strict=True
+    ):
+        slope = float(hessian.gradient() @ vector)
+        reach = math.sqrt(2 * abs(hessian.loss()) / abs(eigenvalue)) if eigenvalue else math.inf
+        offsets = np.linspace(-1, 1, points) * (min(reach, furthest) or 1.0)
+        losses = line(hessian, -vector if slope > 0 else vector, offsets, progress and f"{progress} {name}")
+        lines.append(EigenLine(eigenvalue, -abs(slope), hessian.loss(), offsets, losses))
+    return lines[0], lines[1]
 
 
 def line(

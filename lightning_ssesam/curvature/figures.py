@@ -1,0 +1,209 @@
+"""The pictures of the curvature: spectra, and landscapes of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from lightning_ssesam.curvature.lanczos import SpectralDensity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lightning_ssesam.curvature.landscape import EigenLine
+    from lightning_ssesam.curvature.measure import Curvature
+
+# Okabe and Ito's blue and vermilion, for what bends up and what bends down.
+_UP, _DOWN = "#0072B2", "#D55E00"
+# Groups beyond this are in the table alone.
+_MOST_GROUPS = 6
+# Of the smoothing, in decades of the eigenvalue.
+_WIDTH = 0.08
+
+
+def asinh_density(
+    density: SpectralDensity, scale: float, width: float = _WIDTH, points: int = 1001
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a spectral density on an axis that is linear around 0 and logarithmic far from it, to both sides.
+
+    The coordinate is u = asinh(eigenvalue / scale) / ln 10, and the density is one in u, smoothed in u: the share of
+    the eigenvalues per unit of u, which for an eigenvalue far beyond ``scale`` is a decade. It integrates to 1 over u.
+
+    Args:
+        density: The spectral density.
+        scale: The eigenvalue up to which the axis is about linear, a number > 0.
+        width: Standard deviation of the smoothing, in u, a number > 0.
+        points: Points of the grid, an integer >= 2.
+
+    Returns:
+        Eigenvalues ``(G,)``, ascending and evenly spaced in u, and the density there, ``(G,)``.
+
+    """
+    moved = SpectralDensity([_u(nodes, scale) for nodes in density.nodes], density.weights)
+    low, high = (of([of(nodes) for nodes in moved.nodes]) for of in (np.min, np.max))
+    grid = np.linspace(low - 5 * width, high + 5 * width, points)
+    return np.sinh(grid * math.log(10)) * scale, moved(grid, width)
+
+
+def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) -> Path:
+    """Draw the spectral density of each group, one below the other, on common axes; a column for each checkpoint.
+
+    The axis of the eigenvalues is that of :func:`asinh_density`, as outliers are hundreds of times the bulk; the
+    density is on a log scale, down to less than a single eigenvalue. The ends of the spectrum are marked.
+
+    Args:
+        measured: Of each checkpoint, by its title, what :func:`measure_curvature` returns; the first six groups are
+            shown, of which the density was asked for.
+        path: The PNG to write.
+
+    Returns:
+        ``path``.
+
+    """
+    columns = {title: dict(islice(groups.items(), _MOST_GROUPS)) for title, groups in measured.items()}
+    names = list(next(iter(columns.values())))
+    shown = [curvature for groups in columns.values() for curvature in groups.values()]
+    scale = _scale(shown)
+    figure = Figure(figsize=(1.2 + 5.6 * len(columns), 1.1 + 2.1 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), len(columns), sharex=True, sharey=True, squeeze=False)
+    for column, (title, groups) in enumerate(columns.items()):
+        grid[0, column].set_title(title, fontsize=10)
+        for ax, (name, curvature) in zip(grid[:, column], groups.items(), strict=True):
+            _draw_spectrum(ax, name, curvature, scale)
+    size = shown[0].eigenvalues.vectors[0].numel()
+    single = 1 / size / (_WIDTH * math.sqrt(2 * math.pi))
+    grid[0, 0].set_ylim(0.3 * single, 10)
+    _set_asinh_scale(grid[0, 0], shown, scale)
+    figure.supxlabel("eigenvalue of the Hessian", fontsize=10)
+    figure.supylabel("share of the eigenvalues per decade", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_lines(lines: Mapping[str, tuple[EigenLine, EigenLine]], title: str, path: Path) -> Path:
+    """Draw each group's loss along the eigenvectors of its smallest and its largest eigenvalue, groups side by side.
+
+    Beside what was measured stands, dashed, what slope and eigenvalue foretell.
+
+    Args:
+        lines: Of each group the two lines of :func:`eigen_lines`; the first six are shown.
+        title: Heading of the picture.
+        path: The PNG to write.
+
+    Returns:
+        ``path``.
+
+    """
+    shown = dict(islice(lines.items(), _MOST_GROUPS))
+    figure = Figure(figsize=(0.6 + 3.6 * len(shown), 6.2), layout="constrained")
+    grid = figure.subplots(2, len(shown), squeeze=False)
+    for column, (group, of) in enumerate(shown.items()):
+        for row, (end, along) in enumerate(zip(("smallest", "largest"), of, strict=True)):
+            ax, color = grid[row, column], _DOWN if along.eigenvalue < 0 else _UP
+            ax.plot(along.offsets, along.losses, color=color, marker="o", markersize=3, label="measured")
+            ax.plot(along.offsets, along.quadratic, color="0.35", linestyle="--", label="quadratic model")
+            ax.plot(0, along.loss, color="black", marker="+", markersize=11, markeredgewidth=1.8)
+            ax.set_title(f"{group}: {end} eigenvalue {_short(along.eigenvalue)}", fontsize=10)
+            ax.set_xlabel("distance along its eigenvector")
+            ax.grid(alpha=0.3)
+    for ax in grid[:, 0]:
+        ax.set_ylabel("mean loss of the group")
+    grid[0, 0].legend(fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: str, path: Path) -> Path:
+    """Draw each group's loss over the same plane, side by side, as contours with common levels.
+
+    Args:
+        losses: Of each group what :func:`plane` returns, ``(A, A)``; the first six are shown.
+        offsets: What it was given, ``(A,)``.
+        title: Heading of the picture.
+        path: The PNG to write.
+
+    Returns:
+        ``path``.
+
+    """
+    shown = {group: np.ma.masked_invalid(values) for group, values in islice(losses.items(), _MOST_GROUPS)}
+    levels, norm = _levels(shown)
+    figure = Figure(figsize=(1.2 + 3.7 * len(shown), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, (group, values) in zip(axes, shown.items(), strict=True):
+        filled = ax.contourf(offsets, offsets, values.T, levels=levels, norm=norm, cmap="viridis")
+        ax.contour(offsets, offsets, values.T, levels=levels, norm=norm, colors="white", linewidths=0.4)
+        ax.plot(0, 0, color="white", marker="+", markersize=13, markeredgewidth=3.5)
+        ax.plot(0, 0, color="black", marker="+", markersize=11, markeredgewidth=1.5)
+        ax.set_title(group, fontsize=10)
+        ax.set_aspect("equal")
+    bar = figure.colorbar(filled, ax=list(axes), label="mean loss of the group", shrink=0.9)
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.set_ticks(list(levels[::3]), labels=[_short(level) for level in levels[::3]])
+    figure.supxlabel("first direction, in norms of the filters", fontsize=10)
+    figure.supylabel("second direction", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_spectrum(ax: Axes, name: str, curvature: Curvature, scale: float) -> None:
+    assert curvature.density is not None
+    ends = curvature.eigenvalues
+    eigenvalues, values = asinh_density(curvature.density, scale)
+    for color, part in ((_UP, eigenvalues >= 0), (_DOWN, eigenvalues <= 0)):
+        ax.fill_between(eigenvalues[part], values[part], 1e-12, color=color, alpha=0.25, linewidth=0)
+        ax.plot(eigenvalues[part], values[part], color=color, linewidth=1.4)
+    ax.axvline(0, color="black", linewidth=0.8)
+    for end, value in (("smallest", ends.smallest), ("largest", ends.largest)):
+        color = _DOWN if value < 0 else _UP
+        ax.axvline(value, color=color, linestyle=":", linewidth=1.4, label=f"{end}: {_short(value)}")
+    share = f"{100 * curvature.density.share_below(0.0):.1f} % negative"
+    ax.annotate(f"{name}, {share}", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=10)
+    ax.legend(loc="upper right", fontsize=9)
+    ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+
+
+def _set_asinh_scale(ax: Axes, shown: list[Curvature], scale: float) -> None:
+    ax.set_xscale("asinh", linear_width=scale)
+    ends = [end for c in shown for end in (c.eigenvalues.smallest, c.eigenvalues.largest)]
+    low, high = (_u(np.array([of(ends)]), scale)[0] for of in (min, max))
+    margin = 4 * _WIDTH
+    ax.set_xlim(*(np.sinh(np.array([low - margin, high + margin]) * math.log(10)) * scale))
+    # Powers of ten, of which those less than half a decade of the axis from 0 would overlap with it.
+    powers = 10.0 ** np.arange(math.ceil(math.log10(scale)), math.ceil(math.log10(max(map(abs, ends)))) + 1)
+    powers = powers[_u(powers, scale) > 0.45]
+    ax.xaxis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _scale(shown: list[Curvature]) -> float:
+    """Return a tenth of the usual smallest eigenvalue, so that the negative side has its decade."""
+    sizes = [max(abs(c.eigenvalues.smallest), 1e-3 * abs(c.eigenvalues.largest)) or 1.0 for c in shown]
+    return 0.1 * math.exp(float(np.mean(np.log(sizes))))
+
+
+def _u(eigenvalues: np.ndarray, scale: float) -> np.ndarray:
+    moved: np.ndarray = np.arcsinh(eigenvalues / scale) / math.log(10)
+    return moved
+
+
+def _levels(shown: Mapping[str, Any]) -> tuple[np.ndarray, LogNorm | None]:
+    low, high = min(float(v.min()) for v in shown.values()), max(float(v.max()) for v in shown.values())
+    if low > 0 and high > 10 * low:
+        return np.geomspace(low, high, 19), LogNorm(low, high)
+    return np.linspace(low, high if high > low else low + 1, 19), None
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
