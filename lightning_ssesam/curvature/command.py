@@ -292,7 +292,7 @@ def _draw_landscapes(
 
 
 def _cells(group: str, curvature: Curvature) -> list[str]:
-    ends, trace, density = curvature.eigenvalues, curvature.trace, curvature.density
+    ends, trace, share = curvature.eigenvalues, curvature.trace, curvature.numbers().get("negative_share")
     numbers = (curvature.loss, curvature.gradient_norm, ends.largest, ends.smallest, ends.ratio)
     return [
         group,
@@ -300,7 +300,7 @@ def _cells(group: str, curvature: Curvature) -> list[str]:
         *(f"{value:.4g}" for value in numbers),
         "" if trace is None else f"{trace.value:.4g} ± {trace.standard_error:.2g}",
         f"{curvature.sharpness:.4g}",
-        "" if density is None else f"{100 * density.share_below(0.0):.1f} %",
+        "" if share is None else f"{100 * share:.1f} %",
         str(ends.iterations),
     ]
 

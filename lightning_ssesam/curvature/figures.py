@@ -26,7 +26,7 @@ _UP, _DOWN = "#0072B2", "#D55E00"
 # Groups beyond this are in the table alone.
 _MOST_GROUPS = 6
 # Of the smoothing, in decades of the eigenvalue.
-_WIDTH = 0.08
+_WIDTH = 0.15
 
 
 def asinh_density(
@@ -57,7 +57,8 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
     """Draw the spectral density of each group, one below the other, on common axes; a column for each checkpoint.
 
     The axis of the eigenvalues is that of :func:`asinh_density`, as outliers are hundreds of times the bulk; the
-    density is on a log scale, down to less than a single eigenvalue. The ends of the spectrum are marked.
+    density is on a log scale, down to less than a single eigenvalue. The ends of the spectrum are marked. Waves near 0
+    are the distances of the Ritz values, not the spectrum's own.
 
     Args:
         measured: Of each checkpoint, by its title, what :func:`measure_curvature` returns; the first six groups are
@@ -75,9 +76,11 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
     figure = Figure(figsize=(1.2 + 5.6 * len(columns), 1.1 + 2.1 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), len(columns), sharex=True, sharey=True, squeeze=False)
     for column, (title, groups) in enumerate(columns.items()):
-        grid[0, column].set_title(title, fontsize=10)
         for ax, (name, curvature) in zip(grid[:, column], groups.items(), strict=True):
-            _draw_spectrum(ax, name, curvature, scale)
+            _draw_spectrum(ax, curvature, scale)
+            ends = curvature.eigenvalues
+            heading = f"{name}: from {_short(ends.smallest)} to {_short(ends.largest)}"
+            ax.set_title(f"{title}\n{heading}" if ax is grid[0, column] else heading, fontsize=10)
     size = shown[0].eigenvalues.vectors[0].numel()
     single = 1 / size / (_WIDTH * math.sqrt(2 * math.pi))
     grid[0, 0].set_ylim(0.3 * single, 10)
@@ -156,7 +159,7 @@ def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: st
     return path
 
 
-def _draw_spectrum(ax: Axes, name: str, curvature: Curvature, scale: float) -> None:
+def _draw_spectrum(ax: Axes, curvature: Curvature, scale: float) -> None:
     assert curvature.density is not None
     ends = curvature.eigenvalues
     eigenvalues, values = asinh_density(curvature.density, scale)
@@ -164,12 +167,9 @@ def _draw_spectrum(ax: Axes, name: str, curvature: Curvature, scale: float) -> N
         ax.fill_between(eigenvalues[part], values[part], 1e-12, color=color, alpha=0.25, linewidth=0)
         ax.plot(eigenvalues[part], values[part], color=color, linewidth=1.4)
     ax.axvline(0, color="black", linewidth=0.8)
-    for end, value in (("smallest", ends.smallest), ("largest", ends.largest)):
+    for value in (ends.smallest, ends.largest):
         color = _DOWN if value < 0 else _UP
-        ax.axvline(value, color=color, linestyle=":", linewidth=1.4, label=f"{end}: {_short(value)}")
-    share = f"{100 * curvature.density.share_below(0.0):.1f} % negative"
-    ax.annotate(f"{name}, {share}", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=10)
-    ax.legend(loc="upper right", fontsize=9)
+        ax.axvline(value, color=color, linestyle=":", linewidth=1.4)
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
 

@@ -23,6 +23,9 @@ from lightning_ssesam.split import ClassSplit
 
 GROUPS = ("head", "tail", "all")
 
+# Relative to the largest absolute eigenvalue.
+_ZERO = 1e-3
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -50,7 +53,11 @@ class Curvature:
     rho: float
 
     def numbers(self) -> dict[str, float]:
-        """Return what was measured as numbers, for tables and loggers."""
+        """Return what was measured as numbers, for tables and loggers.
+
+        ``negative_share`` is the share of the eigenvalues below 0 by more than a thousandth of the largest absolute
+        one. Most eigenvalues of a network are nearly 0, and on which side is beyond what the density tells.
+        """
         ends = self.eigenvalues
         numbers = {
             "loss": self.loss,
@@ -65,7 +72,7 @@ class Curvature:
         if self.trace is not None:
             numbers |= {"trace": self.trace.value, "trace_error": self.trace.standard_error}
         if self.density is not None:
-            numbers["negative_share"] = self.density.share_below(0.0)
+            numbers["negative_share"] = self.density.share_below(-_ZERO * max(abs(ends.largest), abs(ends.smallest)))
         return numbers
 
 
