@@ -137,7 +137,7 @@ def test_bad_values_get_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "error: Expected a command, one of fit, validate, test, compare, sweep, but got 'trian'."),
+        (["trian"], "error: Expected a command, one of fit, validate, test, compare, sweep, curvature, but got 'trian'."),
         (
             ["fit", "--config=nope"],
             "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope'.",
@@ -163,7 +163,7 @@ def test_misuse_gets_one_line(arguments, message):
 def test_help(arguments, capsys):
     main(arguments)
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "compare", "sweep"):
+    for command in ("fit", "validate", "test", "compare", "sweep", "curvature"):
         assert f"\n  {command} " in text
     assert "for\n`fit` cifar100_lt, digits_lt; for `compare` compare_cifar100_lt, compare_cifar10_lt." in text
     assert max(map(len, text.splitlines())) <= 120

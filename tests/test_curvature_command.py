@@ -34,7 +34,7 @@ from lightning_ssesam.models import LongTailClassifier, SmallConvNet
 
 pytestmark = STRICT
 
-NETWORK = ["--data=DigitsLT", "--data.imbalance_factor=20", "--model.backbone=SmallConvNet", "--model.backbone.width=4"]
+NETWORK = ["--data=DigitsLT", "--data.imbalance_factor=20", "--model.backbone=SmallConvNet", "--model.backbone.width=8"]
 FIT = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 QUICK = {"samples": 30, "batch_size": 16, "tolerance": 0.3, "max_iterations": 8, "trace_samples": 2, "probes": 2}
 OPTIONS = [f"--{name}={value}" for name, value in QUICK.items()]
@@ -59,7 +59,7 @@ def checkpoints(trained):
 
 def loaded_by_hand(checkpoint):
     data = DigitsLT(imbalance_factor=20)
-    model = LongTailClassifier(data.class_counts, SmallConvNet(10, width=4), tail_fraction=0.2)
+    model = LongTailClassifier(data.class_counts, SmallConvNet(10, width=8), tail_fraction=0.2)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     return model, data
 
@@ -191,10 +191,10 @@ def another_config(trained, **changes):
         (["code.ckpt", "--config=CONFIG"], "'code.ckpt', which holds a pathlib."),
         (
             ["CHECKPOINT", "--config=text.yaml"],
-            "`config` to be a configuration of `lightning-ssesam fit`, with `model`",
+            "`config` to be a configuration of `lightning-ssesam fit`, with",
         ),
-        (["CHECKPOINT", "--config=bad.yaml"], "`config` to be a configuration of `lightning-ssesam fit`, with `model`"),
-        (["CHECKPOINT", "--config=other.yaml"], "has shape (4, 1, 3, 3) instead of (5, 1, 3, 3) and "),
+        (["CHECKPOINT", "--config=bad.yaml"], "`config` to be a configuration of `lightning-ssesam fit`, with"),
+        (["CHECKPOINT", "--config=other.yaml"], "has shape (8, 1, 3, 3) instead of (16, 1, 3, 3) and "),
         (["CHECKPOINT", "CHECKPOINT"], "`checkpoints` to be one or more, each once"),
         (["CHECKPOINT", "--groups=nope"], "`groups` to be any of 'head'"),
         (["CHECKPOINT", "--samples=0"], "`samples` to be an integer >= 1"),
@@ -210,7 +210,7 @@ def test_misuse_gets_one_line(arguments, message, trained, checkpoints):
     torch.save([1], "list.ckpt")
     torch.save({"state_dict": {}, "path": Path("x")}, "code.ckpt")
     Path("bad.yaml").write_text("model: {backbone: no.such.Network}\ndata: DigitsLT\n")
-    another_config(trained, width=5)
+    another_config(trained, width=16)
     places = {"CHECKPOINT": str(checkpoints[-1]), "--config=CONFIG": f"--config={trained}/config.yaml"}
     with pytest.raises(SystemExit) as stop:
         main(["curvature", *(places.get(argument, argument) for argument in arguments)])

@@ -203,7 +203,7 @@ def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
     """
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
         raise bad_argument("checkpoints", "one or more, each once", [str(path) for path in checkpoints])
-    parts = [path.with_suffix("").parts for path in checkpoints]
+    parts = [(*path.parts[:-1], path.stem) for path in checkpoints]
     if len(parts) == 1:
         return {checkpoints[0]: parts[0][-1]}
     first = _common(parts)
