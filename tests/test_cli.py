@@ -137,7 +137,10 @@ def test_bad_values_get_one_line(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "error: Expected a command, one of fit, validate, test, compare, sweep, curvature, but got 'trian'."),
+        (
+            ["trian"],
+            "error: Expected a command, one of fit, validate, test, compare, sweep, curvature, but got 'trian'.",
+        ),
         (
             ["fit", "--config=nope"],
             "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope'.",

@@ -158,7 +158,7 @@ class Eigenvalues:
 
     @property
     def ratio(self) -> float:
-        """|smallest| / largest, by which Rangwani et al. (NeurIPS 2022, arXiv:2212.13827) tell saddles from minima.
+        """abs(smallest) / largest, by which Rangwani et al. (NeurIPS 2022, arXiv:2212.13827) tell saddles from minima.
 
         Large at a saddle, where ``smallest`` is negative. Infinite where ``largest`` is not positive.
         """
