@@ -2,6 +2,7 @@
 
 python docs/pictures.py method         # what each objective perturbs; seconds
 python docs/pictures.py comparison     # those of `lightning-ssesam compare`; minutes
+python docs/pictures.py curvature      # those of `lightning-ssesam curvature`; minutes
 """
 
 import shutil
@@ -13,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lightning_ssesam import SAM, SSESAM, ClassSplit, ImbSAM
+from lightning_ssesam.cli import main
 from lightning_ssesam.compare import compare, usable_jobs
 
 IMAGES = Path(__file__).parent / "images"
@@ -83,5 +85,18 @@ def draw_comparison():
             shutil.copy(Path(folder) / f"{name}.png", IMAGES)
 
 
+def draw_curvature():
+    """Train with ERM and with SSE-SAM, measure the curvature of both and keep the pictures, the landscapes of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("ERM", "SSESAM"):
+            options = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}/{name}"]
+            main(["fit", "--config=digits_lt", *options, *(["--model.objective=ERM"] if name == "ERM" else [])])
+        checkpoints = [str(path) for name in ("ERM", "SSESAM") for path in Path(folder, name).rglob("*.ckpt")]
+        main(["curvature", *checkpoints, "--groups=head,tail", f"--output={folder}/curvature"])
+        shutil.copy(f"{folder}/curvature/spectra.png", IMAGES)
+        for name in ("landscape_1d", "landscape_2d"):
+            shutil.copy(f"{folder}/curvature/{name}-SSESAM.png", IMAGES / f"{name}.png")
+
+
 if __name__ == "__main__":
-    {"method": draw_method, "comparison": draw_comparison}[sys.argv[1]]()
+    {"method": draw_method, "comparison": draw_comparison, "curvature": draw_curvature}[sys.argv[1]]()

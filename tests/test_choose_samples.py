@@ -42,3 +42,21 @@ def test_samples_of_a_data_set_without_labels():
                 | {"samples": 4}
                 | arguments
             )
+
+
+class InBatches(torch.utils.data.Dataset):
+    """A data set that makes whole batches only."""
+
+    targets = torch.arange(5).repeat(6)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitems__(self, indices):
+        return torch.tensor(indices), self.targets[indices]
+
+
+def test_a_data_set_that_gives_whole_batches():
+    chosen = choose_samples(InBatches(), lambda batch: batch, SPLIT, ["tail"], 100, 5)
+    assert [len(batch[1]) for batch in chosen["tail"]] == [5, 5, 2]
+    assert torch.cat([batch[0] for batch in chosen["tail"]]).tolist() == [i for i in range(30) if i % 5 > 2]

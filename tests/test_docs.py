@@ -204,7 +204,7 @@ class PublishedSSESAM:
         torch.nn.utils.vector_to_parameters(weights.detach(), self.parameters)
 
 
-RUN_AS_THEY_ARE = ["existing_project", "own_module", "choosing", "coming_from", "troubleshooting"]
+RUN_AS_THEY_ARE = ["existing_project", "own_module", "choosing", "coming_from", "troubleshooting", "curvature"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -268,11 +268,12 @@ def _what_the_commands_read(monkeypatch):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
-    monkeypatch.setattr("lightning_ssesam.sweep._open_study", lambda *args: sys.exit("searches"))
+    monkeypatch.setattr("lightning_ssesam.sweep._open_study", lambda *args: sys.exit("works"))
+    monkeypatch.setattr("lightning_ssesam.curvature.command.short_names", lambda *args: sys.exit("works"))
 
 
 @pytest.mark.usefixtures("_in_a_terminal", "_what_the_commands_read")
-@pytest.mark.parametrize("name", ["fit", "test", "compare", "sweep", "--version"])
+@pytest.mark.parametrize("name", ["fit", "test", "compare", "sweep", "curvature", "--version"])
 def test_commands_are_understood(name, monkeypatch, capsys):
     """Every command of the pages, up to the point where it would train."""
     given = [list(command[1:]) for command in commands() if command[:2] == ("lightning-ssesam", name)]
@@ -284,8 +285,8 @@ def test_commands_are_understood(name, monkeypatch, capsys):
                 main(command)
         elif name == "compare":
             assert planned_runs(monkeypatch, command[1:])
-        elif name == "sweep":
-            with pytest.raises(SystemExit, match="searches"):
+        elif name in ("sweep", "curvature"):
+            with pytest.raises(SystemExit, match="works"):
                 main(command)
         else:
             with pytest.raises(SystemExit) as stop:

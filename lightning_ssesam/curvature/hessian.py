@@ -169,7 +169,8 @@ class Hessian:
 
         """
         weight = 0.0
-        with self._evaluating(at) as (call, trained):
+        differentiates = gradient or vectors is not None
+        with self._evaluating(at) as (call, trained), torch.set_grad_enabled(differentiates):
             loss = torch.zeros((), dtype=torch.float64, device=self._exact_device)
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device) if gradient else None
             products = None if vectors is None else torch.zeros_like(vectors)

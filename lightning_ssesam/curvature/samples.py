@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.curvature.measure import group_masks
@@ -56,6 +57,6 @@ def choose_samples(
             members = classes[labels].nonzero().flatten()
             order = torch.randperm(len(members), generator=generator)[:samples]
             torch.manual_seed(seed)
-            loaded = [dataset[i] for i in members[order].sort().values.tolist()]
-            chosen[group] = [collate(loaded[i : i + batch_size]) for i in range(0, len(loaded), batch_size)]
+            subset = Subset(dataset, members[order].sort().values.tolist())
+            chosen[group] = list(DataLoader(subset, batch_size, collate_fn=collate))
     return chosen
