@@ -3,6 +3,8 @@
 import copy
 import math
 import random
+import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -255,6 +257,36 @@ def test_only_the_samples_of_the_group_are_forwarded_once_a_product():
     ends = extreme_eigenvalues(hessian, max_iterations=7, tolerance=1e-9)
     assert sum(seen) == 7 * number
     assert (ends.iterations, ends.converged) == (7, False)
+
+
+class Marked(torch.autograd.Function):
+    """Does nothing, but that one can tell whether its graph is alive."""
+
+    alive: ClassVar = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, losses):
+        ctx.mark = nn.Identity()
+        Marked.alive.add(ctx.mark)
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_one_batch_is_held_at_a_time():
+    held = []
+
+    def spied(net, batch):
+        held.append(len(Marked.alive))
+        return Marked.apply(losses_of(net, batch))
+
+    hessian = Hessian(mlp(), batches(4), spied)
+    hessian.gradient()
+    hessian @ torch.randn(hessian.shape[0], 2)
+    hessian.loss(at=torch.zeros(hessian.shape[0]))
+    assert held == [0] * 12
 
 
 @pytest.mark.parametrize("parts", [1, 3, 24])

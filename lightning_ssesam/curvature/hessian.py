@@ -184,6 +184,8 @@ class Hessian:
                     total += _flat(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
                 if vectors is not None and products is not None:
                     _add_products(products, weighted, trained, vectors)
+                # Else the next batch would be forwarded beside this one's graph.
+                del weighted
         return _Sums(weight, loss, total, products)
 
     @property
