@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import SPLIT, Model, assert_same_bits, batches, convbn, mlp
+from scipy.integrate import trapezoid
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
@@ -611,7 +612,7 @@ class TestDensity:
         density = SpectralDensity([np.array([0.0, 1.0]), np.array([2.0])], [np.array([0.25, 0.75]), np.array([1.0])])
         grid = np.linspace(-5, 7, 2001)
         values = density(grid, 0.3)
-        assert np.trapezoid(values, grid) == pytest.approx(1)
+        assert trapezoid(values, grid) == pytest.approx(1)
         height = 1 / (0.3 * math.sqrt(2 * math.pi))
         around_1 = 0.75 * height + (0.25 + 1) * height * math.exp(-0.5 / 0.09)
         assert density(np.array([1.0]), 0.3)[0] == pytest.approx(around_1 / 2)
