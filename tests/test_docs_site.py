@@ -147,8 +147,14 @@ def test_in_a_browser(pages, browser):
         assert not errors_in(browser), path.name
 
 
+# By how much each formula of its own would scroll up and down.
+SCROLLING = "return [...document.querySelectorAll('div.formula')].map(f => f.scrollHeight - f.clientHeight)"
+
+
 @NEEDS_BROWSER
 def test_formulas_are_drawn(site, browser):
+    browser.get((site / "curvature.html").as_uri())
+    assert browser.execute_script(SCROLLING) == [0]
     browser.get((site / "method.html").as_uri())
     heights = browser.execute_script(
         "return [...document.querySelectorAll('math')].map(m => m.getBoundingClientRect().height)"
@@ -157,6 +163,7 @@ def test_formulas_are_drawn(site, browser):
     assert all(height > 4 for height in heights)
     # A fraction in it stands higher than the line.
     assert max(heights) > 2 * min(heights) + 10
+    assert set(browser.execute_script(SCROLLING)) == {0}
     # TeX that was not understood would be left as it is.
     assert not browser.execute_script(
         "return [...document.querySelectorAll('math')].some(m => /\\\\/.test(m.innerText))"
