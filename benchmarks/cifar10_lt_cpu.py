@@ -3,7 +3,7 @@
     python benchmarks/cifar10_lt_cpu.py cifar/            # cifar/{train,test}/CLASS/*.jpg
 
 CIFAR-10 reduced to 16x16 pixels, 1,000 training and 200 test images a class, then made long-tailed with imbalance
-factor 100: 2,481 training images. Four objectives under cross-entropy and under logit adjustment, a small network with
+factor 100: 2,478 training images. Four objectives under cross-entropy and under logit adjustment, a small network with
 group norm, 20 epochs, three seeds. It shows how far the methods come in the same few epochs, not how far they can come;
 ``lightning-ssesam compare --config compare_cifar10_lt`` is the real thing, for a GPU. docs/results.md has what came
 out.

@@ -1,12 +1,13 @@
 """Is there negative curvature left in the head's and the tail's loss? Over training, for every method.
 
-    python benchmarks/saddle_points.py                    # DigitsLT, 20 trainings: minutes on a CPU
-    python benchmarks/saddle_points.py --images cifar/      # CIFAR-10-LT, from cifar/{train,test}/CLASS/*.jpg: GPU
+    python benchmarks/saddle_points.py                                  # DigitsLT, 20 trainings: half an hour of a core
+    python benchmarks/saddle_points.py --images cifar/                  # CIFAR-10-LT, 200 epochs: for a GPU
+    python benchmarks/saddle_points.py --images cifar/ --small --seeds 2    # at 16x16 pixels, 40 epochs: for a CPU
 
-Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor, like `compare`. Prints
-the extreme eigenvalues of the Hessians of the head's and the tail's mean training loss, and draws them over the epochs
-with the stage switch. Trainings that are in the output folder are not made again. docs/saddle_points.md says what came
-out.
+Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor, prints the extreme eigenvalues of the
+Hessians of the head's and the tail's mean training loss, and draws them over the epochs with the stage switch. Images
+are those of a folder cifar/{train,test}/CLASS/*.jpg. Trainings that are in the output folder are not made again.
+docs/saddle_points.md says what came out.
 """
 
 import argparse
@@ -21,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from cifar10_lt import DecodedCIFAR10LT, decode_all
-from cifar10_lt_cpu import OBJECTIVES
+from cifar10_lt_cpu import OBJECTIVES, reduce
 from matplotlib.figure import Figure
 from torch.optim import SGD
 
 from lightning_ssesam import ERM, SAM, SSESAM, CurvatureMonitor, DigitsLT, ImbSAM
 from lightning_ssesam.compare import DEFAULT_SGD, usable_jobs
+from lightning_ssesam.data import ImageFolderLT
 from lightning_ssesam.figures import method_style
 from lightning_ssesam.models import CIFARResNet, SmallConvNet
 from lightning_ssesam.runs import Experiment, limited_threads, quiet
@@ -57,6 +59,8 @@ def plan(options):
             trainer={"accelerator": "cpu", "limit_val_batches": 0},
         )
         return {name: (make(name, objective=objective), monitor) for name, objective in DIGITS.items()}
+    if options.small:
+        return plan_small(options)
     file = options.output / "images.pt"
     if not file.exists():
         decode_all(options.images, file)
@@ -70,6 +74,26 @@ def plan(options):
         gamma=GAMMA,
         model={"tail_below": 500},
         trainer={"limit_val_batches": 0},
+    )
+    return {name: (make(name, objective=objective), monitor) for name, objective in OBJECTIVES.items()}
+
+
+def plan_small(options):
+    """Return the same for the images and the network of cifar10_lt_cpu.py."""
+    folder = options.output / "images"
+    if not folder.exists():
+        reduce(options.images, options.output / "unfinished", {"train": 1000, "test": 200})
+        (options.output / "unfinished").rename(folder)
+    monitor = {"every_n_epochs": 4, "tolerance": 0.05, "max_iterations": 150}
+    make = partial(
+        Experiment,
+        data=partial(ImageFolderLT, folder, imbalance_factor=100, val_fraction=0.0, image_size=16, batch_size=32),
+        backbone=partial(SmallConvNet, in_channels=3, width=16),
+        optimizer=DEFAULT_SGD,
+        epochs=options.epochs or 40,
+        gamma=GAMMA,
+        model={"tail_below": 100},
+        trainer={"accelerator": "cpu", "limit_val_batches": 0},
     )
     return {name: (make(name, objective=objective), monitor) for name, objective in OBJECTIVES.items()}
 
@@ -125,9 +149,9 @@ def draw(rows, epochs, title, path):
             ax.set_title(f"{name} eigenvalue, {group}")
         axes[1, column].set_xlabel("epoch")
     axes[0, 0].set_yscale("log")
-    axes[1, 0].set_yscale("symlog", linthresh=0.01)
+    axes[1, 0].set_yscale("symlog", linthresh=0.5 * min(abs(row["smallest"]) for row in rows))
     axes[1, 0].set_ylim(top=0.0)
-    axes[0, 0].annotate(" stage 2 of SSE-SAM", (GAMMA * epochs, 0.95), xycoords=("data", "axes fraction"), va="top")
+    axes[1, 0].annotate(" stage 2 of SSE-SAM", (GAMMA * epochs, 0.97), xycoords=("data", "axes fraction"), va="top")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
@@ -136,7 +160,8 @@ def draw(rows, epochs, title, path):
 def main():
     """Train, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help="with {train,test}/CLASS/*.jpg; DigitsLT by default")
+    parser.add_argument("--images", type=Path, help="a folder with {train,test}/CLASS/*.jpg; DigitsLT by default")
+    parser.add_argument("--small", action="store_true", help="at 16x16 pixels, with a small network, for a CPU")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--jobs", type=int, default=usable_jobs(), help="trainings at a time")
@@ -153,7 +178,7 @@ def main():
     columns = COLUMNS + NUMBERS
     write_csv(options.output / "saddle_points.csv", columns, [[row[name] for name in columns] for row in rows])
     experiment = next(iter(plans.values()))[0]
-    name = type(experiment.data()).__name__.removeprefix("Decoded")
+    name = "CIFAR-10-LT" + (" at 16x16 pixels" if options.small else "") if options.images else "DigitsLT"
     title = f"{name}: Hessian of the mean training loss; mean and range over {options.seeds} seeds"
     draw(rows, experiment.epochs, title, options.output / "saddle_points.png")
     print(table(rows, experiment.epochs))
