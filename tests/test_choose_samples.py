@@ -1,5 +1,8 @@
 """Samples of the groups, as curvature is measured on them."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from helpers import SPLIT
@@ -44,6 +47,25 @@ def test_samples_of_a_data_set_without_labels():
             )
 
 
+class Augmented(torch.utils.data.Dataset):
+    targets = torch.arange(5).repeat(6)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()]), self.targets[index]
+
+
+def test_a_seed_decides_all_augmentations():
+    chosen = []
+    for _ in range(2):
+        random.random(), np.random.rand()
+        batches = choose_samples(Augmented(), torch.utils.data.default_collate, SPLIT, ["tail"], 4, seed=2**40)
+        chosen.append(batches["tail"][0][0])
+    assert chosen[0].equal(chosen[1])
+
+
 class InBatches(torch.utils.data.Dataset):
     """A data set that makes whole batches only."""
 
@@ -60,3 +82,6 @@ def test_a_data_set_that_gives_whole_batches():
     chosen = choose_samples(InBatches(), lambda batch: batch, SPLIT, ["tail"], 100, 5)
     assert [len(batch[1]) for batch in chosen["tail"]] == [5, 5, 2]
     assert torch.cat([batch[0] for batch in chosen["tail"]]).tolist() == [i for i in range(30) if i % 5 > 2]
+    few = [choose_samples(InBatches(), lambda batch: batch, SPLIT, ["tail"], 5, seed=seed) for seed in (0, 0, 1)]
+    (first, again, other) = (of["tail"][0][0].tolist() for of in few)
+    assert first == again != other

@@ -1,8 +1,10 @@
 """Curvature per group: against dense Hessians, planted saddles and plain definitions."""
 
 import copy
+import gc
 import math
 import random
+import warnings
 import weakref
 from typing import ClassVar
 
@@ -15,6 +17,8 @@ from scipy.integrate import trapezoid
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssesam import ClassSplit
@@ -28,7 +32,7 @@ from lightning_ssesam.curvature import (
     sharpness,
     spectral_density,
 )
-from lightning_ssesam.curvature.lanczos import find_ends
+from lightning_ssesam.curvature.lanczos import Lanczos, find_ends
 from lightning_ssesam.engine import NonFiniteError
 
 TAIL, HEAD = SPLIT.tail, SPLIT.head
@@ -376,7 +380,132 @@ def test_compiled_networks():
     net, data = mlp(), batches(2)
     compiled = torch.compile(net, backend="aot_eager")
     vector = torch.randn(sum(p.numel() for p in net.parameters()))
-    torch.testing.assert_close(Hessian(compiled, data, losses_of) @ vector, Hessian(net, data, losses_of) @ vector)
+    expected = Hessian(net, data, losses_of) @ vector
+    torch.testing.assert_close(Hessian(compiled, data, losses_of) @ vector, expected)
+    compiled_losses = torch.compile(losses_of, backend="aot_eager")
+    torch.testing.assert_close(Hessian(net, data, compiled_losses) @ vector, expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.first, x, use_reentrant=False).tanh())
+
+
+class Recurrent(nn.Module):
+    """Makes its initial state anew, in PyTorch's default type."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.last = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x):
+        state = torch.zeros(1, len(x), 4), torch.zeros(1, len(x), 4)
+        return self.last(self.cells(x.view(-1, 4, 2), state)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    "make_net",
+    [
+        Checkpointed,
+        Recurrent,
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 5)),
+        lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 5)),
+    ],
+    ids=["checkpointed", "recurrent", "weight norm", "spectral norm"],
+)
+def test_against_differences_of_gradients(make_net):
+    hessian = Hessian(make_net(), batches(2), losses_of, TAIL, torch.float64)
+    vector, other = torch.randn(2, hessian.shape[0], dtype=torch.float64)
+    step, base = 1e-3 * vector, hessian.loss()
+    rise = (hessian.loss(at=step) + hessian.loss(at=-step) - 2 * base) / 1e-6
+    assert float(vector @ (hessian @ vector)) == pytest.approx(rise, rel=1e-3, abs=1e-6)
+    assert float(other @ (hessian @ vector)) == pytest.approx(float(vector @ (hessian @ other)), rel=1e-9)
+
+
+class Padded(nn.Module):
+    """Means over padding too, which PyTorch's fast path for evaluation sets to 0."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.layers, self.last = nn.TransformerEncoder(layer, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        padding = torch.arange(3).expand(len(x), 3) >= torch.arange(1, len(x) + 1).clamp(max=3).view(-1, 1)
+        return self.last(self.layers(x.unsqueeze(1).expand(-1, 3, -1), src_key_padding_mask=padding).mean(1))
+
+
+def test_losses_with_and_without_derivatives_are_the_same():
+    hessian = Hessian(Padded(), batches(1), losses_of)
+    assert hessian.loss(at=torch.zeros(hessian.shape[0])) == pytest.approx(hessian.loss(), rel=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Merging(nn.Linear):
+    """Like LoRA's layers: `eval()` puts what is beside the weight into it."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += -1 if mode else 1
+        return super().train(mode)
+
+
+def test_a_model_that_changes_with_its_mode_is_left_as_it_was():
+    net = Merging(8, 5)
+    before = net.weight.detach().clone()
+    Hessian(net, batches(1), losses_of).loss()
+    assert net.training
+    assert net.weight.equal(before)
+
+
+class Scaled(nn.Module):
+    """Losses with a parameter of their own, which is not the model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, net, batch):
+        return self.scale * losses_of(net, batch)
+
+
+def test_losses_with_parameters():
+    net, data = mlp(), batches(2)
+    hessian = Hessian(net, data, Scaled(), dtype=torch.float64)
+    expected = 2 * Hessian(net, data, losses_of, dtype=torch.float64).gradient()
+    torch.testing.assert_close(hessian.gradient(), expected)
+
+
+def test_empty_batches_do_not_count():
+    net, data, empty = mlp(), batches(1), (torch.empty(0, 8), torch.empty(0, dtype=torch.int64))
+    for classes in (None, TAIL):
+        assert Hessian(net, [empty, *data], losses_of, classes).loss() == Hessian(net, data, losses_of, classes).loss()
+
+
+def test_the_order_of_the_samples_does_not_matter():
+    """Of mixed targets, whose masses add up to another float in another order."""
+    inputs, targets = torch.randn(60, 8), torch.rand(60, 5, dtype=torch.float64).softmax(1)
+    generator = torch.Generator()
+    loader = DataLoader(TensorDataset(inputs, targets), 7, shuffle=True, generator=generator)
+    hessian = Hessian(mlp(), loader, losses_of, TAIL)
+    for _ in range(20):
+        hessian @ torch.ones(hessian.shape[0])
+
+
+def test_one_iteration_is_kept_at_a_time():
+    """Its vectors are what takes memory."""
+    kept = []
+
+    def spied(net, batch):
+        kept.append(sum(type(thing) is Lanczos for thing in gc.get_objects()))
+        return losses_of(net, batch)
+
+    measure_curvature(mlp(), batches(1), SPLIT, ["head", "tail"], spied, max_iterations=2, probes=3, trace_samples=1)
+    assert max(kept) == 1
 
 
 def test_a_seed_decides_everything():
@@ -390,6 +519,7 @@ def test_a_seed_decides_everything():
         ).values()
         measured.append((curvature.numbers(), [nodes.tolist() for nodes in curvature.density.nodes]))
     assert measured[0] == measured[1]
+    assert measured[0][1][0] != measured[0][1][1]
     assert measured[0][0] != measured[2][0]
     for name in ("largest", "smallest"):
         assert measured[0][0][name] == pytest.approx(measured[2][0][name], rel=2e-3)
@@ -430,10 +560,29 @@ class TestErrors:
     def test_no_sample_of_the_group(self, data):
         with pytest.raises(ValueError, match="`batches` to be data with samples of the group's classes, but got none"):
             extreme_eigenvalues(Hessian(mlp(), data, losses_of, TAIL))
+        with pytest.raises(ValueError, match="`batches` to be data with samples of the group's classes, but got none"):
+            Hessian(mlp(), data, losses_of, TAIL).loss(at=torch.zeros(229))
 
     def test_reduced_losses(self):
         with pytest.raises(ValueError, match=r"of the shape \(\d+,\) of the targets, but got losses of shape \(\)"):
             Hessian(mlp(), batches(1), lambda net, batch: losses_of(net, batch).mean(), TAIL).loss()
+        with pytest.raises(ValueError, match=r"`sample_losses` to be unreduced, but got losses of shape \(\)"):
+            Hessian(mlp(), batches(1), lambda net, batch: losses_of(net, batch).mean()).loss()
+
+    @pytest.mark.parametrize("label", [-1, 5])
+    def test_labels_of_no_class(self, label):
+        inputs, targets = batches(1)[0]
+        targets[:3] = label
+        with pytest.raises(ValueError, match=r"class indices in \[0, 5\), but got values from"):
+            Hessian(mlp(), [(inputs, targets)], losses_of, TAIL).loss()
+
+    def test_products_that_are_not_symmetric(self):
+        matrix = torch.randn(20, 20)
+        with pytest.warns(UserWarning, match="not those of a symmetric matrix"):
+            extreme_eigenvalues(matrix)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            extreme_eigenvalues(matrix + matrix.T)
 
     def test_other_samples_in_a_later_pass(self):
         data = batches(2)
@@ -459,6 +608,10 @@ class TestErrors:
             ({"groups": ["class_5"]}, "'class_0' to 'class_4', but got 'class_5'"),
             ({"groups": ["medium"]}, "but got 'medium'"),
             ({"groups": []}, "`groups` to be at least one group"),
+            (
+                {"batches": {"head": []}, "groups": ["tail"]},
+                "`batches` to be data of every group, but got none of tail",
+            ),
             ({"tolerance": 0.0}, "`tolerance` to be a finite number > 0"),
             ({"max_iterations": 0}, "`max_iterations` to be an integer >= 1"),
             ({"trace_samples": -1}, "`trace_samples` to be an integer >= 0"),
@@ -469,7 +622,7 @@ class TestErrors:
     def test_measure(self, change, message):
         split = ClassSplit([500, 400, 300, 6, 5], tail=[3, 4])
         with pytest.raises(ValueError, match=message):
-            measure_curvature(Model(), batches(1), split, **change)
+            measure_curvature(**{"model": Model(), "batches": batches(1), "split": split, **change})
 
 
 def test_groups():
@@ -556,6 +709,31 @@ class TestLanczos:
     def test_a_single_parameter(self):
         ends = extreme_eigenvalues(torch.tensor([[-2.0]]))
         assert (ends.smallest, ends.largest, ends.iterations) == (-2, -2, 1)
+
+    def test_bounds_hold_where_the_iteration_ends_by_rounding(self):
+        """A bulk that is beyond the rounding of the largest eigenvalue."""
+        values = torch.cat([torch.tensor([1000.0]), torch.linspace(-2e-4, 2e-4, 400)])
+        ends = extreme_eigenvalues(values.diag(), tolerance=1e-9)
+        assert ends.errors[0] > 0.1 * abs(ends.smallest + 2e-4)
+        assert not ends.converged
+
+    def test_does_not_stop_before_it_has_got_anywhere(self):
+        """The first vector is nearly an eigenvector of the bulk, and its residual small."""
+        values = torch.ones(10_000, dtype=torch.float64)
+        values[0] = 1.3
+        assert extreme_eigenvalues(Counted(values)).largest == pytest.approx(1.3)
+
+    def test_the_basis_stays_orthonormal(self):
+        """Also in float32, where ends that have long converged would come back."""
+        iteration = Lanczos(Counted(spectrum().float()), torch.randn(2000))
+        for _ in range(60):
+            iteration.step()
+        basis = torch.stack([iteration.combine(row) for row in np.eye(60)])
+        torch.testing.assert_close(basis @ basis.T, torch.eye(60), rtol=0, atol=2e-6)
+
+    def test_millions_of_parameters(self):
+        ends = extreme_eigenvalues(Counted(torch.full((6_000_000,), 3.0)), tolerance=1e-5)
+        assert (ends.smallest, ends.largest) == pytest.approx((3, 3), rel=1e-6)
 
     def test_scipy(self):
         net, data = mlp(), batches(2)

@@ -1,6 +1,7 @@
 """Curvature over a training: at the right times, of the right weights, and without a trace in the training."""
 
 import csv
+import pickle
 from pathlib import Path
 
 import lightning as L
@@ -161,6 +162,45 @@ def test_resumed(kill_at):
     assert second[1].history == whole[1].history
 
 
+def test_nothing_of_an_interrupted_run_is_taken_for_another():
+    monitor = CurvatureMonitor(1, samples=5, **QUICK)
+    with pytest.raises(Killed):
+        run(mlp, monitor, KillAt(5))
+    whole = CurvatureMonitor(1, samples=5, **QUICK)
+    wider = lambda: nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 5))  # noqa: E731
+    run(wider, whole, epochs=1)
+    run(wider, monitor, epochs=1)
+    assert monitor.history == whole.history
+
+
+def test_averaged_weights_are_measured_anew():
+    monitor = CurvatureMonitor(1, samples=5, **QUICK)
+    average = L.pytorch.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=2)
+    loader = DataLoader(training_set((3, 5, 5)), 16, shuffle=True)
+    run(convbn, average, monitor, epochs=4, loader=loader)
+    rows = [row for row in monitor.history if row["group"] == "tail"]
+    assert [row["step"] for row in rows[-2:]] == [16, 16]
+    assert rows[-1]["loss"] != rows[-2]["loss"]
+
+
+def test_keeps_nothing_of_the_model():
+    class Sized(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            assert len(pickle.dumps(monitor)) < 2000
+
+    monitor = CurvatureMonitor(6, groups=["tail"], **QUICK)
+    run(mlp, monitor, Sized())
+    assert monitor._data is None
+    assert len(pickle.dumps(monitor)) < 2000
+
+
+def test_epochs_with_accumulated_batches():
+    monitor = CurvatureMonitor(1, groups=["tail"], samples=5, **QUICK)
+    run(mlp, StageSwitch(step=2), monitor, epochs=2, accumulate_grad_batches=2)
+    seen = [(row["step"], row["epoch"], row["when"]) for row in monitor.history]
+    assert seen == [(2, 1.0, "epoch"), (2, 1.0, "before"), (3, 1.5, "after"), (4, 2.0, "epoch")]
+
+
 def test_does_not_end_a_training_that_diverges():
     class Diverging(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -172,6 +212,14 @@ def test_does_not_end_a_training_that_diverges():
         _, fit = run(mlp, Diverging(), monitor, epochs=2)
     assert fit.global_step == 8
     assert {row["step"] for row in monitor.history} == {4}
+
+
+def test_two_in_one_training():
+    monitors = [CurvatureMonitor(1, groups=[group], samples=5, **QUICK) for group in ("head", "tail")]
+    run(mlp, *monitors, epochs=1, enable_checkpointing=True)
+    (path,) = Path().rglob("*.ckpt")
+    states = torch.load(path, weights_only=True)["callbacks"]
+    assert [states[monitor.state_key]["history"][0]["group"] for monitor in monitors] == ["head", "tail"]
 
 
 class Augmented(Dataset):
@@ -237,6 +285,7 @@ class TestErrors:
             ({"max_iterations": 0}, "`max_iterations` to be an integer >= 1"),
             ({"trace_samples": -1}, "`trace_samples` to be an integer >= 0"),
             ({"seed": -1}, "`seed` to be an integer >= 0"),
+            ({"batches": iter([])}, "`batches` to be an iterable that can be gone through again and again"),
         ],
     )
     def test_arguments(self, change, message):
@@ -250,6 +299,10 @@ class TestErrors:
     def test_no_such_group(self):
         with pytest.raises(ValueError, match="`groups` to be any of 'head', 'tail'"):
             run(mlp, CurvatureMonitor(groups=["heads"]))
+
+    def test_no_data_of_a_group(self):
+        with pytest.raises(ValueError, match="`batches` to be data of every group, but got none of tail"):
+            run(mlp, CurvatureMonitor(batches={"head": [training_set().tensors]}), epochs=1)
 
     def test_no_losses(self):
         with pytest.raises(MisconfigurationException, match="Use SharpnessAwareMixin, or give `sample_losses`"):

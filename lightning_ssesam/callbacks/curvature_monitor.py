@@ -1,6 +1,6 @@
 """The curvature of the groups' losses while a model trains."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_integer, check_positive, check_radius
-from lightning_ssesam.curvature import Curvature, choose_samples, group_masks, measure_curvature
+from lightning_ssesam._validation import bad_argument, check_integer, check_positive, check_radius
+from lightning_ssesam.curvature import choose_samples, group_masks, measure_curvature
 from lightning_ssesam.curvature.hessian import SampleLosses
+from lightning_ssesam.curvature.measure import check_batches
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.distributed import Processes
 from lightning_ssesam.engine import NonFiniteError
@@ -84,6 +85,8 @@ class CurvatureMonitor(Callback):
         self.groups = groups
         self.samples = check_integer("samples", samples, minimum=1)
         self.batch_size = check_integer("batch_size", batch_size, minimum=1)
+        if isinstance(batches, Iterator):
+            raise bad_argument("batches", "an iterable that can be gone through again and again", batches)
         self.batches, self.split, self.sample_losses = batches, split, sample_losses
         self.rho = check_radius("rho", rho)
         self.tolerance = check_positive("tolerance", tolerance)
@@ -93,7 +96,7 @@ class CurvatureMonitor(Callback):
         self.progress = progress
         self.history: list[dict[str, Any]] = []
         self._data: Batches | None = None
-        self._measured: tuple[int, dict[str, Curvature]] | None = None
+        self._measured: tuple[Any, dict[str, dict[str, float]]] | None = None
         self._stage: int | None = None
         self._switched_at: int | None = None
 
@@ -107,6 +110,8 @@ class CurvatureMonitor(Callback):
                 "CurvatureMonitor cannot work with a model whose weights are divided among processes. Train without"
                 " it, and measure checkpoints with `lightning-ssesam curvature`."
             )
+        # An earlier run that was interrupted has not been torn down.
+        self._data = self._measured = None
         if trainer.global_step == 0:
             self.history, self._stage, self._switched_at = [], None, None
 
@@ -119,6 +124,7 @@ class CurvatureMonitor(Callback):
                 f"CurvatureMonitor needs the losses of single samples, which `{type(pl_module).__name__}` does not"
                 " tell. Use SharpnessAwareMixin, or give `sample_losses`."
             )
+        check_batches(self.batches, group_masks(split, self.groups))
         self._data = self._choose(trainer.train_dataloader, split) if self.batches is None else self.batches
 
     @override
@@ -152,6 +158,17 @@ class CurvatureMonitor(Callback):
         """Called when a run ends: let go of the samples."""
         self._data = self._measured = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # No data, and not what the Trainer has attached, which is the last module's.
+        attached = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return {**attached, "_data": None, "_measured": None}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tells monitors of different groups apart in checkpoints."""
+        return self._generate_state_key(groups=list(self.groups))
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, and where the stages are."""
@@ -166,24 +183,24 @@ class CurvatureMonitor(Callback):
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
         step = trainer.global_step
-        if self._measured is None or self._measured[0] != step:
-            # The end of an epoch and a switch after it see the same weights.
+        # The end of an epoch and a switch after it see the same weights; averaging changes them between two steps.
+        weights = step, [p.detach().sum().item() for p in pl_module.parameters()]
+        if self._measured is None or self._measured[0] != weights:
             try:
-                self._measured = step, self._measure(trainer, pl_module)
+                self._measured = weights, self._measure(trainer, pl_module)
             except NonFiniteError as error:
                 rank_zero_warn(f"CurvatureMonitor measures nothing at step {step}. {error}")
                 return
         at = {"step": step, "epoch": _epochs(trainer, when), "stage": _stage_of(pl_module), "when": when}
-        for group, curvature in self._measured[1].items():
-            numbers = curvature.numbers()
+        for group, numbers in self._measured[1].items():
             self.history.append({**at, "group": group, **numbers})
             logged = {f"curvature/{group}/{name}": value for name, value in numbers.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=step)
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Curvature]:
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, float]]:
         assert self._data is not None
-        return measure_curvature(
+        measured = measure_curvature(
             pl_module,
             self._data,
             self._split_of(pl_module),
@@ -197,6 +214,8 @@ class CurvatureMonitor(Callback):
             seed=self.seed,
             progress=self.progress and trainer.is_global_zero,
         )
+        # Not the eigenvectors, which are as large as the model.
+        return {group: curvature.numbers() for group, curvature in measured.items()}
 
     def _split_of(self, pl_module: pl.LightningModule) -> ClassSplit:
         split = self.split or getattr(getattr(pl_module, "objective", None), "split", None)
@@ -234,7 +253,9 @@ def _epochs(trainer: pl.Trainer, when: str) -> float:
     if when == "epoch":
         return trainer.current_epoch + 1.0
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    done = batches.ready - 1 if when == "before" else batches.ready
+    # Batches that wait for an update have not been seen by the weights yet.
+    waiting = (batches.ready - 1) % trainer.accumulate_grad_batches + 1
+    done = batches.ready - waiting if when == "before" else batches.ready
     return trainer.current_epoch + done / trainer.num_training_batches
 
 

@@ -181,7 +181,7 @@ def _set_asinh_scale(ax: Axes, shown: list[Curvature], scale: float) -> None:
     margin = 4 * _WIDTH
     ax.set_xlim(*(np.sinh(np.array([low - margin, high + margin]) * math.log(10)) * scale))
     # Powers of ten, of which those less than half a decade of the axis from 0 would overlap with it.
-    powers = 10.0 ** np.arange(math.ceil(math.log10(scale)), math.ceil(math.log10(max(map(abs, ends)))) + 1)
+    powers = 10.0 ** np.arange(math.ceil(math.log10(scale)), math.ceil(math.log10(max(scale, *map(abs, ends)))) + 1)
     powers = powers[_u(powers, scale) > 0.45]
     ax.xaxis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
     ax.xaxis.set_minor_locator(NullLocator())

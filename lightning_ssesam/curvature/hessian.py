@@ -1,5 +1,6 @@
 """The Hessian of a group's mean loss, as something to multiply with."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_choice
 from lightning_ssesam.batches import find_targets, pick_samples
 from lightning_ssesam.engine import NonFiniteError
-from lightning_ssesam.lightning_loops import is_compiled
+from lightning_ssesam.objectives import _check_class_indices
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -130,7 +132,7 @@ class Hessian:
         columns = vectors.to(self.device, self.dtype).reshape(self.shape[0], -1)
         sums = self._pass(vectors=columns.T)
         assert sums.products is not None
-        if sums.weight != first.weight or not _are_close(sums.loss, first.loss):
+        if not _are_close(sums, first):
             expected = "an iterable that gives the same samples every time"
             got = f"a loss of {float(sums.loss) / sums.weight:.6g} after {float(first.loss) / first.weight:.6g}"
             raise bad_argument("batches", expected, Phrase(got))
@@ -152,8 +154,6 @@ class Hessian:
         if self._first is None:
             first = self._pass(gradient=True)
             assert first.gradient is not None
-            if first.weight == 0:
-                raise bad_argument("batches", "data with samples of the group's classes", Phrase("none of them"))
             if not bool(first.loss.isfinite() & first.gradient.isfinite().all()):
                 raise NonFiniteError("The loss or its gradient is infinite or not a number.", first.loss / first.weight)
             self._first = first
@@ -168,24 +168,35 @@ class Hessian:
             vectors: Add up the products with these, ``(K, P)``.
 
         """
+        wrapped = _Losses(self.model, self.sample_losses)
+        with self._evaluating(), torch.set_grad_enabled(gradient or vectors is not None):
+            values, trained = self._copies(wrapped, at)
+            add_up = partial(self._add_up, trained=trained, gradient=gradient, vectors=vectors)
+            # Around the backward passes too, as they may forward again (activation checkpointing).
+            sums: _Sums = functional_call(wrapped, values, (add_up,))
+        return sums
+
+    def _add_up(
+        self, call: Callable[[Any], Tensor], trained: list[Tensor], gradient: bool, vectors: Tensor | None
+    ) -> _Sums:
         weight = 0.0
-        differentiates = gradient or vectors is not None
-        with self._evaluating(at) as (call, trained), torch.set_grad_enabled(differentiates):
-            loss = torch.zeros((), dtype=torch.float64, device=self._exact_device)
-            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device) if gradient else None
-            products = None if vectors is None else torch.zeros_like(vectors)
-            for batch in self.batches:
-                weighted, mass = self._weighted_loss(call, batch)
-                weight += mass
-                if weighted is None:
-                    continue
-                loss += weighted.detach().to(loss)
-                if total is not None:
-                    total += _flat(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
-                if vectors is not None and products is not None:
-                    _add_products(products, weighted, trained, vectors)
-                # Else the next batch would be forwarded beside this one's graph.
-                del weighted
+        loss = torch.zeros((), dtype=torch.float64, device=self._exact_device)
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device) if gradient else None
+        products = None if vectors is None else torch.zeros_like(vectors)
+        for batch in self.batches:
+            weighted, mass = self._weighted_loss(call, batch)
+            weight += mass
+            if weighted is None:
+                continue
+            loss += weighted.detach().to(loss)
+            if total is not None:
+                total += _flat(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
+            if vectors is not None and products is not None:
+                _add_products(products, weighted, trained, vectors)
+            # Else the next batch would be forwarded beside this one's graph.
+            del weighted
+        if weight == 0:
+            raise bad_argument("batches", "data with samples of the group's classes", Phrase("none of them"))
         return _Sums(weight, loss, total, products)
 
     @property
@@ -196,18 +207,18 @@ class Hessian:
         """Return the sum of the group's losses in a batch, and their weight; None where it has none of them."""
         targets, mass = self._mass(batch)
         if targets is not None and mass is not None:
-            rows = mass.reshape(len(mass), -1).any(1).nonzero().flatten()
+            rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             if not len(rows):
                 return None, 0.0
             if len(rows) < len(mass) and not self._mixes_samples:
                 select = getattr(self.model, "select_samples", None) or partial(pick_samples, size=len(targets))
                 batch, mass = select(batch, index=rows), mass[rows]
         losses = call(_cast(move_data_to_device(batch, self.device), self.dtype))
+        if losses.ndim == 0 or (mass is not None and losses.shape != mass.shape):
+            expected = "unreduced" if mass is None else f"unreduced, of the shape {tuple(mass.shape)} of the targets"
+            raise bad_argument("sample_losses", expected, Phrase(f"losses of shape {tuple(losses.shape)}"))
         if mass is None:
             return losses.sum(), float(losses.numel())
-        if losses.shape != mass.shape:
-            expected = f"unreduced, of the shape {tuple(mass.shape)} of the targets"
-            raise bad_argument("sample_losses", expected, Phrase(f"losses of shape {tuple(losses.shape)}"))
         return (losses * mass.to(losses)).sum(), float(mass.sum())
 
     def _mass(self, batch: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -218,6 +229,7 @@ class Hessian:
         targets = find(batch).detach().cpu()
         if targets.is_floating_point():
             return targets, targets.double().movedim(1, -1) @ self.classes.double()
+        _check_class_indices(targets, len(self.classes))
         return targets, self.classes[targets.long()].double()
 
     @property
@@ -225,9 +237,8 @@ class Hessian:
         return any(isinstance(layer, _BatchNorm) and _is_of_batch(layer) for layer in self.model.modules())
 
     @contextmanager
-    def _evaluating(self, at: Tensor | None) -> Iterator[tuple[Callable[[Any], Tensor], list[Tensor]]]:
-        """Give a function that returns the losses of a batch at copies of the weights, and these copies."""
-        wrapped = _Losses(self.model, self.sample_losses)
+    def _evaluating(self) -> Iterator[None]:
+        """Put the model into evaluation mode and whatever else a pass needs; put everything back."""
         modes = {layer: layer.training for layer in self.model.modules()}
         with ExitStack() as stack:
             # Modes are put back one by one: a module may have been in evaluation mode in part.
@@ -237,19 +248,21 @@ class Hessian:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            # Neither fused attention nor compiled code has second derivatives.
+            # Neither fused attention nor compiled code has second derivatives; passes without derivatives do as others.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if any(is_compiled(layer) for layer in self.model.modules()):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_TwiceDifferentiable())
+            # What a forward makes anew, such as an initial state, goes with the copies.
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(self.dtype)
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(0)
-            self.model.eval()
-            if self.batch_norm == "batch":
-                for layer in self.model.modules():
-                    if isinstance(layer, _BatchNorm):
-                        layer.train()
-            values, trained = self._copies(wrapped, at)
-            yield lambda batch: functional_call(wrapped, values, (batch,)), trained
+            # Without `eval()`, which may be overridden to change weights (LoRA merges them).
+            for layer in modes:
+                layer.training = self.batch_norm == "batch" and isinstance(layer, _BatchNorm)
+            yield
 
     @torch.no_grad()
     def _copies(self, wrapped: nn.Module, at: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -257,7 +270,8 @@ class Hessian:
         trained = []
         for name, parameter in wrapped.named_parameters():
             values[name] = _cast(parameter.detach().clone(), self.dtype)
-            if parameter.requires_grad:
+            # `sample_losses` may be a module with parameters of its own.
+            if parameter.requires_grad and name.startswith("model."):
                 trained.append(values[name])
         if at is not None:
             parts = torch.split(at.to(trained[0]), [t.numel() for t in trained])
@@ -269,14 +283,24 @@ class Hessian:
 
 
 class _Losses(nn.Module):
-    """Makes of a function that uses a model a module, whose weights can be exchanged."""
+    """A module of a function that uses a model, so that the model's weights can be exchanged while something runs."""
 
     def __init__(self, model: nn.Module, sample_losses: SampleLosses) -> None:
         super().__init__()
         self.model, self.sample_losses = model, sample_losses
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.sample_losses(self.model, batch)
+    def forward(self, run: Callable[[Callable[[Any], Tensor]], _Sums]) -> _Sums:
+        return run(partial(self.sample_losses, self.model))
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Takes weight norm by its definition, as the second derivatives of PyTorch's fused operation are wrong."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            direction, length, dim = args
+            return direction * (length / torch.norm_except_dim(direction, 2, dim))
+        return func(*args, **(kwargs or {}))
 
 
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
@@ -322,5 +346,7 @@ def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors
         products[number] += _flat(rows, trained)
 
 
-def _are_close(loss: Tensor, other: Tensor) -> bool:
-    return bool((loss - other).abs() <= _SAME_LOSS * other.abs() + 1e-12)
+def _are_close(sums: _Sums, first: _Sums) -> bool:
+    """Whether two passes may have seen the same samples, in any order."""
+    slack = _SAME_LOSS * first.loss.abs() + 1e-12
+    return math.isclose(sums.weight, first.weight) and bool((sums.loss - first.loss).abs() <= slack)

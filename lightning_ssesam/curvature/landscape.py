@@ -162,7 +162,7 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
 
 def _like_filters(weights: Tensor, generator: torch.Generator) -> Tensor:
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    drawn = torch.randn(weights.shape, generator=generator).to(weights.device, dtype)
+    drawn = torch.randn(weights.shape, generator=generator, dtype=torch.float32).to(weights.device, dtype)
     if weights.ndim <= 1:
         return torch.zeros_like(drawn)
     lengths = weights.to(dtype).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)

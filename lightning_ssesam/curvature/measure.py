@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssesam._validation import bad_argument, check_integer, check_radius
+from lightning_ssesam._validation import Phrase, bad_argument, check_integer, check_radius
 from lightning_ssesam.curvature.hessian import Hessian, SampleLosses
 from lightning_ssesam.curvature.lanczos import (
     Eigenvalues,
@@ -16,6 +16,7 @@ from lightning_ssesam.curvature.lanczos import (
     Trace,
     estimate_trace,
     find_ends,
+    norm,
     quadrature,
     spectral_density,
 )
@@ -126,23 +127,47 @@ def measure_curvature(
     check_integer("trace_samples", trace_samples, minimum=0)
     check_integer("probes", probes, minimum=0)
     rho = check_radius("rho", rho)
-    measured = {}
-    for name, classes in group_masks(split, groups).items():
+    measured, masks = {}, group_masks(split, groups)
+    check_batches(batches, masks)
+    for name, classes in masks.items():
         own = batches[name] if isinstance(batches, Mapping) else batches
         hessian = Hessian(model, own, sample_losses, classes, dtype, batch_norm)
-        label = f"{name}: eigenvalues" if progress else None
-        ends, iteration = find_ends(hessian, tolerance, max_iterations, seed, label)
+        ends, trace, density = _spectrum(
+            hessian, tolerance, max_iterations, trace_samples, probes, seed, name if progress else None
+        )
         measured[name] = Curvature(
             samples=hessian.weight,
             loss=hessian.loss(),
-            gradient_norm=float(hessian.gradient().norm()),
+            gradient_norm=norm(hessian.gradient()),
             eigenvalues=ends,
-            trace=estimate_trace(hessian, trace_samples, seed, iteration) if trace_samples else None,
-            density=_density(hessian, iteration, probes, seed, f"{name}: density" if progress else None),
+            trace=trace,
+            density=density,
             sharpness=sharpness(hessian, rho),
             rho=rho,
         )
     return measured
+
+
+def _spectrum(
+    hessian: Hessian,
+    tolerance: float,
+    max_iterations: int,
+    trace_samples: int,
+    probes: int,
+    seed: int,
+    progress: str | None,
+) -> tuple[Eigenvalues, Trace | None, SpectralDensity | None]:
+    ends, iteration = find_ends(hessian, tolerance, max_iterations, seed, progress and f"{progress}: eigenvalues")
+    trace = estimate_trace(hessian, trace_samples, seed, iteration) if trace_samples else None
+    nodes, weights = quadrature(iteration)
+    # Its vectors take the most memory of all, and the next iteration has vectors of its own.
+    del iteration
+    if probes == 0:
+        return ends, trace, None
+    if probes == 1:
+        return ends, trace, SpectralDensity([nodes], [weights])
+    rest = spectral_density(hessian, probes - 1, ends.iterations, seed + 1, progress and f"{progress}: density")
+    return ends, trace, SpectralDensity([nodes, *rest.nodes], [weights, *rest.weights])
 
 
 def sharpness(hessian: Hessian, rho: float) -> float:
@@ -156,10 +181,10 @@ def sharpness(hessian: Hessian, rho: float) -> float:
 
     """
     gradient = hessian.gradient()
-    norm = gradient.norm()
-    if check_radius("rho", rho) == 0 or norm == 0:
+    length = norm(gradient)
+    if check_radius("rho", rho) == 0 or length == 0:
         return 0.0
-    return hessian.loss(at=rho * gradient / norm) - hessian.loss()
+    return hessian.loss(at=rho * gradient / length) - hessian.loss()
 
 
 def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
@@ -190,15 +215,11 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
     return masks
 
 
+def check_batches(batches: Any, masks: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` if the batches of each group are given, but not of all of these."""
+    if isinstance(batches, Mapping) and (missing := masks.keys() - batches.keys()):
+        raise bad_argument("batches", "data of every group", Phrase(f"none of {', '.join(sorted(missing))}"))
+
+
 def _only(number: int, size: int) -> Tensor:
     return torch.arange(size) == number
-
-
-def _density(hessian: Hessian, iteration: Any, probes: int, seed: int, progress: str | None) -> SpectralDensity | None:
-    if probes == 0:
-        return None
-    nodes, weights = quadrature(iteration)
-    if probes == 1:
-        return SpectralDensity([nodes], [weights])
-    rest = spectral_density(hessian, probes - 1, iteration.steps, seed + 1, progress)
-    return SpectralDensity([nodes, *rest.nodes], [weights, *rest.weights])

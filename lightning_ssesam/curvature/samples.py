@@ -1,8 +1,10 @@
 """Some samples of each group, kept in batches."""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -56,7 +58,8 @@ def choose_samples(
         for group, classes in masks.items():
             members = classes[labels].nonzero().flatten()
             order = torch.randperm(len(members), generator=generator)[:samples]
-            torch.manual_seed(seed)
+            for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+                set_seed(seed % 2**32)
             subset = Subset(dataset, members[order].sort().values.tolist())
             chosen[group] = list(DataLoader(subset, batch_size, collate_fn=collate))
     return chosen
