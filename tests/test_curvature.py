@@ -140,7 +140,9 @@ def smoothed(eigenvalues, grid, width):
 def test_as_a_user_would():
     net, data = mlp(), batches(4)
     model = Model(net)
-    measured = measure_curvature(model, data, SPLIT, ["head", "tail", "all", "class_3"], tolerance=1e-5, rho=0.1)
+    measured = measure_curvature(
+        model, data, SPLIT, ["head", "tail", "all", "class_3"], tolerance=1e-5, rho=0.1, probes=8
+    )
     for name, classes in {"head": HEAD, "tail": TAIL, "all": HEAD | TAIL, "class_3": torch.arange(5) == 3}.items():
         curvature, exact = measured[name], torch.linalg.eigvalsh(dense_hessian(net, data, classes))
         inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
@@ -162,7 +164,8 @@ def test_as_a_user_would():
         assert numbers["smallest"] == pytest.approx(exact[0].item(), rel=1e-4)
         assert numbers["ratio"] == pytest.approx(-(exact[0] / exact[-1]).item(), rel=2e-4)
         assert abs(numbers["trace"] - exact.sum().item()) < 4 * numbers["trace_error"] + 1e-4
-        assert numbers["negative_share"] == pytest.approx((exact < 0).double().mean().item(), abs=0.2)
+        below = -0.01 * exact.abs().max()
+        assert numbers["negative_share"] == pytest.approx((exact < below).double().mean().item(), abs=0.1)
         assert numbers["converged"] == 1
 
 

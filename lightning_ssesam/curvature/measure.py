@@ -25,7 +25,7 @@ from lightning_ssesam.split import ClassSplit
 GROUPS = ("head", "tail", "all")
 
 # Relative to the largest absolute eigenvalue.
-_ZERO = 1e-3
+_ZERO = 1e-2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Curvature:
     def numbers(self) -> dict[str, float]:
         """Return what was measured as numbers, for tables and loggers.
 
-        ``negative_share`` is the share of the eigenvalues below 0 by more than a thousandth of the largest absolute
+        ``negative_share`` is the share of the eigenvalues below 0 by more than a hundredth of the largest absolute
         one. Most eigenvalues of a network are nearly 0, and on which side is beyond what the density tells.
         """
         ends = self.eigenvalues
