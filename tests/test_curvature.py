@@ -71,7 +71,7 @@ def used(net):
 
 
 def token_batches():
-    return [(torch.randint(10, (16, 6)), targets) for _, targets in batches(2, 16)]
+    return [(torch.randint(10, (32, 6)), targets) for _, targets in batches(1, 32)]
 
 
 NETWORKS = {
@@ -138,7 +138,7 @@ def smoothed(eigenvalues, grid, width):
 
 
 def test_as_a_user_would():
-    net, data = mlp(), batches(4)
+    net, data = mlp(), batches(1, 96)
     model = Model(net)
     measured = measure_curvature(
         model, data, SPLIT, ["head", "tail", "all", "class_3"], tolerance=1e-5, rho=0.1, probes=8
