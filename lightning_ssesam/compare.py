@@ -18,7 +18,6 @@ from torch.optim import SGD, Optimizer
 from tqdm.auto import tqdm
 
 from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer, check_radius
-from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.models import BackboneFactory, SmallConvNet
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
@@ -155,12 +154,12 @@ def compare(
         fingerprints = {experiment.method: experiment.fingerprint(split) for experiment in experiments}
         experiments[0].make_trainer([])
     # Here, not in several processes at once.
-    for make_data in (data, *(method.data for method in of_method.values() if method.data)):
-        make_data().prepare_data()
+    for of_data in (module, *(method.data() for method in of_method.values() if method.data)):
+        of_data.prepare_data()
     store = RunStore(output / "runs")
     tasks = [(experiment, fingerprints[experiment.method], seed) for seed in range(seeds) for experiment in experiments]
     runs = _finish(tasks, store, jobs, output)
-    switch = gamma if any(map(_switches_at_gamma, experiments)) else None
+    switch = gamma if any(of.is_switched_at_gamma(of.objective()) for of in experiments) else None
     comparison = Comparison(runs, split, module, epochs, switch, config)
     print(format_table(runs))
     written = write_report(comparison, output)
@@ -185,11 +184,6 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
         "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
     }
     return {name: Method(makers[name]) for name in names}
-
-
-def _switches_at_gamma(experiment: Experiment) -> bool:
-    own = any(isinstance(callback, StageSwitch) for callback in experiment.callbacks)
-    return experiment.objective().num_stages > 1 and not own
 
 
 def _finish(tasks: list[_Task], store: RunStore, jobs: int, output: Path) -> list[Run]:

@@ -134,9 +134,13 @@ class Experiment:
     def make_callbacks(self, model: LongTailClassifier) -> list[Callback]:
         """Return the callbacks of one run; a :class:`StageSwitch` among them where the objective has stages."""
         callbacks = [copy.deepcopy(callback) for callback in self.callbacks]
-        if model.objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in callbacks):
+        if self.is_switched_at_gamma(model.objective):
             callbacks.append(StageSwitch(at=self.gamma))
         return callbacks
+
+    def is_switched_at_gamma(self, objective: Objective) -> bool:
+        """Return whether ``gamma`` says when stage 2 begins, and no :class:`StageSwitch` among the callbacks."""
+        return objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in self.callbacks)
 
     def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
         """Return a Trainer that says and writes nothing; on one device, the GPU of a number if that is given."""

@@ -224,7 +224,6 @@ class CurvatureMonitor(Callback):
                 "CurvatureMonitor needs to know which classes are head and tail. Give it `split=...`, or train with an"
                 " objective that was built with one."
             )
-        group_masks(split, self.groups)
         return split
 
     def _choose(self, loader: Any, split: ClassSplit) -> dict[str, list[Any]]:
