@@ -7,6 +7,7 @@ from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective, Term
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.step_options import StepOptions
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "Objective",
     "SharpnessAwareMixin",
     "StageSwitch",
+    "StepOptions",
     "Term",
 ]

@@ -1,55 +1,67 @@
-"""The one sentence form in which every argument is refused."""
+"""Checks of arguments, and the one form of their error messages."""
 
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+from lightning_ssesam.errors import ArgumentError
+
 Choice = TypeVar("Choice", bound=str)
 
 
-class Phrase(str):
-    """Words about an argument, to be shown without quotes where its value itself would say little."""
+def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | None = None) -> ArgumentError:
+    """Build the error for a refused argument.
 
-    __slots__ = ()
-    __repr__ = str.__str__
+    Args:
+        name: Name of the argument.
+        expected: Completes "Expected argument `name` to be ...".
+        got: The value, shown by its ``repr``.
+        got_text: Text to show instead of the value, where the value itself would say little.
 
-
-def bad_argument(name: str, expected: str, got: Any) -> ValueError:
-    """Build the error for a refused argument: its name, what it must be, what it got."""
-    return ValueError(f"Expected argument `{name}` to be {expected}, but got {got!r}.")
+    """
+    return ArgumentError(
+        f"Expected argument `{name}` to be {expected}, but got {repr(got) if got_text is None else got_text}."
+    )
 
 
 def check_radius(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number >= 0, else raise ``ValueError``."""
+    """Return ``value`` as a float if it is a finite number >= 0, else raise ``ArgumentError``."""
     if not _is_real(value) or not math.isfinite(value) or value < 0:
         raise bad_argument(name, "a finite number >= 0", value)
     return float(value)
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number > 0, else raise ``ValueError``."""
+    """Return ``value`` as a float if it is a finite number > 0, else raise ``ArgumentError``."""
     if not _is_real(value) or not math.isfinite(value) or value <= 0:
         raise bad_argument(name, "a finite number > 0", value)
     return float(value)
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it lies strictly between 0 and 1, else raise ``ValueError``."""
+    """Return ``value`` as a float if it lies strictly between 0 and 1, else raise ``ArgumentError``."""
     if not _is_real(value) or not 0 < value < 1:
         raise bad_argument(name, "a number strictly between 0 and 1", value)
     return float(value)
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Return ``value`` as an int if it is an integer >= ``minimum``, else raise ``ValueError``."""
+    """Return ``value`` as an int if it is an integer >= ``minimum``, else raise ``ArgumentError``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise bad_argument(name, f"an integer >= {minimum}", value)
     return int(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is True or False, else raise ``ArgumentError``."""
+    if not isinstance(value, bool):
+        raise bad_argument(name, "True or False", value)
+    return value
+
+
 def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
-    """Return ``value`` if it is one of ``choices``, else raise ``ValueError``."""
+    """Return ``value`` if it is one of ``choices``, else raise ``ArgumentError``."""
     if not isinstance(value, str) or value not in choices:
         raise bad_argument(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
     return value

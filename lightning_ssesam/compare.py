@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from tqdm.auto import tqdm
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer, check_radius
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.models import BackboneFactory, SmallConvNet
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
@@ -171,8 +171,9 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
     if isinstance(methods, dict) and methods:
         for name, method in methods.items():
             if wrong := sorted(method.model.keys() & _GROUPINGS):
-                got = Phrase(f"{', '.join(wrong)} for {name!r}")
-                raise bad_argument("methods", f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})", got)
+                got = f"{', '.join(wrong)} for {name!r}"
+                expected = f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})"
+                raise bad_argument("methods", expected, got_text=got)
         return methods
     names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):

@@ -43,18 +43,18 @@ class Processes:
         return isinstance(self._strategy, ModelParallelStrategy)
 
     @staticmethod
-    def check_supported(strategy: Strategy, ascent: str) -> None:
-        """Raise MisconfigurationException for a strategy, or an ascent under it, that cannot work."""
+    def check_supported(strategy: Strategy, processes: str) -> None:
+        """Raise MisconfigurationException for a strategy, or an option under it, that cannot work."""
         supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
         if not supported or isinstance(strategy, XLAStrategy):
             raise MisconfigurationException(
                 f"SharpnessAwareMixin cannot work with {type(strategy).__name__}, which does not leave the gradients of"
                 " whole parameters to it. Use strategy='ddp', or ModelParallelStrategy (FSDP2) to shard the model."
             )
-        if ascent == "local" and isinstance(strategy, ModelParallelStrategy):
+        if processes == "local" and isinstance(strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                "`ascent='local'` cannot work with ModelParallelStrategy, whose backward passes always communicate."
-                " Use `ascent='global'`, or strategy='ddp'."
+                "`processes='local'` cannot work with ModelParallelStrategy, whose backward passes always communicate."
+                " Use `processes='global'`, or strategy='ddp'."
             )
         if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
             raise MisconfigurationException(

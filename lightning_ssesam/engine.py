@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_radius
+from lightning_ssesam._validation import bad_argument, check_choice, check_radius
+from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.objectives import Term
 from lightning_ssesam.snapshots import (
     Buffers,
@@ -56,20 +57,6 @@ class Outcome(NamedTuple):
     gradient_norms: Sequence[Tensor | None] = ()
     sharpness: Sequence[Tensor | None] = ()
     is_difference: bool = False
-
-
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a step is infinite or not a number.
-
-    Args:
-        message: What to say.
-        loss: The mean loss of the step, a detached scalar.
-
-    """
-
-    def __init__(self, message: str, loss: Tensor) -> None:
-        super().__init__(message)
-        self.loss = loss
 
 
 class SharpnessEngine:
@@ -166,7 +153,7 @@ class SharpnessEngine:
         summands, buffers = _summands(batch), list(buffers)
         params = [p for p in parameters if p.requires_grad]
         if not params:
-            raise bad_argument("parameters", "at least one that requires a gradient", Phrase("none"))
+            raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
         model = _Model(params, backward, params[0].device)
         gradients, random_state = _gradients(params), torch_random_state(model.device)
         self._buffers.save(buffers)
@@ -330,7 +317,7 @@ def _summands(batch: Sequence[MicroBatch]) -> list[_Summand]:
     radii = [check_radius("rho", term.rho) for term in batch[0].terms]
     for part in batch[1:]:
         if [term.rho for term in part.terms] != radii:
-            raise bad_argument("batch", "parts with the same radii", Phrase(f"{radii} and others"))
+            raise bad_argument("batch", "parts with the same radii", got_text=f"{radii} and others")
     plain = [number for number, rho in enumerate(radii) if rho == 0]
     summands = [_Summand(0.0, plain)] if plain else []
     return summands + [_Summand(rho, [number]) for number, rho in enumerate(radii) if rho > 0]
@@ -452,7 +439,7 @@ def _accumulation_dtype(losses: Tensor) -> torch.dtype:
 
 def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != weights.shape:
-        raise ValueError(
+        raise ArgumentError(
             "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
             f" {tuple(weights.shape)} (reduction='none'), but got"
             f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_positive, check_radius
+from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
 from lightning_ssesam.split import ClassSplit, _as_counts
 
 Counts = ClassSplit | Sequence[int] | Tensor
@@ -452,7 +452,7 @@ def _check_weight(weight: Weight) -> Tensor | None:
 
 def _check_length(name: str, values: Tensor, num_classes: int) -> None:
     if values.numel() != num_classes:
-        raise bad_argument(name, f"of shape ({num_classes},), one for each class", Phrase(f"{values.numel()} values"))
+        raise bad_argument(name, f"of shape ({num_classes},), one for each class", got_text=f"{values.numel()} values")
 
 
 def _check_batch(logits: Tensor, targets: Tensor, num_classes: int | None) -> None:
@@ -460,7 +460,7 @@ def _check_batch(logits: Tensor, targets: Tensor, num_classes: int | None) -> No
     if not logits.is_floating_point() or logits.ndim < 2 or num_classes not in (None, logits.shape[1]):
         shape = "(N, C) or (N, C, ...)" if num_classes is None else f"(N, {num_classes}) or (N, {num_classes}, ...)"
         raise bad_argument(
-            "logits", f"of shape {shape}, a floating dtype", Phrase(f"{tuple(logits.shape)} of {logits.dtype}")
+            "logits", f"of shape {shape}, a floating dtype", got_text=f"{tuple(logits.shape)} of {logits.dtype}"
         )
     indices, probabilities = logits.shape[:1] + logits.shape[2:], logits.shape
     is_other = targets.is_complex() or targets.dtype == torch.bool
@@ -468,7 +468,7 @@ def _check_batch(logits: Tensor, targets: Tensor, num_classes: int | None) -> No
         raise bad_argument(
             "targets",
             f"class indices of shape {tuple(indices)} or class probabilities of shape {tuple(probabilities)}",
-            Phrase(f"shape {tuple(targets.shape)} of {targets.dtype}"),
+            got_text=f"shape {tuple(targets.shape)} of {targets.dtype}",
         )
 
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.split import ClassSplit
 
 
@@ -221,18 +221,18 @@ def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
     if preds.is_floating_point():
         expected = (*target.shape[:1], num_classes, *target.shape[1:])
         if preds.shape != expected:
-            raise bad_argument("preds", f"scores of shape {expected}", Phrase(f"shape {tuple(preds.shape)}"))
+            raise bad_argument("preds", f"scores of shape {expected}", got_text=f"shape {tuple(preds.shape)}")
         checked = {"target": target}
     else:
         if preds.shape != target.shape:
             raise bad_argument(
-                "preds", f"class indices of shape {tuple(target.shape)}", Phrase(f"shape {tuple(preds.shape)}")
+                "preds", f"class indices of shape {tuple(target.shape)}", got_text=f"shape {tuple(preds.shape)}"
             )
         checked = {"preds": preds, "target": target}
     for name, indices in checked.items():
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_classes):
-            found = Phrase(f"values from {int(indices.min())} to {int(indices.max())}")
-            raise bad_argument(name, f"class indices in [0, {num_classes})", found)
+            found = f"values from {int(indices.min())} to {int(indices.max())}"
+            raise bad_argument(name, f"class indices in [0, {num_classes})", got_text=found)
 
 
 def _predicted(preds: Tensor) -> Tensor:

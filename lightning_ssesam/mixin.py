@@ -16,10 +16,10 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.batches import HostTargets, clone_tensors, find_targets, pick_samples, terms_of_union
 from lightning_ssesam.distributed import Processes
-from lightning_ssesam.engine import MicroBatch, NonFiniteError, Outcome, SampleLosses, SharpnessEngine
+from lightning_ssesam.engine import MicroBatch, Outcome, SampleLosses, SharpnessEngine
+from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.lightning_loops import (
     accumulates,
     between_forwards,
@@ -33,6 +33,7 @@ from lightning_ssesam.lightning_loops import (
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.snapshots import Buffers
 from lightning_ssesam.step_logs import StepLogs
+from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.trainer_support import TrainerSupport
 
 
@@ -47,36 +48,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         objective: What to optimize: :class:`~lightning_ssesam.ERM`, :class:`~lightning_ssesam.SAM`,
             :class:`~lightning_ssesam.ImbSAM`, :class:`~lightning_ssesam.SSESAM`, or an
             :class:`~lightning_ssesam.Objective` of your own.
-        passes: ``"full"`` forwards the whole batch in every pass, which is exact for every model. ``"split"``
-            forwards only the samples that a term gives weight: the same numbers for less work, where no layer mixes
-            samples. ``"auto"`` (default) takes split passes unless the model has batch norm in training mode, changes
-            other buffers in its forward, is compiled (for one shape of batch) or sharded. Choose ``"full"`` for a model
-            that mixes the samples of a batch in some other way.
-        batch_norm: ``"group"`` lets ``passes = "split"`` work with batch norm in training mode, whose statistics are
-            those of the whole batch: the gradient is that of plain training, plus what each perturbation changes in it,
-            the latter found with the statistics of the perturbed samples alone. Other numbers, and about the same
-            accuracy where it was measured (docs/performance.md). An update is full where a term has a single sample in
-            a batch (in any of several that are accumulated), or samples belong to several terms; ``train/full_passes``
-            logs the share of such updates in an epoch. ``"exact"`` (default): no such thing. A layer that is called
-            ``batch_norm`` is left alone.
-        interval: Perturb in every ``interval``-th update only, the first of them being number ``interval``, an integer
-            >= 1; the updates between are plain steps on the sum of the terms. Counted by ``global_step``.
-        ascent: Where several processes share a batch: ``"global"`` (default) perturbs for all of it, as one process
-            would. ``"local"`` perturbs in each process for its own samples and saves that communication (Foret et al.,
-            ICLR 2021, section 4.1).
-        on_nonfinite: What happens where the loss or the gradient of a step is infinite or not a number.
-            ``"ignore"`` (default): what happens under automatic optimization; most optimizers then spoil the weights.
-            ``"skip"``: no update; it counts as a step, in :attr:`skipped_updates` and in the log as
-            ``train/skipped_updates``. ``"raise"``: :class:`~lightning_ssesam.engine.NonFiniteError`. Weights, buffers
-            (batch norm's statistics), random state and optimizer are then those from before the step. A GradScaler
-            (``precision="16-mixed"``) skips such steps by itself, and this is not used. ``"skip"`` and ``"raise"`` wait
-            for an accelerator once a step.
-        log_sharpness: Whether to log of every term the norm of its gradient as ``train/grad_norm_{term}``, and, if it
-            is perturbed, how far its loss rises as ``train/sharpness_{term}``; and the norm of the final gradient, not
-            yet clipped, as ``train/grad_norm``. The terms are ``all``, or ``head`` and ``tail``. Between perturbed
-            updates (``interval``) a logger repeats the last values; with ``batch_norm = "group"`` terms that are not
-            perturbed have none.
-        skipped_updates: How many updates ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
+        step_options: How to make a step, a :class:`~lightning_ssesam.StepOptions`; the defaults if it is not set.
+        skipped_updates: Number of updates that ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
 
     Example::
 
@@ -95,18 +68,13 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     Raises:
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
-            lacks its split, one of the attributes above is out of range, ``configure_optimizers`` returns several
+            lacks its split, ``step_options`` is no StepOptions, ``configure_optimizers`` returns several
             optimizers, or the Trainer's strategy is one that it cannot work with.
 
     """
 
     objective: Objective
-    passes: Literal["auto", "full", "split"] = "auto"
-    batch_norm: Literal["exact", "group"]  # No default here, which would hide a layer that a user gives this name.
-    interval: int = 1
-    ascent: Literal["global", "local"] = "global"
-    on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
-    log_sharpness: bool = False
+    step_options: StepOptions = StepOptions()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -226,11 +194,11 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _find_gradient(self, parts: list[tuple[Any, Tensor]], share: float) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several batches together, each with its targets."""
         processes, layers = Processes(self.trainer.strategy), _survey(self)
-        gather = processes.gather if processes.size > 1 and self.ascent == "global" else None
+        gather = processes.gather if processes.size > 1 and self.step_options.processes == "global" else None
         terms = terms_of_union(self.objective, [targets for _, targets in parts], gather)
-        if (self.trainer.global_step + 1) % check_integer("interval", self.interval, minimum=1):
+        if (self.trainer.global_step + 1) % self.step_options.interval:
             terms = [[term._replace(rho=0.0) for term in of_part] for of_part in terms]
-        checks = self.on_nonfinite != "ignore" and not has_scaler(self.trainer)
+        checks = self.step_options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._sharpness_engine.compute(
             [MicroBatch(self._losses_of(batch), of_part) for (batch, _), of_part in zip(parts, terms, strict=True)],
             self._trained_parameters(),
@@ -238,9 +206,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             processes.backward(partial(self._backward, share=share)),
             self._choose_passes(layers, processes),
             synchronize=processes.synchronize,
-            ascent=self.ascent,
+            ascent=self.step_options.processes,
             check_finite=processes.all_agree if checks else None,
-            report=self.log_sharpness,
+            report=self.step_options.log_sharpness,
         )
 
     def _trained_parameters(self) -> list[Tensor]:
@@ -274,7 +242,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         return loss
 
     def _skip_or_raise(self, error: NonFiniteError) -> None:
-        if self.on_nonfinite == "raise":
+        if self.step_options.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"The loss or the gradient of step {self.global_step} is infinite or not a number. Weights, buffers and"
                 " optimizer are those from before the step. Look at the data of the step, lower the learning rate or"
@@ -307,13 +275,13 @@ class SharpnessAwareMixin(pl.LightningModule):
         if "train/loss" not in names and size > 0:
             self.log("train/loss", outcome.loss, batch_size=size)
             self._loss_on_bar = outcome.loss
-        if self.on_nonfinite == "skip":
+        if self.step_options.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
-        if self._batch_norm == "group" and any(rise is not None for rise in outcome.sharpness):
+        if self.step_options.batch_norm_statistics == "group" and any(rise is not None for rise in outcome.sharpness):
             # Made on the device: copying a number there would wait for it.
             share_of_full = torch.full((), float(not outcome.is_difference), device=self.device)
             self.log("train/full_passes", share_of_full, on_step=False, on_epoch=True)
-        if not self.log_sharpness or outcome.gradient_norm is None:
+        if not self.step_options.log_sharpness or outcome.gradient_norm is None:
             return
         values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
         for term, norm, rise in zip(self._term_names(outcome), outcome.gradient_norms, outcome.sharpness, strict=True):
@@ -352,27 +320,22 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.automatic_optimization = self._is_pretending = True
         return callbacks
 
-    @property
-    def _batch_norm(self) -> Literal["exact", "group"]:
-        choice: Any = getattr(self, "batch_norm", "exact")
-        return "exact" if isinstance(choice, torch.nn.Module) else choice
-
     def _choose_passes(self, layers: "_Survey", processes: Processes) -> Literal["auto", "full", "split", "difference"]:
-        if self.passes == "full":
+        if self.step_options.passes == "full":
             return "full"
         obstacle = None
-        if layers.batch_norms and self._batch_norm == "exact":
+        if layers.batch_norms and self.step_options.batch_norm_statistics == "batch":
             obstacle = (
                 f"`{next(iter(layers.batch_norms))}`, whose batch statistics are those of the whole batch. Use"
                 " `passes='auto'` or `passes='full'`, or put batch norm in evaluation mode; or set"
-                " `batch_norm='group'`, which gives each group of samples statistics of its own."
+                " `batch_norm_statistics='group'`, which gives each group of samples statistics of its own."
             )
         elif processes.size > 1 and any(isinstance(layer, SyncBatchNorm) for layer in layers.batch_norms.values()):
-            obstacle = "`batch_norm='group'` and `sync_batchnorm`, as the processes differ in their groups."
+            obstacle = "`batch_norm_statistics='group'` and `sync_batchnorm`, as the processes differ in their groups."
         elif processes.is_sharded:
             # Every process must make the same passes, and each has samples of its own.
             obstacle = "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."
-        if self.passes == "split":
+        if self.step_options.passes == "split":
             if obstacle is not None:
                 raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
         elif obstacle is not None or layers.is_compiled:
@@ -380,7 +343,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         if layers.batch_norms:
             return "difference"
         # Of batch norm it is known when it changes its buffers; the engine finds out about others.
-        return self.passes if layers.has_unknown_buffers else "split"
+        return self.step_options.passes if layers.has_unknown_buffers else "split"
 
     def _check_supported(self) -> None:
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
@@ -416,24 +379,15 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`{name}` uses SharpnessAwareMixin and must set `self.objective` to an Objective, such as"
                 f" `SAM(rho=0.05)`, but it is {objective!r}."
             )
+        if not isinstance(self.step_options, StepOptions):
+            raise MisconfigurationException(
+                f"`{name}.step_options` must be a StepOptions, such as `StepOptions(interval=2)`, but it is"
+                f" {self.step_options!r}."
+            )
         try:
             objective.check_ready()
-            check_passes(self.passes, self._batch_norm)
-            check_integer("interval", self.interval, minimum=1)
-            check_choice("ascent", self.ascent, ("global", "local"))
-            check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
-            if not isinstance(self.log_sharpness, bool):
-                raise bad_argument("log_sharpness", "True or False", self.log_sharpness)
         except (RuntimeError, ValueError) as error:
             raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
-
-
-def check_passes(passes: Any, batch_norm: Any) -> None:
-    """Raise ``ValueError`` if :attr:`SharpnessAwareMixin.passes` and ``batch_norm`` are not what they may be."""
-    check_choice("passes", passes, ("auto", "full", "split"))
-    if check_choice("batch_norm", batch_norm, ("exact", "group")) == "group" and passes != "split":
-        expected = f"'exact' where `passes='split'` is not set besides (it is {passes!r})"
-        raise bad_argument("batch_norm", expected, batch_norm)
 
 
 class _Survey(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_positive, check_radius
+from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
 from lightning_ssesam.split import ClassSplit
 
 
@@ -158,11 +158,9 @@ class _HeadTailObjective(Objective):
             raise bad_argument(
                 "split",
                 f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart",
-                Phrase(
-                    f"one in which {num_tail} of {split.num_classes} classes are tail (class counts from"
-                    f" {int(split.class_counts.min())} to {int(split.class_counts.max())}); choose another"
-                    " `tail_below`, `tail_fraction` or `tail`"
-                ),
+                got_text=f"one in which {num_tail} of {split.num_classes} classes are tail (class counts from"
+                f" {int(split.class_counts.min())} to {int(split.class_counts.max())}); choose another"
+                " `tail_below`, `tail_fraction` or `tail`",
             )
 
     def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +178,7 @@ class _HeadTailObjective(Objective):
             raise bad_argument(
                 "targets",
                 f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})",
-                Phrase(f"shape {tuple(targets.shape)} of {targets.dtype}"),
+                got_text=f"shape {tuple(targets.shape)} of {targets.dtype}",
             )
         probabilities = targets.movedim(1, -1).to(dtype)
         _check_probabilities(probabilities)
@@ -282,7 +280,7 @@ def _check_class_indices(targets: Tensor, num_classes: int) -> None:
         return
     low, high = (int(value) for value in targets.aminmax())
     if low < 0 or high >= num_classes:
-        raise bad_argument("targets", f"class indices in [0, {num_classes})", Phrase(f"values from {low} to {high}"))
+        raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=f"values from {low} to {high}")
 
 
 def _check_tensor(targets: Tensor) -> None:
@@ -295,7 +293,7 @@ def _check_probabilities(probabilities: Tensor) -> None:
         return
     # Probabilities in half precision add up to 1 within a hundredth.
     if not bool(((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-2)).all()):
-        raise bad_argument("targets", "class probabilities that add up to 1", Phrase("some that do not"))
+        raise bad_argument("targets", "class probabilities that add up to 1", got_text="some that do not")
 
 
 def _mean_weights(targets: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
 import lightning_ssesam
-from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.metrics import HeadTailAccuracy
@@ -166,7 +166,7 @@ class Experiment:
             model = self.make_model(data)
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
-            raise bad_argument("methods", expected, Phrase(f"other class counts for {self.method!r}"))
+            raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
         parts = {
             "version": lightning_ssesam.__version__,
             "data": {"class": type(data).__qualname__, **_settings(vars(data))},
@@ -285,7 +285,7 @@ def _check_names(name: str, arguments: dict[str, Any], of: type, own: set[str]) 
     allowed = inspect.signature(of).parameters.keys() - own
     if wrong := sorted(arguments.keys() - allowed):
         kept = f", but for those set elsewhere ({', '.join(sorted(own))})"
-        raise bad_argument(name, f"arguments of {of.__name__}{kept}", Phrase(", ".join(map(repr, wrong))))
+        raise bad_argument(name, f"arguments of {of.__name__}{kept}", got_text=", ".join(map(repr, wrong)))
 
 
 def _is_one(devices: Any) -> bool:

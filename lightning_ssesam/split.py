@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam.errors import ArgumentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class ClassSplit:
 
         """
         if (tail_below is None) == (tail_fraction is None):
-            raise ValueError(
+            raise ArgumentError(
                 "Expected exactly one of the arguments `tail_below` and `tail_fraction`,"
                 f" but got tail_below={tail_below!r}, tail_fraction={tail_fraction!r}."
             )
@@ -179,14 +180,14 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
     values = _as_tensor(name, expected, labels)
     whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
     if values.ndim != 1 or values.numel() == 0 or not whole:
-        got = Phrase(f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}")
-        raise bad_argument(name, expected, got)
+        got = f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}"
+        raise bad_argument(name, expected, got_text=got)
     # Unsigned integers have no `min`.
     values = values.long()
     smallest, largest = int(values.min()), int(values.max())
     if smallest < 0 or (num_classes is not None and largest >= num_classes):
         expected = f"class indices in [0, {'C' if num_classes is None else num_classes})"
-        raise bad_argument(name, expected, Phrase(f"values from {smallest} to {largest}"))
+        raise bad_argument(name, expected, got_text=f"values from {smallest} to {largest}")
     return values
 
 
@@ -195,7 +196,7 @@ def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:
     counts = torch.bincount(labels, minlength=num_classes)
     if bool((counts == 0).any()):
         missing = (counts == 0).nonzero().flatten().tolist()
-        raise bad_argument("labels", "labels of every class", Phrase(f"none of the classes {missing}"))
+        raise bad_argument("labels", "labels of every class", got_text=f"none of the classes {missing}")
     return counts
 
 
@@ -217,7 +218,7 @@ def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     if wrong.numel():
         first = int(wrong[0])
         raise bad_argument(
-            "class_counts", "integers >= 1 for every class", Phrase(f"{int(counts[first])} for class {first}")
+            "class_counts", "integers >= 1 for every class", got_text=f"{int(counts[first])} for class {first}"
         )
     return counts
 
@@ -229,7 +230,7 @@ def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) ->
     if values.dtype == torch.bool:
         if values.shape != (num_classes,):
             raise bad_argument(
-                "tail", f"a mask of shape ({num_classes},), one per class", Phrase(f"shape {tuple(values.shape)}")
+                "tail", f"a mask of shape ({num_classes},), one per class", got_text=f"shape {tuple(values.shape)}"
             )
         return values.clone()
     if values.numel() == 0:

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_ssesam._validation import (
-    Phrase,
     bad_argument,
     check_choice,
     check_fraction,
@@ -128,7 +127,7 @@ def sweep(
     module = data()
     if module.val_is_test:
         expected = "a data module with a validation set of its own (such as val_per_class=50)"
-        raise bad_argument("data", expected, Phrase("one that validates on its test set"))
+        raise bad_argument("data", expected, got_text="one that validates on its test set")
     with quiet():
         first = experiment(head_rho[0], tail_rho[0], gamma[0])
         settings = first.fingerprint(first.make_split(module))
@@ -213,7 +212,7 @@ class _Watch(Callback):
             return
         if math.isnan(_value(accuracy, self.metric)):
             expected = "an accuracy of classes that the validation set has"
-            raise bad_argument("metric", expected, Phrase(f"{self.metric!r}, which is NaN"))
+            raise bad_argument("metric", expected, got_text=f"{self.metric!r}, which is NaN")
         self.trial.report(_value(accuracy, self.metric), self.epoch)
         self.epoch += 1
         self._keep([*self.finished, accuracy])
@@ -224,7 +223,7 @@ class _Watch(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after the last epoch: note what the trial came to."""
         if not (accuracy := _accuracies(trainer)):
-            raise bad_argument("trainer", "settings with which it validates at least once", Phrase("none at all"))
+            raise bad_argument("trainer", "settings with which it validates at least once", got_text="none at all")
         self.finished.append(accuracy)
 
     def finish(self) -> float:

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.distributed import Processes
-from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.lightning_loops import is_compiled
 from lightning_ssesam.resume import Resumption
 
@@ -96,7 +96,7 @@ class TrainerSupport(Callback):
         if pl_module is not self.module:
             return
         self.module._check_objective()
-        Processes.check_supported(trainer.strategy, self.module.ascent)
+        Processes.check_supported(trainer.strategy, self.module.step_options.processes)
         objective = self.module.objective
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if objective.num_stages > objective.stage and not any(isinstance(c, StageSwitch) for c in callbacks):

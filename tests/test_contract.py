@@ -28,6 +28,7 @@ from lightning_ssesam import (
     DigitsLT,
     LongTailClassifier,
     StageSwitch,
+    StepOptions,
 )
 from lightning_ssesam.cli import main
 from lightning_ssesam.losses import LDAMLoss
@@ -97,10 +98,9 @@ def test_callback_states_and_logged_names():
         lambda num_classes: SmallConvNet(num_classes, norm="batch"),
         SSESAM(head_rho=0.05, tail_rho=0.1),
         LDAMLoss(),
-        passes="split",
-        batch_norm="group",
-        on_nonfinite="skip",
-        log_sharpness=True,
+        step_options=StepOptions(
+            passes="split", batch_norm_statistics="group", on_nonfinite="skip", log_sharpness=True
+        ),
     )
     monitor = CurvatureMonitor(every_n_epochs=2, samples=2, max_iterations=2)
     callbacks = [StageSwitch(at=0.5), DeferredReweighting(at=0.5), monitor, ModelCheckpoint(save_last=True)]

@@ -17,7 +17,7 @@ from lightning_ssesam.curvature.hessian import SampleLosses
 from lightning_ssesam.curvature.measure import check_batches
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.distributed import Processes
-from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
 

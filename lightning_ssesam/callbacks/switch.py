@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_fraction, check_integer
+from lightning_ssesam.errors import ArgumentError
 
 
 class Switch(Callback, ABC):
@@ -47,7 +48,7 @@ class Switch(Callback, ABC):
     def __init__(self, at: float | None = None, *, epoch: int | None = None, step: int | None = None) -> None:
         super().__init__()
         if sum(value is not None for value in (at, epoch, step)) > 1:
-            raise ValueError(
+            raise ArgumentError(
                 "Expected at most one of the arguments `at`, `epoch` and `step`,"
                 f" but got at={at!r}, epoch={epoch!r}, step={step!r}."
             )

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
-from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.models import LongTailClassifier
 
@@ -54,7 +54,7 @@ def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier,
     if differences := _differences(state, model):
         expected = f"weights of the model in {str(config)!r}"
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise bad_argument("checkpoints", expected, Phrase(f"{str(checkpoint)!r}, {differences[0]}{more}"))
+        raise bad_argument("checkpoints", expected, got_text=f"{str(checkpoint)!r}, {differences[0]}{more}")
     model.load_state_dict(state)
     return model, data
 
@@ -74,7 +74,7 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
         chosen = parser.parse_object(parts)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise bad_argument("config", expected, Phrase(f"{str(config)!r} ({reason})")) from error
+        raise bad_argument("config", expected, got_text=f"{str(config)!r} ({reason})") from error
     # The later name; versions that have it warn of the earlier one.
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
     return built.model, built.data
@@ -90,7 +90,7 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
         reason = f", which holds a {refused[1]} that may not be safe to load" if refused else ""
-        raise bad_argument("checkpoints", expected, Phrase(repr(str(checkpoint)) + reason)) from error
+        raise bad_argument("checkpoints", expected, got_text=repr(str(checkpoint)) + reason) from error
     return dict(state)
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ssesam._validation import (
-    Phrase,
     bad_argument,
     check_choice,
     check_integer,
@@ -265,7 +264,7 @@ def _batches(
     data.setup("fit")
     loader = data.train_dataloader()
     if not isinstance(loader, DataLoader):
-        raise bad_argument("data", "a data module that trains on a DataLoader", Phrase(type(loader).__name__))
+        raise bad_argument("data", "a data module that trains on a DataLoader", got_text=type(loader).__name__)
     return choose_samples(loader.dataset, loader.collate_fn, split, groups, samples, batch_size, seed)
 
 

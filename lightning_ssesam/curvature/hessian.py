@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice
+from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.batches import find_targets, pick_samples
-from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.objectives import _check_class_indices
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Hessian:
         self.batch_norm = check_choice("batch_norm", batch_norm, ("eval", "batch"))
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
-            raise bad_argument("model", "one with parameters that require a gradient", Phrase("one without"))
+            raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
         if dtype is not None and not dtype.is_floating_point:
             raise bad_argument("dtype", "a floating type", dtype)
         self.dtype = dtype or torch.promote_types(trained[0].dtype, torch.float32)
@@ -135,7 +135,7 @@ class Hessian:
         if not _are_close(sums, first):
             expected = "an iterable that gives the same samples every time"
             got = f"a loss of {float(sums.loss) / sums.weight:.6g} after {float(first.loss) / first.weight:.6g}"
-            raise bad_argument("batches", expected, Phrase(got))
+            raise bad_argument("batches", expected, got_text=got)
         return (sums.products.T / sums.weight).reshape(vectors.shape)
 
     def linear_operator(self) -> "LinearOperator":
@@ -196,7 +196,7 @@ class Hessian:
             # Else the next batch would be forwarded beside this one's graph.
             del weighted
         if weight == 0:
-            raise bad_argument("batches", "data with samples of the group's classes", Phrase("none of them"))
+            raise bad_argument("batches", "data with samples of the group's classes", got_text="none of them")
         return _Sums(weight, loss, total, products)
 
     @property
@@ -216,7 +216,7 @@ class Hessian:
         losses = call(_cast(move_data_to_device(batch, self.device), self.dtype))
         if losses.ndim == 0 or (mass is not None and losses.shape != mass.shape):
             expected = "unreduced" if mass is None else f"unreduced, of the shape {tuple(mass.shape)} of the targets"
-            raise bad_argument("sample_losses", expected, Phrase(f"losses of shape {tuple(losses.shape)}"))
+            raise bad_argument("sample_losses", expected, got_text=f"losses of shape {tuple(losses.shape)}")
         if mass is None:
             return losses.sum(), float(losses.numel())
         return (losses * mass.to(losses)).sum(), float(mass.sum())

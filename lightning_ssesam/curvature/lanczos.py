@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_ssesam._validation import check_integer, check_positive
-from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.errors import NonFiniteError
 
 # An eigenvalue smaller than this, relative to the largest absolute one, is found as exactly as one of this size.
 _SMALLEST = 1e-3

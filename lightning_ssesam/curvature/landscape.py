@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_integer
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.curvature.hessian import Hessian
 from lightning_ssesam.curvature.lanczos import Eigenvalues
 
@@ -156,7 +156,7 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     if all(weights.ndim <= 1 for weights in trained):
         expected = "one whose trained parameters have filters, that is two dimensions or more"
-        raise bad_argument("model", expected, Phrase("one without"))
+        raise bad_argument("model", expected, got_text="one without")
     return torch.cat([_like_filters(weights, generator).flatten() for weights in trained])
 
 
@@ -172,8 +172,8 @@ def _like_filters(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 def _check_direction(name: str, direction: Tensor, hessian: Hessian) -> None:
     if direction.shape != hessian.shape[:1] or not bool(direction.isfinite().all()):
-        got = Phrase(f"one of shape {tuple(direction.shape)}")
-        raise bad_argument(name, f"a finite vector of shape {hessian.shape[:1]}", got)
+        got = f"one of shape {tuple(direction.shape)}"
+        raise bad_argument(name, f"a finite vector of shape {hessian.shape[:1]}", got_text=got)
 
 
 def _offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:

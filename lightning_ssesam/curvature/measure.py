@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_integer, check_radius
+from lightning_ssesam._validation import bad_argument, check_integer, check_radius
 from lightning_ssesam.curvature.hessian import Hessian, SampleLosses
 from lightning_ssesam.curvature.lanczos import (
     Eigenvalues,
@@ -218,7 +218,7 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
 def check_batches(batches: Any, masks: Mapping[str, Tensor]) -> None:
     """Raise ``ValueError`` if the batches of each group are given, but not of all of these."""
     if isinstance(batches, Mapping) and (missing := masks.keys() - batches.keys()):
-        raise bad_argument("batches", "data of every group", Phrase(f"none of {', '.join(sorted(missing))}"))
+        raise bad_argument("batches", "data of every group", got_text=f"none of {', '.join(sorted(missing))}")
 
 
 def _only(number: int, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_fraction, check_integer
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms
 from lightning_ssesam.data.long_tailed import LongTailed
@@ -114,19 +114,19 @@ def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
     expected = "a folder with `train` and `test`, with `val` if need be, or with a folder for each class"
     if not {"train", "test"} <= set(folders):
         if set(folders) <= _SETS:
-            raise bad_argument("root", expected, Phrase(f"{root} with only {', '.join(folders)}"))
+            raise bad_argument("root", expected, got_text=f"{root} with only {', '.join(folders)}")
         return folders, {"train": _samples(root, folders)}
     if others := set(folders) - {"train", "val", "test"}:
-        raise bad_argument("root", expected, Phrase(f"{root} with {', '.join(sorted(others))} besides"))
+        raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(others))} besides")
     names = _folders(root / "train")
     parts = {"train": _samples(root / "train", names)}
     for part in {"val", "test"} & set(folders):
         if unknown := set(_folders(root / part)) - set(names):
             expected = f"a folder whose {part} classes are among its training classes"
-            raise bad_argument("root", expected, Phrase(f"{root} with {', '.join(sorted(unknown))} in {part} alone"))
+            raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(unknown))} in {part} alone")
         parts[part] = _samples(root / part, names, every=False)
         if not parts[part]:
-            raise bad_argument("root", f"a folder with images in {part}", Phrase(f"{root} with none there"))
+            raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none there")
     return names, parts
 
 
@@ -136,7 +136,7 @@ def _folders(root: Path) -> list[str]:
     try:
         names: list[str] = find_classes(root)[0]
     except OSError as error:
-        raise bad_argument("root", "a folder with folders of images", Phrase(f"{root}: {error}")) from error
+        raise bad_argument("root", "a folder with folders of images", got_text=f"{root}: {error}") from error
     return names
 
 
@@ -147,7 +147,7 @@ def _samples(root: Path, names: list[str], every: bool = True) -> Samples:
     try:
         samples: Samples = make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=not every)
     except FileNotFoundError as error:
-        raise bad_argument("root", "a folder with images of every class", Phrase(f"{root}: {error}")) from error
+        raise bad_argument("root", "a folder with images of every class", got_text=f"{root}: {error}") from error
     return samples
 
 

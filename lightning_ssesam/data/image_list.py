@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms, read_image
+from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -88,12 +89,12 @@ class ImageList(ImageFiles):
         except ValueError as error:
             raise self._bad_line(index, str(error)) from error
 
-    def _bad_line(self, index: int, sentence: str) -> ValueError:
+    def _bad_line(self, index: int, sentence: str) -> ArgumentError:
         with open(self.list_file, "rb") as file:
             number, left = 1, int(self._starts[index])
             while chunk := file.read(min(left, 2**20)):
                 number, left = number + chunk.count(b"\n"), left - len(chunk)
-        return ValueError(f"{self.list_file}, line {number}: {sentence}")
+        return ArgumentError(f"{self.list_file}, line {number}: {sentence}")
 
 
 class ImageListLT(LongTailDataModule):
@@ -177,13 +178,13 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
                 labels.append(label)
             elif fields:
                 expected = "a path and a label" if len(fields) == 1 else f"a label that is an integer in [0, {limit})"
-                raise ValueError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")
+                raise ArgumentError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")
             start += len(line)
     return starts, labels
 
 
-def _bad_file(path: str, got: str) -> ValueError:
-    return ValueError(f"{path}: Expected a text file with lines of a path and a label, but got {got}.")
+def _bad_file(path: str, got: str) -> ArgumentError:
+    return ArgumentError(f"{path}: Expected a text file with lines of a path and a label, but got {got}.")
 
 
 def _class_counts(images: ImageList) -> list[int]:
@@ -194,7 +195,7 @@ def _class_counts(images: ImageList) -> list[int]:
         gaps = np.flatnonzero(present != np.arange(len(present)))
         first = int(gaps[0]) if len(gaps) else len(present)
         expected = f"an image of every class in [0, {images.num_classes})"
-        raise ValueError(
+        raise ArgumentError(
             f"{images.list_file}: Expected {expected}, but got none of {missing} of them, such as class {first}."
         )
     return [int(count) for count in counts]

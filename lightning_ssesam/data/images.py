@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
+from lightning_ssesam.errors import ArgumentError
 
 Transform: TypeAlias = Callable[[Any], Any]
 
@@ -65,7 +66,7 @@ def read_image(path: str) -> Any:
             return image.convert("RGB")
     # A broken file makes PIL raise almost anything.
     except Exception as error:
-        raise ValueError(f"Expected {path} to be an image that can be read, but got {error!r}.") from error
+        raise ArgumentError(f"Expected {path} to be an image that can be read, but got {error!r}.") from error
 
 
 def default_transforms(

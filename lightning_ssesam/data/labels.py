@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_ssesam._validation import Phrase, bad_argument
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.split import as_labels
 
 
@@ -23,7 +23,7 @@ def labels_of(dataset: Any) -> Tensor:
     labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
     if len(labels) != len(dataset):
         raise bad_argument(
-            f"labels of {type(dataset).__name__}", f"one for each of {len(dataset)} samples", Phrase(str(len(labels)))
+            f"labels of {type(dataset).__name__}", f"one for each of {len(dataset)} samples", got_text=str(len(labels))
         )
     return labels
 
@@ -39,4 +39,4 @@ def _kept_labels(dataset: Any) -> Any:
     if getattr(dataset, "samples", None) is not None:
         return [sample[1] for sample in dataset.samples]
     expected = "a data set with `targets`, `labels` or `samples`; else pass its labels"
-    raise bad_argument("dataset", expected, Phrase(type(dataset).__name__))
+    raise bad_argument("dataset", expected, got_text=type(dataset).__name__)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_integer
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.profiles import Profile, largest_max_count, long_tailed_counts, long_tailed_indices
 from lightning_ssesam.split import ClassSplit, as_labels, count_labels
@@ -61,7 +61,7 @@ class LongTailed(Dataset[Sample]):
         found = labels_of(dataset) if labels is None else as_labels(labels)
         size = len(dataset)  # type: ignore[arg-type]
         if len(found) != size:
-            raise bad_argument("labels", f"one for each of {size} samples", Phrase(str(len(found))))
+            raise bad_argument("labels", f"one for each of {size} samples", got_text=str(len(found)))
         self.dataset = dataset
         self.class_counts = _class_counts(found, imbalance_factor, profile, max_count)
         generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))

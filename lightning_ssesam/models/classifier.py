@@ -11,12 +11,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import Phrase, bad_argument, check_choice, check_integer
+from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
-from lightning_ssesam.mixin import SharpnessAwareMixin, check_passes
+from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
 from lightning_ssesam.objectives import SSESAM, Objective
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.step_options import StepOptions
 
 
 class LongTailClassifier(SharpnessAwareMixin):
@@ -45,13 +46,7 @@ class LongTailClassifier(SharpnessAwareMixin):
             0.2 if ``tail_below`` is not given either.
         many_above: Many-shot classes have more training samples than this.
         few_below: Few-shot classes have fewer training samples than this.
-        passes: As in :class:`~lightning_ssesam.SharpnessAwareMixin`, like the following.
-        batch_norm: ``"exact"``; or, with ``passes="split"``, ``"group"``: cheaper steps for networks with batch norm,
-            by other numbers than those of full passes.
-        interval: Perturb in every ``interval``-th update only, an integer >= 1.
-        ascent: Where several processes share a batch, ``"global"`` or ``"local"``.
-        on_nonfinite: ``"ignore"``, ``"skip"`` or ``"raise"``.
-        log_sharpness: Whether to log the sharpness of each term and gradient norms.
+        step_options: How to make a training step.
         tta: Test-time augmentation, for validation and test: ``"hflip"`` averages the class probabilities of every
             image ``(N, C, H, W)`` and of its horizontal mirror image; ``"none"`` (default).
 
@@ -74,12 +69,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         few_below: int = 20,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         scheduler_monitor: str | None = None,
-        passes: Literal["auto", "full", "split"] = "auto",
-        batch_norm: Literal["exact", "group"] = "exact",
-        interval: int = 1,
-        ascent: Literal["global", "local"] = "global",
-        on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
-        log_sharpness: bool = False,
+        step_options: StepOptions = StepOptions(),  # noqa: B008 (frozen)
         tta: Literal["none", "hflip"] = "none",
     ) -> None:
         super().__init__()
@@ -105,14 +95,9 @@ class LongTailClassifier(SharpnessAwareMixin):
         self._make_scheduler = scheduler
         check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
         self._scheduler_options = {"interval": scheduler_interval, "monitor": scheduler_monitor}
-        check_passes(passes, batch_norm)
-        self.passes, self.batch_norm = passes, batch_norm
-        self.interval = check_integer("interval", interval, minimum=1)
-        self.ascent = check_choice("ascent", ascent, ("global", "local"))
-        self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
-        if not isinstance(log_sharpness, bool):
-            raise bad_argument("log_sharpness", "True or False", log_sharpness)
-        self.log_sharpness = log_sharpness
+        if not isinstance(step_options, StepOptions):
+            raise bad_argument("step_options", "a StepOptions", step_options)
+        self.step_options = step_options
         self.tta = check_choice("tta", tta, ("none", "hflip"))
 
     @override
@@ -121,7 +106,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         logits: Tensor = self.backbone(inputs)
         if logits.shape[1:2] != (self.split.num_classes,):
             expected = f"a network with logits (N, {self.split.num_classes}), one for each class"
-            raise bad_argument("backbone", expected, Phrase(f"one with an output of shape {tuple(logits.shape)}"))
+            raise bad_argument("backbone", expected, got_text=f"one with an output of shape {tuple(logits.shape)}")
         return logits
 
     @override
@@ -192,7 +177,7 @@ def _bound_loss(loss: nn.Module | None, split: ClassSplit) -> nn.Module:
         return nn.CrossEntropyLoss(reduction="none")
     reduction = getattr(loss, "reduction", "none")
     if reduction != "none":
-        raise bad_argument("loss", "a module with reduction='none'", Phrase(f"reduction={reduction!r}"))
+        raise bad_argument("loss", "a module with reduction='none'", got_text=f"reduction={reduction!r}")
     if callable(bind := getattr(loss, "bind", None)):
         bind(split)
     return loss
