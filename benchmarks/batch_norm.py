@@ -1,4 +1,4 @@
-"""What ``batch_norm="group"`` does to accuracy: SSE-SAM with full passes and with groups, side by side.
+"""What ``batch_norm_statistics="group"`` does to accuracy: SSE-SAM with full passes and with groups, side by side.
 
     python benchmarks/batch_norm.py
 
@@ -30,14 +30,14 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ssesam import ERM, SSESAM, DigitsLT, LongTailClassifier, StageSwitch
+from lightning_ssesam import ERM, SSESAM, DigitsLT, LongTailClassifier, StageSwitch, StepOptions
 from lightning_ssesam.data import LongTailDataModule, long_tailed_counts, long_tailed_indices
 from lightning_ssesam.models import SmallConvNet
 
 MODES = {
-    "ERM": (ERM, {}),
-    "full": (SSESAM, {"passes": "full"}),
-    "group": (SSESAM, {"passes": "split", "batch_norm": "group"}),
+    "ERM": (ERM, StepOptions()),
+    "full": (SSESAM, StepOptions(passes="full")),
+    "group": (SSESAM, StepOptions(passes="split", batch_norm_statistics="group")),
 }
 
 
@@ -72,7 +72,7 @@ class Folder(LongTailDataModule):
 
 def train(mode, seed, data, options):
     """Return test accuracies of head, tail and all in percent, and the seconds of the training."""
-    objective, attributes = MODES[mode]
+    objective, step_options = MODES[mode]
     L.seed_everything(seed, verbose=False)
     made = {} if objective is ERM else {"head_rho": 0.05, "tail_rho": options.tail_rho}
     model = LongTailClassifier(
@@ -81,7 +81,7 @@ def train(mode, seed, data, options):
         objective(**made),
         optimizer=lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4),
         scheduler=lambda optimizer: CosineAnnealingLR(optimizer, options.epochs),
-        **attributes,
+        step_options=step_options,
     )
     trainer = L.Trainer(
         max_epochs=options.epochs,

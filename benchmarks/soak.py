@@ -36,7 +36,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ssesam import SSESAM, ClassSplit, SharpnessAwareMixin, StageSwitch
+from lightning_ssesam import SSESAM, ClassSplit, SharpnessAwareMixin, StageSwitch, StepOptions
 
 BATCHES = 50
 SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])
@@ -86,7 +86,7 @@ class Loader:
 class Model(SharpnessAwareMixin, L.LightningModule):
     """Meets a fault in one of ``1 / fault_share`` passes."""
 
-    on_nonfinite = "skip"
+    step_options = StepOptions(on_nonfinite="skip")
 
     def __init__(self, fault_share: float, chance: random.Random, faults: Counter[str]) -> None:
         super().__init__()

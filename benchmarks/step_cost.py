@@ -40,7 +40,7 @@ import torchvision
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin
+from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, StepOptions
 from lightning_ssesam.models import SmallConvNet
 
 INTERVAL = 5
@@ -102,11 +102,10 @@ class Ours(SharpnessAwareMixin, Plain):
 
     training_step = SharpnessAwareMixin.training_step
 
-    def __init__(self, net, objective, **attributes):
+    def __init__(self, net, objective, **options):
         super().__init__(net)
         self.objective = objective
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        self.step_options = StepOptions(**options)
 
     def sample_losses(self, batch):
         """Return the loss of every sample."""
@@ -197,8 +196,8 @@ def contenders(options, norm):
     split = ClassSplit([5, 5] + [100] * (options.classes - 2), tail=[0, 1])
     share = round(options.batch_size * options.tail_share) / options.batch_size
 
-    def ours(objective, **attributes):
-        return lambda: Ours(net(), objective(), **attributes)
+    def ours(objective, **step_options):
+        return lambda: Ours(net(), objective(), **step_options)
 
     stage_1, stage_2 = partial(SSESAM, split), lambda: second(SSESAM(split))
     rows = [
@@ -213,7 +212,7 @@ def contenders(options, norm):
         ("SSE-SAM stage 2, full", 8 / 3, ours(stage_2, passes="full")),
     ]
     if norm == "batch":
-        group = {"passes": "split", "batch_norm": "group"}
+        group = {"passes": "split", "batch_norm_statistics": "group"}
         rows += [
             *full,
             ("SSE-SAM stage 1, group", 3.0, ours(stage_1, **group)),
@@ -329,7 +328,7 @@ def passes_and_memory(options, make, batch):
     gc.collect()
     module = make()
     # The second step finds everything allocated that stays.
-    steps = max(2, getattr(module, "interval", 1))
+    steps = max(2, module.step_options.interval if isinstance(module, Ours) else 1)
     counts = Counts(module, options.batch_size)
     trainer = make_trainer(options, max_epochs=1, callbacks=[counts])
     data = torch.utils.data.DataLoader([batch] * steps, batch_size=None)

@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, Term
+from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, StepOptions, Term
 from lightning_ssesam.cli import main
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 
@@ -136,7 +137,7 @@ class Model(SharpnessAwareMixin, L.LightningModule):
         super().__init__()
         self.net = mlp() if net is None else net
         self.objective = ERM() if objective is None else objective
-        self.passes = passes
+        self.step_options = StepOptions(passes=passes)
         self.make_optimizer = optimizer or sgd
         self.make_scheduler = scheduler
 
@@ -147,6 +148,11 @@ class Model(SharpnessAwareMixin, L.LightningModule):
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.parameters())
         return optimizer if self.make_scheduler is None else self.make_scheduler(optimizer)
+
+
+def choose(model, **options):
+    """Change some of a module's step options."""
+    model.step_options = replace(model.step_options, **options)
 
 
 class Automatic(L.LightningModule):

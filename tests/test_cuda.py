@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import SPLIT, STRICT, Automatic, Model, assert_same_bits, classification_batch, convbn, fit, mlp
+from helpers import SPLIT, STRICT, Automatic, Model, assert_same_bits, choose, classification_batch, convbn, fit, mlp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -91,8 +91,9 @@ def test_no_step_waits(passes):
                 torch.cuda.set_sync_debug_mode("default")
 
     model = Watched(convbn() if passes == "group" else mlp(), SSESAM(SPLIT), "split" if passes == "group" else passes)
-    model.batch_norm = "group" if passes == "group" else "exact"
-    model.log_sharpness = True
+    if passes == "group":
+        choose(model, batch_norm_statistics="group")
+    choose(model, log_sharpness=True)
     shape = (3, 5, 5) if passes == "group" else (8,)
     assert fit(model, [classification_batch(shape=shape) for _ in range(4)], **GPU).global_step == 4
 

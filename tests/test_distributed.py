@@ -19,6 +19,7 @@ from helpers import (
     Model,
     assert_same_bits,
     batches_loader,
+    choose,
     classification_batch,
     convbn,
     fit,
@@ -112,8 +113,11 @@ def branches(objective, passes="auto"):
 class Poisoned(Model):
     """The loss of the second step is not a number, in one process alone."""
 
-    on_nonfinite = "skip"
     poisoned = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        choose(self, on_nonfinite="skip")
 
     def sample_losses(self, batch):
         losses = super().sample_losses(batch)
@@ -141,7 +145,8 @@ def poisoned_loss(rank):
 
 def raised(rank):
     model = Poisoned(network(), SSESAM(SPLIT))
-    model.on_nonfinite, model.poisoned = "raise", rank == 1
+    choose(model, on_nonfinite="raise")
+    model.poisoned = rank == 1
     with pytest.raises(FloatingPointError):
         train(rank, model, data(), callbacks=[OnExceptionCheckpoint("raised", "end")], enable_checkpointing=True)
     return len(torch.load("raised/end.ckpt", weights_only=True)["callbacks"]["TrainerSupport"]["random_states"])
@@ -153,15 +158,16 @@ def one_hot_in_one_process(rank):
     return train(rank, Model(network(), SSESAM(SPLIT)), parts)
 
 
-def reported(rank, ascent="global", first=0, stage=1):
+def reported(rank, processes="global", first=0, stage=1):
     model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
-    model.log_sharpness, model.ascent, model.objective.stage = True, ascent, stage
+    choose(model, log_sharpness=True, processes=processes)
+    model.objective.stage = stage
     return train(rank, model, [part[first : first + 1] for part in data()])
 
 
 def local(rank, objective, passes, strategy=None, parts=None):
     model = Model(network(), OBJECTIVES[objective](), passes)
-    model.ascent = "local"
+    choose(model, processes="local")
     return train(rank, model, parts or data(even=True), strategy)
 
 
@@ -204,9 +210,9 @@ class Sharded(Model):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def sharded(rank, objective, ascent="global", passes="auto", parts=None, **kwargs):
+def sharded(rank, objective, processes="global", passes="auto", parts=None, **kwargs):
     model = Sharded(network(), OBJECTIVES[objective](), passes)
-    model.ascent = ascent
+    choose(model, processes=processes)
     strategy = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo", timeout=timedelta(seconds=60))
     result = train(rank, model, parts or data(), strategy, **kwargs)
     return result | {"state": {k: v.full_tensor() for k, v in model.state_dict().items()}}
@@ -233,7 +239,7 @@ class Divided(Model):
 
 def tensor_parallel(rank, log_sharpness=False):
     model = Divided(SSESAM(SPLIT))
-    model.log_sharpness = log_sharpness
+    choose(model, log_sharpness=log_sharpness)
     strategy = ModelParallelStrategy(1, WORLD, process_group_backend="gloo", timeout=timedelta(seconds=60))
     result = train(rank, model, [unions(data())] * WORLD, strategy)
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
@@ -275,7 +281,7 @@ def with_sync_batch_norm(rank, objective):
 
 def grouped():
     model = Model(network(convbn), SSESAM(SPLIT), "split")
-    model.batch_norm = "group"
+    choose(model, passes="split", batch_norm_statistics="group")
     return model
 
 
@@ -286,7 +292,7 @@ def alike():
 
 def with_interval():
     model = Model(network(), SSESAM(SPLIT))
-    model.interval = 2
+    choose(model, interval=2)
     return model
 
 
@@ -350,7 +356,7 @@ if SHARDS_ON_CPU:
         **{f"sharded {objective}": lambda rank, o=objective: sharded(rank, o) for objective in OBJECTIVES},
         "sharded accumulated": lambda rank: sharded(rank, "SSESAM 1", accumulate_grad_batches=3),
         "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
-        "sharded local": lambda rank: raises(sharded, rank, "SAM", ascent="local"),
+        "sharded local": lambda rank: raises(sharded, rank, "SAM", processes="local"),
         "sharded split": lambda rank: raises(sharded, rank, "SAM", passes="split"),
         "tensor parallel": tensor_parallel,
         "tensor parallel reported": lambda rank: tensor_parallel(rank, log_sharpness=True),
@@ -517,7 +523,7 @@ class TestDDP:
 
     def test_sharpness_is_that_of_the_whole_batch(self, results):
         model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
-        model.log_sharpness = True
+        choose(model, log_sharpness=True)
         _, run = one_process(model, unions(data())[:1])
         seen = results[0]["reported"]["metrics"]
         for name in ("grad_norm", "grad_norm_head", "grad_norm_tail", "sharpness_head", "sharpness_tail"):
@@ -528,7 +534,8 @@ class TestDDP:
     @pytest.mark.parametrize(("name", "first", "stage"), [("without tail", 1, 1), ("in stage 2", 0, 2)])
     def test_what_is_logged_is_that_of_one_process(self, results, name, first, stage):
         model = Model(network(), SSESAM(SPLIT, 0.3, 0.5))
-        model.log_sharpness, model.objective.stage = True, stage
+        choose(model, log_sharpness=True)
+        model.objective.stage = stage
         _, run = one_process(model, unions(data())[first : first + 1])
         seen = {k: v.item() for k, v in results[0][f"reported {name}"]["metrics"].items() if k != "train/loss"}
         expected = {k: v.item() for k, v in run.callback_metrics.items() if k != "train/loss"}
@@ -567,7 +574,7 @@ class TestModelParallel:
         assert run.callback_metrics["train/loss"].item() == pytest.approx(reported["metrics"]["train/loss"].item())
 
     def test_what_it_cannot_do_is_refused(self, results):
-        assert "`ascent='local'` cannot work with ModelParallelStrategy" in results[0]["sharded local"]
+        assert "`processes='local'` cannot work with ModelParallelStrategy" in results[0]["sharded local"]
         assert "`passes='split'` cannot work with ModelParallelStrategy" in results[0]["sharded split"]
 
 

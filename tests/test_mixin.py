@@ -447,9 +447,10 @@ class TestMisuse:
     def test_unbound_objective(self):
         self.refused(Model(objective=SSESAM()), "`Model` cannot train as it is. SSESAM does not know which classes")
 
-    def test_unknown_passes(self):
-        message = "`Model` cannot train as it is. Expected argument `passes` to be one of 'auto', 'full', 'split', but"
-        self.refused(Model(passes="half"), message)
+    def test_no_step_options(self):
+        model = Model()
+        model.step_options = {"passes": "split"}
+        self.refused(model, r"`Model.step_options` must be a StepOptions, such as .*, but it is {'passes': 'split'}")
 
     def test_split_passes_with_batch_norm(self):
         model = Model(nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)), SAM(0.1), "split")

@@ -20,6 +20,7 @@ from helpers import (
     assert_same_bits,
     batches,
     batches_loader,
+    choose,
     classification_batch,
     clones,
     convbn,
@@ -417,7 +418,8 @@ class TestPrecision:
         models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
         seen = []
         models[1].on_before_optimizer_step = lambda optimizer: seen.append(models[1].net[0].weight.grad.norm())
-        models[1].log_sharpness = models[0].log_sharpness = True
+        for model in models:
+            choose(model, log_sharpness=True)
         runs = [fit(models[0], data, gradient_clip_val=0.1), fit(models[1], data, plugins=[scaling(1024.0)])]
         plain = Model(copy.deepcopy(net), SSESAM(SPLIT))
         plain_run = fit(plain, data, plugins=[scaling(1.0)])
@@ -733,7 +735,7 @@ class TestPlace:
 
     def test_spike_detection(self):
         model = Model()
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         data = batches(3)
         data[1][0][0] = math.nan
         fit(model, data, callbacks=[SpikeDetection(warmup=10)])
@@ -781,7 +783,7 @@ class TestPlace:
                 return self.sample_losses(batch).mean()
 
         model = Tested()
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         fit(model, batches(1)).save_checkpoint("end.ckpt")
         model.skipped_updates = 7
         trainer().test(model, batches_loader(batches(1)), ckpt_path="end.ckpt", verbose=False)
@@ -804,7 +806,7 @@ class TestNonFinite:
         data = self.data(kind)
         net = convbn()
         model, twin = Model(copy.deepcopy(net), OBJECTIVES[objective]()), Model(net, OBJECTIVES[objective]())
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         run = fit(model, data, accumulate_grad_batches=accumulate, logger=CSVLogger("logs"), log_every_n_steps=1)
         good = [group for number, group in enumerate(grouped(data, accumulate)) if number != 2 // accumulate]
         fit(twin, [batch for group in good for batch in group], accumulate_grad_batches=accumulate)
@@ -821,7 +823,7 @@ class TestNonFinite:
         for x, _ in data[4 - number :]:
             x[0, 0] = math.nan
         model = Model(objective=SAM(0.1))
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         with caplog.at_level("INFO"):
             run = fit(model, data)
         assert run.callback_metrics["train/skipped_updates"] == number == model.skipped_updates
@@ -830,10 +832,10 @@ class TestNonFinite:
 
     def test_skip_counts_over_a_resumed_run(self, tmp_path):
         model = Model(convbn(), SAM(0.1))
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         fit(model, self.data(math.nan)).save_checkpoint(tmp_path / "a.ckpt")
         again = Model(convbn(), SAM(0.1))
-        again.on_nonfinite = "skip"
+        choose(again, on_nonfinite="skip")
         fit(again, self.data(math.nan), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
         assert again.skipped_updates == 2
 
@@ -841,7 +843,7 @@ class TestNonFinite:
         data = self.data(math.nan)
         net = convbn()
         model, twin = Model(copy.deepcopy(net), SSESAM(SPLIT)), Model(net, SSESAM(SPLIT))
-        model.on_nonfinite = "raise"
+        choose(model, on_nonfinite="raise")
         with pytest.raises(FloatingPointError, match="The loss or the gradient of step 2 is infinite or not a number"):
             fit(model, data)
         fit(twin, data[:2])
@@ -856,7 +858,7 @@ class TestNonFinite:
                 return super().sample_losses(batch) + self.net[0].weight.sum().mul(0).sqrt()
 
         model, net = Root(), mlp()
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         model.net.load_state_dict(net.state_dict())
         fit(model, batches(2))
         assert_same_bits(model.net.parameters(), net.parameters())
@@ -869,7 +871,7 @@ class TestNonFinite:
 
     def test_scaler_that_is_switched_off(self):
         model = Model(convbn(), SAM(0.1))
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         fit(model, self.data(math.nan), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
         assert model.skipped_updates == 1
@@ -877,28 +879,16 @@ class TestNonFinite:
 
     def test_left_to_the_scaler(self):
         model = Model(convbn(), SAM(0.1))
-        model.on_nonfinite = "raise"
+        choose(model, on_nonfinite="raise")
         run = fit(model, self.data(math.nan), plugins=[scaling(1024.0)])
         assert run.global_step == 5
         assert model.skipped_updates == 0
 
     def test_training_ends_where_nothing_is_finite(self):
         model = Model()
-        model.on_nonfinite = "skip"
+        choose(model, on_nonfinite="skip")
         data = [(torch.full((4, 8), math.nan), torch.zeros(4).long())]
         assert fit(model, data, max_steps=3, max_epochs=-1).global_step == 3
-
-    def test_log_sharpness_is_a_choice_of_two(self):
-        model = Model()
-        model.log_sharpness = "yes"
-        with pytest.raises(MisconfigurationException, match="`log_sharpness` to be True or False, but got 'yes'"):
-            fit(model, batches(1))
-
-    def test_unknown(self):
-        model = Model()
-        model.on_nonfinite = "stop"
-        with pytest.raises(MisconfigurationException, match="`on_nonfinite` to be one of 'ignore', 'skip'"):
-            fit(model, batches(1))
 
 
 class TestLogging:
@@ -909,7 +899,7 @@ class TestLogging:
         x, y = union(data)
         net = mlp()
         model = Model(copy.deepcopy(net), SSESAM(SPLIT, 0.3, 0.5), passes)
-        model.log_sharpness = True
+        choose(model, log_sharpness=True)
         run = fit(model, data, accumulate_grad_batches=accumulate)
         seen = {name: value.item() for name, value in run.callback_metrics.items()}
 
@@ -936,7 +926,7 @@ class TestLogging:
     def test_names(self):
         def names(objective):
             model = Model(objective=objective)
-            model.log_sharpness = True
+            choose(model, log_sharpness=True)
             seen = fit(model, batches(1)).callback_metrics
             return sorted(name.removeprefix("train/") for name in seen if name != "train/loss")
 
@@ -955,7 +945,7 @@ class TestLogging:
         data, net, seen = batches(1), mlp(), []
         for accumulate in (1, 2):
             model = Model(copy.deepcopy(net), SSESAM(SPLIT))
-            model.log_sharpness = True
+            choose(model, log_sharpness=True)
             metrics = fit(model, data, accumulate_grad_batches=accumulate).callback_metrics
             seen.append({name.removeprefix("train/"): value.item() for name, value in metrics.items()})
         for name in ("grad_norm_head", "grad_norm_tail", "sharpness_head", "sharpness_tail"):
@@ -966,7 +956,7 @@ class TestLogging:
     def test_off_by_default_and_changes_nothing(self):
         data, net = batches(3), mlp()
         models = [Model(copy.deepcopy(net), SSESAM(SPLIT)) for _ in range(2)]
-        models[1].log_sharpness = True
+        choose(models[1], log_sharpness=True)
         assert set(fit(models[0], data).callback_metrics) == {"train/loss"}
         fit(models[1], data)
         assert_same_bits(models[0].parameters(), models[1].parameters())
@@ -989,7 +979,7 @@ class TestLogging:
 
         waits = []
         model = Watched(objective=SSESAM(SPLIT), passes="full")
-        model.log_sharpness = log_sharpness
+        choose(model, log_sharpness=log_sharpness)
         fit(model, batches(2))
         assert set(waits) <= {"_check_class_indices", "<genexpr>"}
         assert len(waits) == 4
@@ -1079,7 +1069,7 @@ class TestOptimizers:
             nets[1].load_state_dict(nets[0].state_dict())
             for net in nets:
                 model = Model(net, OBJECTIVES[objective](), optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
-                model.log_sharpness = True
+                choose(model, log_sharpness=True)
                 fit(model, data)
             torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=1e-6)
 
