@@ -10,6 +10,7 @@ from 1 is the noise of the table. Peers take part if they can be imported: ``pip
 
     python benchmarks/step_cost.py --json table.json        # machine-readable
     python benchmarks/step_cost.py --scaling                # over batch size, width, tail share, number of classes
+    python benchmarks/step_cost.py --host                   # next to no arithmetic: the time of the host alone
     python benchmarks/step_cost.py --network resnet50 --precision bf16-mixed --image-size 224   # on a GPU
     python benchmarks/step_cost.py --network small --compiled
 
@@ -27,6 +28,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -41,9 +43,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, StepOptions
-from lightning_ssesam.models import SmallConvNet
+from lightning_ssesam.models import CIFARResNet, SmallConvNet
 
 INTERVAL = 5
+NETWORKS = ("small", "cifar_resnet32", "vit_b_16")
 PLAIN = "plain SGD"
 
 
@@ -52,6 +55,8 @@ def make_network(options, norm):
     torch.manual_seed(0)
     if options.network == "small":
         net = SmallConvNet(options.classes, in_channels=3, width=options.width, norm=norm)
+    elif options.network == "cifar_resnet32":
+        net = CIFARResNet(options.classes, depth=32, norm=norm)
     elif options.network == "vit_b_16":
         net = torchvision.models.vit_b_16(num_classes=options.classes, image_size=options.image_size)
     else:
@@ -436,12 +441,26 @@ def scaling(options):
     return results
 
 
+# Four images of 4x4 pixels leave little arithmetic in a ResNet-32 of many small layers: calls are what it costs.
+HOST = {
+    "network": "cifar_resnet32",
+    "norm": "batch",
+    "image_size": 4,
+    "batch_size": 4,
+    "tail_share": 0.25,
+    "threads": 1,
+    "rounds": 200,
+    "no_memory": True,
+    "only": ["ERM", "SAM", "SSE-SAM stage 1, full", "SSE-SAM stage 2, full"],
+}
+
+
 def parse_arguments():
     """Return the settings of the run."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--network", default="resnet18", help="small, vit_b_16, or a ResNet of torchvision")
+    parser.add_argument("--network", default="resnet18", help=f"{', '.join(NETWORKS)}, or a ResNet of torchvision")
     parser.add_argument("--norm", choices=["group", "batch", "both"], default="both", help="of ResNets and small")
     parser.add_argument("--batch-size", type=int, default=64, help="samples in a batch")
     parser.add_argument("--image-size", type=int, default=32, help="pixels on a side")
@@ -458,14 +477,17 @@ def parse_arguments():
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out counts and memory")
     parser.add_argument("--scaling", action="store_true", help="sweep over the settings of a small network")
+    parser.add_argument("--host", action="store_true", help="time of the host: " + str(HOST))
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.set_defaults(**(HOST if "--host" in sys.argv else {}))
     options = parser.parse_args()
     if options.rounds < 2 * INTERVAL:
         parser.error(f"--rounds must be at least {2 * INTERVAL}, for two intervals of {INTERVAL}")
     if not 0 < options.tail_share < 1 or options.classes < 3:
         parser.error("--tail-share must be between 0 and 1, --classes at least 3")
-    if options.network not in ("small", "vit_b_16") and not options.network.startswith("resnet"):
-        parser.error(f"--network must be small, vit_b_16, or a ResNet of torchvision, but is {options.network}")
+    if options.network not in NETWORKS and not options.network.startswith("resnet"):
+        known = ", ".join(NETWORKS)
+        parser.error(f"--network must be {known}, or a ResNet of torchvision, but is {options.network}")
     options.device = "gpu" if torch.cuda.is_available() else "cpu"
     return options
 
