@@ -1,6 +1,7 @@
-"""What a step needs to know of batches: their samples, and the objective's terms on several of them together."""
+"""Batches of a step: their targets, some of their samples, and the objective's terms on several of them together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,38 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_ssesam.engine import move, rows
 from lightning_ssesam.objectives import Objective, Term
+from lightning_ssesam.tensors import move, rows
 
 Gather = Callable[[Tensor], tuple[list[Tensor], int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch, or some samples of one, and its targets. Its length is the number of samples.
+
+    Args:
+        batch: The batch.
+        targets: Its targets, as :meth:`SharpnessAwareMixin.sample_targets` returns them.
+
+    """
+
+    batch: Any
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def clone(self) -> "Part":
+        """Clone the tensors of a part that is kept for a later update. The loader may reuse their memory."""
+        batch, targets = apply_to_collection((self.batch, self.targets), Tensor, Tensor.clone)
+        return Part(batch, targets)
 
 
 class HostTargets:
     """The targets of the batch that was last moved to a device, as they still are on the host.
 
-    To look at them there takes no wait for the device.
+    Reading them there does not wait for the device.
     """
 
     def __init__(self) -> None:
@@ -30,7 +53,7 @@ class HostTargets:
         self._known = moved, _state(moved), host
 
     def forget(self) -> None:
-        """Know nothing."""
+        """Forget the remembered batch."""
         self._known = None
 
     def of(self, targets: Tensor) -> Tensor:
@@ -58,11 +81,6 @@ def pick_samples(item: Any, index: Tensor, size: int) -> Any:
     if isinstance(item, dict):
         return {key: pick_samples(value, index, size) for key, value in item.items()}
     return apply_to_collection(item, Tensor, partial(pick_samples, index=index, size=size))
-
-
-def clone_tensors(batch: Any) -> Any:
-    """Return a batch to be kept, as a loader may write the next one into the same memory."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
 def find_targets(batch: Any, owner: str) -> Tensor:
@@ -97,18 +115,18 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     """Return the terms of the union of several batches, cut into those of each batch.
 
     Args:
-        objective: Asked once, with the targets of all batches; dense ones come flattened, ``(M,)`` or ``(M, C)``,
-            unless there is only one batch in all.
-        targets: Of every batch, in the forms that :meth:`Objective.terms` takes.
+        objective: The objective. It is asked once, with the targets of all batches. Dense targets come flattened,
+            ``(M,)`` or ``(M, C)``, unless there is only one batch in all.
+        targets: Targets of every batch, in the forms that :meth:`Objective.terms` takes.
         gather: Called with the flattened targets of this process. Returns those of all processes, and the number of
             this one. The weights are then multiplied by the number of processes, whose gradients are averaged.
 
     """
     if gather is None and len(targets) == 1:
         return [list(objective.terms(targets[0]))]
-    # Of some batches the targets may be known on the host, of others only on the device.
+    # The targets of some batches may be known on the host, those of others only on the device.
     device = next((t.device for t in targets if t.device.type != "cpu"), targets[0].device)
-    flat = _alike([move(_flatten(t), device) for t in targets])
+    flat = _in_one_form([move(_flatten(t), device) for t in targets])
     start, scale, union = 0, 1, torch.cat(flat)
     if gather is not None:
         everywhere, rank = gather(union)
@@ -118,39 +136,22 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     for target in targets:
         shape = target.shape[:1] + target.shape[2:] if target.is_floating_point() else target.shape
         stop = start + shape.numel()
-        parts.append([Term(scale * term.weights[start:stop].reshape(shape), term.rho) for term in terms])
+        # Replaced and not made anew, so that a term keeps fields that an objective has added.
+        parts.append([term._replace(weights=scale * term.weights[start:stop].reshape(shape)) for term in terms])
         start = stop
     return parts
-
-
-def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
-    """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a process group, in their order.
-
-    The processes may have different numbers of them, and class indices in one and probabilities in another.
-    """
-    size = torch.distributed.get_world_size(group)
-    own = torch.tensor([len(targets), targets.shape[1] if targets.ndim > 1 else 0], device=targets.device)
-    headers = [torch.empty_like(own) for _ in range(size)]
-    torch.distributed.all_gather(headers, own, group=group)
-    lengths, classes = torch.stack(headers).t().tolist()
-    num_classes = max(classes)
-    targets = _one_hot(targets, num_classes) if num_classes > 0 else targets.long()
-    padded = targets.new_zeros(max(lengths), *targets.shape[1:])
-    padded[: len(targets)] = targets
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    torch.distributed.all_gather(gathered, padded, group=group)
-    return [t[:length] for t, length in zip(gathered, lengths, strict=True)]
 
 
 def _flatten(targets: Tensor) -> Tensor:
     return targets.movedim(1, -1).flatten(0, -2) if targets.is_floating_point() else targets.flatten()
 
 
-def _alike(targets: list[Tensor]) -> list[Tensor]:
+def _in_one_form(targets: list[Tensor]) -> list[Tensor]:
     """Bring class indices and class probabilities to one form."""
     num_classes = max(t.shape[1] if t.ndim > 1 else 0 for t in targets)
-    return [_one_hot(t, num_classes) for t in targets] if num_classes > 0 else targets
+    return [one_hot(t, num_classes) for t in targets] if num_classes > 0 else targets
 
 
-def _one_hot(targets: Tensor, num_classes: int) -> Tensor:
+def one_hot(targets: Tensor, num_classes: int) -> Tensor:
+    """Return class indices ``(N,)`` as class probabilities ``(N, C)``, float64; class probabilities stay."""
     return targets.double() if targets.is_floating_point() else F.one_hot(targets.long(), num_classes).double()

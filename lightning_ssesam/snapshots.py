@@ -1,15 +1,15 @@
 """What a step changes and has to put back: weights, buffers, random state."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Buffers = dict[str, Tensor | None]
 
 
 class Snapshot:
-    """Copies of tensors, to be written back bit for bit. The storage is used again by the next ``save``."""
+    """Copies of tensors, to be written back bit for bit. The next ``save`` uses the same memory again."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -19,7 +19,7 @@ class Snapshot:
     def save(self, tensors: list[Tensor]) -> None:
         """Copy the tensors."""
         self.forget()
-        if [_layout(t) for t in tensors] != [_layout(c) for c in self._copies]:
+        if not _fit(self._copies, tensors):
             self._copies = [torch.empty_like(t) for t in tensors]
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
@@ -38,30 +38,31 @@ class Snapshot:
         return {(t.data_ptr(), t.shape): copy.clone() for t, copy in pairs}
 
     def differs(self) -> bool:
-        """Whether a tensor has another value than when it was saved."""
+        """Return whether a tensor has another value than when it was saved."""
         return not all(torch.equal(t, c) for t, c in zip(self._tensors, self._copies, strict=True))
 
     def forget(self) -> None:
-        """Have nothing to write back; keep the storage."""
+        """Discard the saved values but keep the allocated memory."""
         self._tensors = []
 
 
 class BufferSnapshot:
-    """The same for buffers, which a layer may also replace by other tensors."""
+    """Snapshot of buffers. A layer may replace a buffer by a new tensor, so bindings are restored as well as values."""
 
     def __init__(self) -> None:
         self._values = Snapshot()
         self._bindings: list[tuple[Buffers, Buffers]] = []
 
     def save(self, buffers: list[Buffers]) -> None:
-        """Copy what is in the dictionaries."""
-        self._values.save([t for of in buffers for t in of.values() if t is not None and not _overlaps_itself(t)])
-        self._bindings = [(of, dict(of)) for of in buffers]
+        """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
+        tensors = [t for names in buffers for t in names.values() if t is not None]
+        self._values.save([t for t in tensors if t.is_contiguous() or not _overlaps_itself(t)])
+        self._bindings = [(names, dict(names)) for names in buffers]
 
     def restore(self) -> None:
         """Put the buffers back, and their values."""
-        for of, saved in self._bindings:
-            of.update(saved)
+        for names, saved in self._bindings:
+            names.update(saved)
         self._values.restore()
 
     def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
@@ -69,31 +70,41 @@ class BufferSnapshot:
         return self._values.copies()
 
     def differs(self) -> bool:
-        """Whether a buffer is another tensor, or has another value, than when it was saved."""
-        rebound = any(of[name] is not t for of, saved in self._bindings for name, t in saved.items())
+        """Return whether a buffer is another tensor, or has another value, than when it was saved."""
+        rebound = any(names[name] is not t for names, saved in self._bindings for name, t in saved.items())
         return rebound or self._values.differs()
 
     def any(self) -> bool:
-        """Whether there is any buffer."""
+        """Return whether there is any buffer."""
         return any(t is not None for _, saved in self._bindings for t in saved.values())
 
     def forget(self) -> None:
-        """Have nothing to put back; keep the storage."""
+        """Discard the saved values but keep the allocated memory."""
         self._values.forget()
         self._bindings = []
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def buffers_of(modules: Iterable[nn.Module]) -> list[Buffers]:
+    """Return the dictionaries in which modules keep their own buffers."""
+    # `named_buffers` gives no access to the bindings, which a layer may change and a restore has to undo.
+    return [module._buffers for module in modules if module._buffers]
+
+
+def _fit(copies: list[Tensor], tensors: list[Tensor]) -> bool:
+    """Return whether the values of the tensors fit into the copies. Strides may differ."""
+    if len(copies) != len(tensors):
+        return False
+    pairs = zip(copies, tensors, strict=True)
+    return all(c.dtype is t.dtype and c.shape == t.shape and c.device == t.device for c, t in pairs)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    # An expanded buffer cannot be written to, by a layer or by us.
+    # An expanded buffer cannot be written to, neither by a layer nor by a restore.
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def torch_random_state(device: torch.device) -> list[Tensor]:
-    """Return the state of torch's random number generators, of the CPU and of a GPU that is in use."""
+    """Return the state of torch's random number generators: of the CPU, and of the GPU if ``device`` is one."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -101,7 +112,7 @@ def torch_random_state(device: torch.device) -> list[Tensor]:
 
 
 def set_torch_random_state(states: list[Tensor], device: torch.device) -> None:
-    """Put back what :func:`torch_random_state` returned."""
+    """Put back the state that :func:`torch_random_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

@@ -81,15 +81,11 @@ def batches(number=6, n=24, shape=(8,), **kwargs):
 def sample_losses_of(net, inputs, targets):
     """What the engine calls, for a plain network."""
 
-    def sample_losses(index, perturbed):
+    def sample_losses(index, is_clean):
         x, y = (inputs, targets) if index is None else (inputs[index], targets[index])
         return F.cross_entropy(net(x), y, reduction="none")
 
     return sample_losses
-
-
-def buffers_of(net):
-    return [module._buffers for module in net.modules()]
 
 
 def compute(sample_losses, terms, parameters, *args, engine=None, **kwargs):
@@ -100,7 +96,7 @@ def compute(sample_losses, terms, parameters, *args, engine=None, **kwargs):
 
 def engine_gradient(net, terms, inputs, targets, passes="full"):
     net = copy.deepcopy(net)
-    compute(sample_losses_of(net, inputs, targets), terms, net.parameters(), buffers_of(net), passes=passes)
+    compute(sample_losses_of(net, inputs, targets), terms, net.parameters(), net, passes=passes)
     return [p.grad for p in net.parameters()]
 
 

@@ -826,7 +826,7 @@ def test_nothing_is_logged_or_counted():
 
     model = Logging()
     assert Hessian(model, batches(1)).loss() > 0
-    assert model._current_pass is None
+    assert model._step.is_clean is None
 
 
 def test_progress_is_shown(capsys):

@@ -149,7 +149,7 @@ def raised(rank):
     model.poisoned = rank == 1
     with pytest.raises(FloatingPointError):
         train(rank, model, data(), callbacks=[OnExceptionCheckpoint("raised", "end")], enable_checkpointing=True)
-    return len(torch.load("raised/end.ckpt", weights_only=True)["callbacks"]["TrainerSupport"]["random_states"])
+    return len(torch.load("raised/end.ckpt", weights_only=True)["callbacks"]["ExactResume"]["random_states"])
 
 
 def one_hot_in_one_process(rank):
@@ -579,7 +579,7 @@ class TestModelParallel:
 
 
 def test_other_strategies_are_refused(monkeypatch):
-    from lightning_ssesam.distributed import Processes
+    from lightning_ssesam.processes import Processes
 
     with pytest.raises(MisconfigurationException, match=r"cannot work with FSDPStrategy, .* Use strategy='ddp', or"):
         Processes.check_supported(FSDPStrategy(), "global")

@@ -11,7 +11,6 @@ from helpers import (
     SPLIT,
     STRICT,
     assert_same_bits,
-    buffers_of,
     classification_batch,
     clones,
     compute,
@@ -85,7 +84,7 @@ class TestDefinition:
 
     def test_zero_gradient_is_not_perturbed(self):
         w = torch.zeros(3, requires_grad=True)
-        compute(lambda index, perturbed: (w**2).sum().expand(2), [Term(torch.ones(2), 0.5)], [w])
+        compute(lambda index, is_clean: (w**2).sum().expand(2), [Term(torch.ones(2), 0.5)], [w])
         assert torch.equal(w.grad, torch.zeros(3))
 
     def test_returns_mean_clean_loss(self):
@@ -206,7 +205,7 @@ def test_fault_in_any_pass_leaves_no_trace(error, where, passes, number):
         if name == where and calls[name] == number:
             raise error("injected")
 
-    def sample_losses(index, perturbed):
+    def sample_losses(index, is_clean):
         select = slice(None) if index is None else index
         point("forward")
         logits = net(x[select])
@@ -223,7 +222,7 @@ def test_fault_in_any_pass_leaves_no_trace(error, where, passes, number):
     gradients = [p.grad for p in net.parameters()]
     before = clones([*net.parameters(), *net.buffers(), *gradients, torch.get_rng_state()])
     with pytest.raises(error):
-        compute(sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), backward, passes)
+        compute(sample_losses, SSESAM(SPLIT).terms(y), net.parameters(), net, backward, passes)
     assert calls[where] == number
     now = [p.grad for p in net.parameters()]
     assert_same_bits([*net.parameters(), *net.buffers(), *now, torch.get_rng_state()], before)
@@ -238,11 +237,11 @@ def test_weights_come_back_from_non_finite_gradients(value, passes):
     net[1].train(passes == "full")
     engine, before = SharpnessEngine(), clones(net.parameters())
 
-    def poisoned(index, perturbed):
-        losses = sample_losses_of(net, x, y)(index, perturbed)
+    def poisoned(index, is_clean):
+        losses = sample_losses_of(net, x, y)(index, is_clean)
         return losses * value
 
-    compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes=passes, engine=engine)
+    compute(poisoned, SSESAM(SPLIT).terms(y), net.parameters(), net, passes=passes, engine=engine)
     assert_same_bits(net.parameters(), before)
     assert not all(p.grad.isfinite().all() for p in net.parameters())
 
@@ -251,7 +250,7 @@ def test_buffers_are_those_of_one_plain_forward():
     net, (x, y) = batch_norm_net(), classification_batch()
     twin = copy.deepcopy(net)
     twin(x)
-    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net)
     assert_same_bits(net.buffers(), twin.buffers())
     assert net[1].num_batches_tracked == 1
 
@@ -268,7 +267,7 @@ def test_any_buffer_moves_once_and_expanded_buffers_are_left_alone():
             return super().forward(x)
 
     net, (x, y) = Counting(), classification_batch()
-    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net))
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net)
     assert net.calls == 1
     assert torch.equal(net.expanded, torch.ones(4))
 
@@ -293,7 +292,7 @@ def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
 
     def step():
         losses, terms = sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y)
-        compute(losses, terms, net.parameters(), buffers_of(net), passes="auto", engine=engine)
+        compute(losses, terms, net.parameters(), net, passes="auto", engine=engine)
 
     for number in range(1, 4):
         step()
@@ -312,7 +311,7 @@ def test_auto_passes_are_split_from_the_first_step_without_buffers():
     net, samples = nn.Sequential(nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(8, 5)), []
     net.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
     x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 3, 4])
-    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), buffers_of(net), passes="auto")
+    compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net, passes="auto")
     assert samples == [4, 2, 4, 2]
 
 
@@ -321,20 +320,20 @@ def test_perturbed_pass_sees_the_dropout_of_its_clean_pass(passes):
     masks = {False: [], True: []}
     dropout, weight, (x, y) = nn.Dropout(0.5), torch.ones(8, requires_grad=True), classification_batch()
 
-    def sample_losses(index, perturbed):
+    def sample_losses(index, is_clean):
         inputs = torch.ones_like(x) if index is None else torch.ones_like(x[index])
         dropped = dropout(inputs)
-        masks[perturbed].append(dropped.detach())
+        masks[is_clean].append(dropped.detach())
         return (dropped * weight).sum(1)
 
     torch.manual_seed(3)
     compute(sample_losses, SSESAM(SPLIT).terms(y), [weight], passes=passes)
     state = torch.get_rng_state()
-    assert_same_bits(masks[True], masks[False] * (2 if passes == "full" else 1))
+    assert_same_bits(masks[False], masks[True] * (2 if passes == "full" else 1))
 
     # The generator has moved on by the clean passes alone.
     torch.manual_seed(3)
-    for mask in masks[False]:
+    for mask in masks[True]:
         dropout(torch.ones_like(mask))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -361,8 +360,8 @@ def test_gradients_that_share_a_buffer():
 def test_random_numbers_go_on_from_the_clean_pass():
     weight, (_, y) = torch.ones(1, requires_grad=True), classification_batch()
 
-    def sample_losses(index, perturbed):
-        torch.rand(5 if perturbed else 3)
+    def sample_losses(index, is_clean):
+        torch.rand(3 if is_clean else 5)
         return weight.expand(24)
 
     torch.manual_seed(3)
@@ -383,7 +382,7 @@ def test_frozen_and_unused_parameters(passes):
     terms = SSESAM(SPLIT).terms(y)
     before = clones(net.parameters())
     compute(
-        lambda index, perturbed: sample_losses_of(nn.Sequential(*list(net)), x, y)(index, perturbed),
+        lambda index, is_clean: sample_losses_of(nn.Sequential(*list(net)), x, y)(index, is_clean),
         terms,
         net.parameters(),
         passes=passes,
@@ -401,7 +400,7 @@ def test_part_of_the_model_that_only_one_term_uses():
     x, y = classification_batch()
     params = [*head.parameters(), *tail.parameters()]
 
-    def sample_losses(index, perturbed):
+    def sample_losses(index, is_clean):
         net = tail if bool((y[index] > 2).all()) else head
         return F.cross_entropy(net(x[index]), y[index], reduction="none")
 
@@ -431,7 +430,7 @@ def test_half_precision_losses_are_summed_in_float32(dtype):
     weight = torch.ones(1, requires_grad=True)
     n = 4096
     loss = compute(
-        lambda index, perturbed: (weight * torch.full((n,), 3.0)).to(dtype),
+        lambda index, is_clean: (weight * torch.full((n,), 3.0)).to(dtype),
         ERM().terms(torch.zeros(n).long()),
         [weight],
     )
@@ -443,7 +442,7 @@ def test_norm_of_bfloat16_gradients_is_taken_in_float32():
     weight = torch.zeros(300, dtype=torch.bfloat16, requires_grad=True)
     seen = []
 
-    def sample_losses(index, perturbed):
+    def sample_losses(index, is_clean):
         seen.append(weight.detach().clone())
         return weight.float().sum().reshape(1)
 

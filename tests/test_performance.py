@@ -23,7 +23,6 @@ from helpers import (
     assert_same_bits,
     batches,
     batches_loader,
-    buffers_of,
     choose,
     classification_batch,
     clones,
@@ -49,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ssesam import ERM, SAM, SSESAM, StageSwitch, StepOptions, Term, mixin
 from lightning_ssesam.batches import HostTargets
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.mixin import _survey
+from lightning_ssesam.passes import choose_passes, survey
 
 pytestmark = STRICT
 
@@ -264,9 +263,9 @@ class TestBatchNormByGroups:
         with pytest.raises(
             MisconfigurationException, match="cannot work with `batch_norm_statistics='group'` and `sync_batchnorm`"
         ):
-            model._choose_passes(_survey(model), processes)
+            choose_passes(model, survey(model), model.step_options, processes)
         processes.size = 1
-        assert model._choose_passes(_survey(model), processes) == "difference"
+        assert choose_passes(model, survey(model), model.step_options, processes) == "difference"
 
     def test_share_of_full_passes_is_logged(self):
         data = batches(5, shape=IMAGES)
@@ -356,7 +355,7 @@ class TestBatchNormByGroups:
             net.register_forward_hook(fail)
             losses, terms = sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y)
             with pytest.raises(KeyboardInterrupt):
-                compute(losses, terms, net.parameters(), buffers_of(net), passes="difference")
+                compute(losses, terms, net.parameters(), net, passes="difference")
             assert_same_bits([*net.parameters(), *net.buffers()], before)
             assert torch.equal(torch.get_rng_state(), state)
             assert all(p.grad is None for p in net.parameters())

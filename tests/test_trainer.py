@@ -775,7 +775,7 @@ class TestPlace:
         model = Failing()
         with pytest.raises(ConnectionError):
             fit(model, batches(2), accumulate_grad_batches=2)
-        assert model._pending == model.copied._pending == []
+        assert model._step.pending == model.copied._step.pending == []
 
     def test_tests_with_a_checkpoint_ask_for_no_callback(self, recwarn):
         class Tested(Model):

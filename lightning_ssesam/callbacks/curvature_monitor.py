@@ -16,9 +16,9 @@ from lightning_ssesam.curvature import choose_samples, group_masks, measure_curv
 from lightning_ssesam.curvature.hessian import SampleLosses
 from lightning_ssesam.curvature.measure import check_batches
 from lightning_ssesam.data.labels import labels_of
-from lightning_ssesam.distributed import Processes
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.objectives import Objective
+from lightning_ssesam.processes import Processes
 from lightning_ssesam.split import ClassSplit
 
 Batches = Iterable[Any] | Mapping[str, Iterable[Any]]

@@ -30,6 +30,7 @@ class StageSwitch(Switch):
 
     """
 
+    switches_stages: ClassVar[bool] = True
     default_at: ClassVar[float] = 0.7
     begins: ClassVar[str] = "stage 2"
     missing: ClassVar[str] = "the second stage"

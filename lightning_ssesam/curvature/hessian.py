@@ -243,7 +243,7 @@ class Hessian:
         with ExitStack() as stack:
             # Modes are put back one by one: a module may have been in evaluation mode in part.
             stack.callback(_set_modes, modes)
-            stack.enter_context(getattr(self.model, "_measuring", nullcontext)())
+            stack.enter_context(getattr(self.model, "measuring", nullcontext)())
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())

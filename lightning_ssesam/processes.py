@@ -1,16 +1,16 @@
-"""What a step needs of the other processes of a run."""
+"""The other processes of a run: targets and gradients that are exchanged with them."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_ssesam.batches import gather_targets
+from lightning_ssesam.batches import one_hot
+from lightning_ssesam.lightning_internals import prepare_for_backward
 
 
 class Processes:
@@ -56,7 +56,7 @@ class Processes:
                 "`processes='local'` cannot work with ModelParallelStrategy, whose backward passes always communicate."
                 " Use `processes='global'`, or strategy='ddp'."
             )
-        if getattr(strategy, "_ddp_kwargs", {}).get("static_graph"):
+        if getattr(strategy.model, "static_graph", False):
             raise MisconfigurationException(
                 "SharpnessAwareMixin cannot work with DDPStrategy(static_graph=True), since its passes differ from"
                 " step to step. Leave `static_graph` out."
@@ -109,3 +109,22 @@ class Processes:
     def all_agree(self, decision: bool) -> bool:
         """Return whether the decision of every process is True."""
         return bool(self._strategy.reduce_boolean_decision(decision, all=True))
+
+
+def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
+    """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a process group, in their order.
+
+    The processes may have different numbers of them, and class indices in one and probabilities in another.
+    """
+    size = torch.distributed.get_world_size(group)
+    own = torch.tensor([len(targets), targets.shape[1] if targets.ndim > 1 else 0], device=targets.device)
+    headers = [torch.empty_like(own) for _ in range(size)]
+    torch.distributed.all_gather(headers, own, group=group)
+    lengths, classes = torch.stack(headers).t().tolist()
+    num_classes = max(classes)
+    targets = one_hot(targets, num_classes) if num_classes > 0 else targets.long()
+    padded = targets.new_zeros(max(lengths), *targets.shape[1:])
+    padded[: len(targets)] = targets
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    torch.distributed.all_gather(gathered, padded, group=group)
+    return [t[:length] for t, length in zip(gathered, lengths, strict=True)]

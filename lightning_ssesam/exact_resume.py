@@ -1,0 +1,325 @@
+"""Checkpoints from which a run goes on bit for bit as if it had never been interrupted."""
+
+import copy
+import random
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.lightning_internals import (
+    EXACT_RESUME,
+    Replacements,
+    correct_logged_step,
+    follow_step,
+    is_resuming,
+    isolate_skipped_validation,
+    load_loader_states,
+    loader_states,
+    loaders,
+    loaders_are_unlimited,
+    missing,
+    precede_iterator,
+    preflight,
+    set_epoch_of_samplers,
+    skips_backward,
+    validation_is_due,
+)
+from lightning_ssesam.snapshots import set_torch_random_state, torch_random_state
+from lightning_ssesam.trainer_calls import accumulates, is_fitting
+
+State = dict[str, Any]
+
+_WITHOUT = ", or train without exact resume: `step_options = StepOptions(exact_resume=False)`"
+
+
+class _Mark(NamedTuple):
+    """Where a run was when no update was under way."""
+
+    total_batches: int
+    batches_of_epoch: int
+    loaders: list[Any]
+    random_state: State
+
+
+class ExactResume(Callback):
+    """Puts the random state into checkpoints and back, and dates checkpoints from within an update before it.
+
+    Lightning saves no random state. A checkpoint that is written while batches are accumulated, or by an exception
+    within a step, counts batches as read that no update has seen; they would be lost. Since the last update only
+    counters, the position of the loader and the random state have moved. Such a checkpoint gets those of that moment.
+
+    It is exact in the middle of an epoch if the loader is stateful, as
+    ``torchdata.stateful_dataloader.StatefulDataLoader`` is. With other loaders, Lightning begins the data of the epoch
+    anew, and says so. :class:`~lightning_ssesam.SharpnessAwareMixin` attaches this callback by itself, unless
+    ``StepOptions(exact_resume=False)`` leaves it out.
+
+    Args:
+        module: The module whose runs resume exactly. Its training step runs in Lightning's loop for manual
+            optimization.
+
+    Raises:
+        MisconfigurationException: When a run starts, if Lightning is too new for it.
+
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self._replacements = Replacements()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._mark: _Mark | None = None
+        self._before_iterator: State | None = None
+        self._to_restore: State | None = None
+        self._has_resumed = False
+        self._has_failed = False
+        self._loader_states: list[Any] = []
+
+    # While a run lasts.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before a checkpoint is loaded: find out when loaders begin and steps end."""
+        if stage != "fit":
+            return
+        self._replacements.undo()
+        self._reset()
+        if pl_module is self.module:
+            preflight(trainer, EXACT_RESUME, _WITHOUT)
+            follow_step(self._replacements, trainer, lambda: self._after_step(trainer))
+            precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
+            isolate_skipped_validation(self._replacements, trainer)
+
+    def _on_iterator(self, trainer: pl.Trainer) -> None:
+        """Called before the run's first iterator over the data is made, which may draw random numbers."""
+        if self._to_restore is not None:
+            if self._loader_states and _tells_epochs_apart(trainer):
+                _continue_order(trainer, self._loader_states)
+            set_epoch_of_samplers(trainer)
+            set_random_state(self._to_restore, trainer)
+        self._before_iterator = get_random_state(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after the first iterator is made: restore the random state, and note where the run is.
+
+        A run that is resumed in the middle of an epoch drew random numbers for its iterator long ago.
+        """
+        if pl_module is not self.module:
+            return
+        if self._before_iterator is None and trainer.num_training_batches > 0:
+            raise missing("_FitLoop._load_combined_loader_states", "pytorch/loops/fit_loop.py", _WITHOUT)
+        if self._to_restore is not None and not _uses_first_iterator(trainer):
+            set_random_state(self._to_restore, trainer)
+        self._has_resumed = self._to_restore is not None
+        self._to_restore = None
+        self._mark_epoch(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before an epoch's first batch: no update is under way."""
+        if pl_module is self.module:
+            self._mark_epoch(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before every batch: correct what Lightning miscounts when it resumes."""
+        if pl_module is self.module and self._has_resumed:
+            correct_logged_step(trainer)
+            self._has_resumed = False
+
+    def _after_step(self, trainer: pl.Trainer) -> None:
+        """Called after every training step: note where the run is, unless batches wait for an update."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if skips_backward(trainer) or not accumulates(trainer, batches - 1):
+            self._set_mark(trainer, batches)
+
+    def _mark_epoch(self, trainer: pl.Trainer) -> None:
+        loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        continued = loop.restarted_mid_epoch and not _ended_with_last_batch(trainer)
+        batches = epoch_loop.batch_progress.current.ready if continued else 0
+        self._set_mark(trainer, batches, self._before_iterator if _uses_first_iterator(trainer) else None)
+
+    def _set_mark(self, trainer: pl.Trainer, batches_of_epoch: int, random_state: State | None = None) -> None:
+        self._mark = _Mark(
+            trainer.fit_loop.epoch_loop.batch_progress.total.ready,
+            batches_of_epoch,
+            # A copy, because a loader may change the state that it has handed out.
+            copy.deepcopy(loader_states(trainer)),
+            random_state or get_random_state(trainer),
+        )
+
+    def _update_under_way(self, trainer: pl.Trainer) -> _Mark | None:
+        """Return where the run was before the update that is under way; None if there is none."""
+        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return None if self._mark is None or self._mark.total_batches == ready else self._mark
+
+    # Checkpoints.
+
+    @override
+    def state_dict(self) -> State:
+        """Return the random state of every process, as plain values and tensors."""
+        if not is_fitting(self.module):
+            return {}
+        trainer = self.module.trainer
+        mark = self._update_under_way(trainer)
+        own_state = _to_plain(get_random_state(trainer) if mark is None else mark.random_state)
+        states: list[Any] = [own_state]
+        if trainer.world_size > 1 and not self._has_failed:
+            # If one process has failed, the others do not come here.
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own_state)
+        return {"random_states": states}
+
+    @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
+        """Called when a checkpoint is written: make it one that resumes exactly."""
+        if not is_fitting(self.module):
+            return
+        loops, batches = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        begins_epoch = batches >= trainer.num_training_batches or trainer.is_last_batch
+        if mark := self._update_under_way(trainer):
+            _rewind(loops, mark)
+            begins_epoch = mark.batches_of_epoch == 0
+        elif _awaits_validation(trainer):
+            # Lightning would leave it out.
+            _let_validation_run(loops)
+        if begins_epoch and not _tells_epochs_apart(trainer):
+            # The loader begins anew, as after other checkpoints from the end of an epoch.
+            loops["state_dict"].pop("combined_loader", None)
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
+        """Called when a checkpoint is read: keep its random state and the loaders' states for when the run begins."""
+        if not is_fitting(self.module):
+            return
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        self._loader_states = loops.get("state_dict", {}).get("combined_loader", [])
+        callbacks = checkpoint.get("callbacks", {})
+        # Earlier versions kept the random state in another callback.
+        saved = callbacks.get(self.state_key) or callbacks.get("TrainerSupport", {})
+        states = saved.get("random_states", [])
+        if trainer.global_rank < len(states):
+            self._to_restore = _from_plain(states[trainer.global_rank])
+
+    # When a run ends.
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when the run has ended: undo what :meth:`setup` did."""
+        self._replacements.undo()
+        self._has_failed = False
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when the run is interrupted, after which Lightning does not call :meth:`teardown`."""
+        self._replacements.undo()
+        # These two are raised in every process at once.
+        self._has_failed = not isinstance(exception, NonFiniteError | SIGTERMException)
+
+
+def _uses_first_iterator(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that begins takes the iterator that was made before the training started."""
+    loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
+        return _ended_with_last_batch(trainer) or epoch_loop.batch_progress.current.ready == 0
+    return trainer.current_epoch == 0 or is_resuming(trainer) or epoch_loop.restarting
+
+
+def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the run is resumed from a checkpoint that was written after the last batch of an epoch."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return bool(epoch_loop.restarted_on_train_batch_end and epoch_loop.batch_progress.is_last_batch)
+
+
+def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
+    """Whether the loader takes its state at the end of an epoch for the start of the next, as torchdata's does."""
+    are_torchdata = all(type(loader).__module__.startswith("torchdata.") for loader in loaders(trainer))
+    return are_torchdata and loaders_are_unlimited(trainer)
+
+
+def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
+    """Continue the loader's shuffling after a finished epoch.
+
+    Lightning would restart it with the first epoch's order.
+    """
+    loop: Any = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+    has_ended = progress.is_last_batch and progress.current.completed == progress.current.ready - 1
+    if loop.restarting and progress.current.ready > 0 and not has_ended:
+        return
+    load_loader_states(trainer, states)
+    if loop.restarting or is_resuming(trainer):
+        # This iterator has nothing left. The next is that of the new epoch, and Lightning makes just one.
+        for loader in loaders(trainer):
+            iter(loader)
+
+
+def _awaits_validation(trainer: pl.Trainer) -> bool:
+    """Whether a validation is due after a batch that has been trained on, and has not begun."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(batches.completed == batches.processed - 1 and validation_is_due(trainer))
+
+
+def _rewind(loops: State, mark: _Mark) -> None:
+    """Put a checkpoint's counters and loaders to where the run was before the update that is under way."""
+    progress = loops["epoch_loop.batch_progress"]
+    for name in ("ready", "started", "processed", "completed"):
+        progress["total"][name] = mark.total_batches
+        progress["current"][name] = mark.batches_of_epoch
+    progress["is_last_batch"] = False
+    loops["state_dict"]["combined_loader"] = mark.loaders if mark.total_batches > 0 else []
+
+
+def _let_validation_run(loops: State) -> None:
+    """Put counters to where Lightning takes a checkpoint for one of a validation that has just begun."""
+    progress, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    for which in ("total", "current"):
+        progress[which]["completed"] = progress[which]["processed"]
+    for which, begun in (("total", 1), ("current", 0)):
+        done = validation[which]["completed"] if which == "total" else 0
+        validation[which] = {"ready": done + begun, "started": done + begun, "processed": done, "completed": done}
+
+
+def get_random_state(trainer: pl.Trainer) -> State:
+    """Return the state of the random number generators of torch, Python, NumPy, and those of the loader's own."""
+    return {
+        "torch": torch_random_state(trainer.strategy.root_device),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "loaders": [generator.get_state() for generator in _generators(trainer)],
+    }
+
+
+def set_random_state(state: State, trainer: pl.Trainer) -> None:
+    """Put back what :func:`get_random_state` returned."""
+    set_torch_random_state(state["torch"], trainer.strategy.root_device)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    for generator, saved in zip(_generators(trainer), state["loaders"], strict=False):
+        generator.set_state(saved)
+
+
+def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
+    owners = [owner for loader in loaders(trainer) for owner in (loader, getattr(loader, "sampler", None))]
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list(dict.fromkeys(generator for generator in generators if isinstance(generator, torch.Generator)))
+
+
+def _to_plain(state: State) -> State:
+    """Return a random state without NumPy arrays, which ``torch.load(weights_only=True)`` refuses."""
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def _from_plain(state: State) -> State:
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}

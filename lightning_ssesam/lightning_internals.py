@@ -1,0 +1,281 @@
+"""Every private name of Lightning that the project uses, each with the file it stands in, and a check that it is there.
+
+Paths of Lightning's files are relative to ``lightning/``. No other file of the project uses a private name of
+Lightning, or replaces a method of its loops.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning.fabric.utilities.data as fabric_data
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.overrides import distributed
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+
+_TESTED = "2.5 to 2.6"
+_BELOW = "2.7"
+
+
+class Internal(NamedTuple):
+    """A name of Lightning that may change without notice.
+
+    Args:
+        owner: Returns the object that has the name, given a Trainer.
+        name: The name, with dots for the attributes of an attribute.
+        file: The file of Lightning that defines it.
+
+    """
+
+    owner: Callable[[pl.Trainer], Any]
+    name: str
+    file: str
+
+
+_FIT = "pytorch/loops/fit_loop.py"
+_EPOCH = "pytorch/loops/training_epoch_loop.py"
+_LOADERS = "pytorch/utilities/combined_loader.py"
+_LOGGER = "pytorch/trainer/connectors/logger_connector/logger_connector.py"
+
+
+def _fit_loop(trainer: pl.Trainer) -> Any:
+    return trainer.fit_loop
+
+
+def _epoch_loop(trainer: pl.Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop
+
+
+STEP = (
+    Internal(_fit_loop, "_skip_backward", _FIT),
+    Internal(lambda trainer: trainer, "_logger_connector", "pytorch/trainer/trainer.py"),
+    Internal(lambda trainer: trainer._logger_connector, "_progress_bar_metrics", _LOGGER),
+    Internal(_epoch_loop, "automatic_optimization.run", "pytorch/loops/optimization/automatic.py"),
+    Internal(_epoch_loop, "automatic_optimization.optim_progress.optimizer.step", "pytorch/loops/progress.py"),
+    Internal(_epoch_loop, "manual_optimization.run", "pytorch/loops/optimization/manual.py"),
+    Internal(_epoch_loop, "manual_optimization.optim_step_progress.total.completed", "pytorch/loops/progress.py"),
+    Internal(lambda trainer: distributed, "prepare_for_backward", "pytorch/overrides/distributed.py"),
+)
+"""What a training step needs."""
+
+EXACT_RESUME = (
+    Internal(_fit_loop, "_load_combined_loader_states", _FIT),
+    Internal(_fit_loop, "_combined_loader", _FIT),
+    Internal(_fit_loop, "_combined_loader_states_to_load", _FIT),
+    Internal(_fit_loop, "_data_fetcher", _FIT),
+    Internal(_fit_loop, "restarted_mid_epoch", _FIT),
+    Internal(_fit_loop, "restarted_on_epoch_end", _FIT),
+    Internal(_fit_loop, "epoch_progress.current.processed", _FIT),
+    Internal(_epoch_loop, "_batches_that_stepped", _EPOCH),
+    Internal(_epoch_loop, "_should_check_val_fx", _EPOCH),
+    Internal(_epoch_loop, "batch_progress.total.ready", _EPOCH),
+    Internal(_epoch_loop, "restarted_on_train_batch_end", _EPOCH),
+    Internal(_epoch_loop, "val_loop.increment_progress_to_evaluation_end", "pytorch/loops/evaluation_loop.py"),
+    Internal(lambda trainer: CombinedLoader, "_state_dicts", _LOADERS),
+    Internal(lambda trainer: CombinedLoader, "_load_state_dicts", _LOADERS),
+    Internal(lambda trainer: fabric_data, "_set_sampler_epoch", "fabric/utilities/data.py"),
+)
+"""What exact resume needs as well."""
+
+
+def preflight(trainer: pl.Trainer, internals: Sequence[Internal], way_out: str = "") -> None:
+    """Check that this version of Lightning has all of some names, before a run uses one of them.
+
+    Args:
+        trainer: The Trainer of the run.
+        internals: The names: :data:`STEP` or :data:`EXACT_RESUME`.
+        way_out: What the user can do, in addition to installing another version.
+
+    Raises:
+        MisconfigurationException: If a name is missing.
+
+    """
+    for internal in internals:
+        try:
+            value = internal.owner(trainer)
+            for name in internal.name.split("."):
+                value = getattr(value, name)
+        except AttributeError:
+            raise missing(internal.name, internal.file, way_out) from None
+
+
+def missing(name: str, file: str, way_out: str = "") -> MisconfigurationException:
+    """Return the error for a name that this version of Lightning does not have, or does not use any more."""
+    return MisconfigurationException(
+        f"lightning-ssesam was tested with Lightning {_TESTED}, but Lightning {pl.__version__} has no `{name}` in"
+        f" lightning/{file}, or does not use it. Install `lightning<{_BELOW}`{way_out}."
+    )
+
+
+class Replacements:
+    """Attributes of objects of Lightning that are replaced while a run lasts."""
+
+    def __init__(self) -> None:
+        self._undo_steps: list[Callable[[], None]] = []
+
+    def replace(self, owner: object, name: str, value: Any) -> None:
+        """Replace an attribute of one object; its class stays as it is."""
+        own = vars(owner)
+        undo = partial(setattr, owner, name, own[name]) if name in own else partial(delattr, owner, name)
+        self._undo_steps.append(undo)
+        setattr(owner, name, value)
+
+    def follow(self, owner: object, name: str, function: Callable[[], None]) -> None:
+        """Call a function after every call of a method."""
+        method = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            function()
+            return output
+
+        self.replace(owner, name, call)
+
+    def undo(self) -> None:
+        """Put back what was replaced."""
+        while self._undo_steps:
+            self._undo_steps.pop()()
+
+
+# The training step.
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Return whether this epoch only forwards, as StochasticWeightAveraging's last one does for batch norm."""
+    return trainer.fit_loop._skip_backward
+
+
+def replace_step(replacements: Replacements, trainer: pl.Trainer, by_hand: Callable[[], Any]) -> None:
+    """Let Lightning's loop for automatic optimization run each training step in its loop for manual optimization.
+
+    This is the one seam. Lightning asks ``automatic_optimization`` at 22 places, and only the dispatch of the step
+    (pytorch/loops/training_epoch_loop.py), ``manual_backward`` and DDP's preparations must hear "no". All of them lie
+    within the step. So the module says yes, and everything else works as under automatic optimization.
+
+    Args:
+        replacements: Keeps what is replaced.
+        trainer: The Trainer of the run.
+        by_hand: Returns a context in which the module's ``automatic_optimization`` is False.
+
+    """
+    loops = trainer.fit_loop.epoch_loop
+
+    def run(optimizer: Any, batch_idx: int, kwargs: Any) -> Any:
+        with by_hand():
+            return loops.manual_optimization.run(kwargs)
+
+    replacements.replace(loops.automatic_optimization, "run", run)
+
+
+def count_step(trainer: pl.Trainer) -> None:
+    """Count an update that is skipped as a step, as Lightning does if a GradScaler skips it."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def share_step_count(trainer: pl.Trainer) -> None:
+    """Make Lightning's automatic and manual step counters one object.
+
+    `global_step` (pytorch/loops/training_epoch_loop.py) reads the one or the other by ``automatic_optimization``, and
+    checkpoints hold both.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    automatic, manual = loop.automatic_optimization.optim_progress.optimizer, loop.manual_optimization
+    counts = automatic.step, manual.optim_step_progress
+    automatic.step = manual.optim_step_progress = max(counts, key=lambda count: count.total.completed)
+
+
+def share_saved_step_count(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint's manual step counter count the steps that were made by automatic optimization."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    automatic = loops.get("epoch_loop.automatic_optimization.optim_progress")
+    manual = loops.get("epoch_loop.manual_optimization.optim_step_progress")
+    if automatic and manual and manual["total"]["completed"] == 0:
+        loops["epoch_loop.manual_optimization.optim_step_progress"] = automatic["optimizer"]["step"]
+
+
+def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
+    """Put a value among the Trainer's ``progress_bar_metrics``."""
+    trainer._logger_connector._progress_bar_metrics[name] = value
+
+
+def prepare_for_backward(model: Any, output: Any) -> None:
+    """Prepare DDP's reducer for a backward pass from ``output``."""
+    distributed.prepare_for_backward(model, output)
+
+
+# Exact resume.
+
+
+def follow_step(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function after every training step that runs in the loop for manual optimization."""
+    replacements.follow(trainer.fit_loop.epoch_loop.manual_optimization, "run", function)
+
+
+def precede_iterator(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function when the loaders have their states, right before the run's first iterator is made."""
+    replacements.follow(trainer.fit_loop, "_load_combined_loader_states", function)
+
+
+def isolate_skipped_validation(replacements: Replacements, trainer: pl.Trainer) -> None:
+    """Keep the random state when Lightning skips a validation that a checkpoint has behind it.
+
+    To count it, Lightning may make an iterator over the validation data, which an unbroken run has not made.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    skip = loop.increment_progress_to_evaluation_end
+    replacements.replace(loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
+
+
+def loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the training loaders; none before they are made."""
+    loader: Any = trainer.fit_loop._combined_loader
+    return [] if loader is None else loader.flattened
+
+
+def loader_states(trainer: pl.Trainer) -> list[Any]:
+    """Return the states of the stateful loaders."""
+    loader = trainer.fit_loop._combined_loader
+    return [] if loader is None else loader._state_dicts()
+
+
+def load_loader_states(trainer: pl.Trainer, states: list[Any]) -> None:
+    """Set the states of the stateful loaders, so that Lightning does not set them again."""
+    loop: Any = trainer.fit_loop
+    loop._combined_loader._load_state_dicts(states)
+    loop._combined_loader_states_to_load = []
+
+
+def set_epoch_of_samplers(trainer: pl.Trainer) -> None:
+    """Tell the samplers the epoch. Lightning does so only after it has made the iterator."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    for loader in loaders(trainer):
+        fabric_data._set_sampler_epoch(loader, progress.processed)
+
+
+def loaders_are_unlimited(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer uses all batches of every loader."""
+    combined: Any = trainer.fit_loop._combined_loader
+    limits = combined.limits or [None] * len(combined.flattened)
+    pairs = zip(limits, combined.flattened, strict=True)
+    return all(limit in (None, float("inf"), sized_len(loader)) for limit, loader in pairs)
+
+
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Return whether a validation follows the current batch."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def correct_logged_step(trainer: pl.Trainer) -> None:
+    """Set the step of logged rows to the number of updates. Lightning may count one too many when it resumes."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def is_resuming(trainer: pl.Trainer) -> bool:
+    """Return whether the loop is about to go on from a checkpoint. Lightning 2.5 has no such attribute."""
+    return bool(getattr(trainer.fit_loop, "is_resuming", False))

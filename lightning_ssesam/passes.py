@@ -1,0 +1,94 @@
+"""Which passes a model and a strategy allow."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_ssesam.processes import Processes
+from lightning_ssesam.step_options import StepOptions
+
+
+class Survey(NamedTuple):
+    """What a step needs to know of a module.
+
+    Attributes:
+        parameters: Its parameters, each once, in the order of ``module.parameters()``.
+        buffered: The layers that have buffers.
+        batch_norms: The batch norm layers that normalize by statistics of the batch.
+        has_unknown_buffers: Whether a layer that is no batch norm has buffers.
+        is_compiled: Whether a layer is compiled.
+
+    """
+
+    parameters: list[Tensor]
+    buffered: list[nn.Module]
+    batch_norms: list[nn.Module]
+    has_unknown_buffers: bool
+    is_compiled: bool
+
+
+def survey(module: nn.Module) -> Survey:
+    """Walk the module tree once. Called in every step, since layers may be frozen or replaced between steps."""
+    parameters: dict[Tensor, None] = {}
+    found = Survey([], [], [], False, False)
+    has_unknown_buffers = compiled = False
+    for layer in module.modules():
+        # The generators `parameters` and `buffers` of each layer would take several times as long as the walk.
+        parameters.update(dict.fromkeys(p for p in layer._parameters.values() if p is not None))
+        is_batch_norm = isinstance(layer, _BatchNorm)
+        if layer._buffers:
+            found.buffered.append(layer)
+            has_unknown_buffers = has_unknown_buffers or not is_batch_norm
+        if is_batch_norm and (layer.training or layer.running_mean is None):
+            found.batch_norms.append(layer)
+        compiled = compiled or is_compiled(layer)
+    return found._replace(parameters=list(parameters), has_unknown_buffers=has_unknown_buffers, is_compiled=compiled)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` has been called on a module."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def choose_passes(
+    module: nn.Module, layers: Survey, options: StepOptions, processes: Processes
+) -> Literal["auto", "full", "split", "difference"]:
+    """Return the passes of a step, as :meth:`SharpnessEngine.compute` takes them.
+
+    Raises:
+        MisconfigurationException: If ``passes="split"`` cannot work with the module or the strategy.
+
+    """
+    if options.passes == "full":
+        return "full"
+    obstacle = next(_obstacles(module, layers, options, processes), None)
+    if options.passes == "split":
+        if obstacle is not None:
+            raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
+    elif obstacle is not None or layers.is_compiled:
+        return "full"
+    if layers.batch_norms:
+        return "difference"
+    # It is known when batch norm changes its buffers. The engine finds out about other layers.
+    return options.passes if layers.has_unknown_buffers else "split"
+
+
+def _obstacles(module: nn.Module, layers: Survey, options: StepOptions, processes: Processes) -> Iterator[str]:
+    """Yield what split passes cannot work with, and the ways out."""
+    if layers.batch_norms and options.batch_norm_statistics == "batch":
+        name = next(name for name, layer in module.named_modules() if layer is layers.batch_norms[0])
+        yield (
+            f"`{name}`, whose batch statistics are those of the whole batch. Use `passes='auto'` or `passes='full'`, or"
+            " put batch norm in evaluation mode; or set `batch_norm_statistics='group'`, which gives each group of"
+            " samples statistics of its own."
+        )
+    elif processes.size > 1 and any(isinstance(layer, SyncBatchNorm) for layer in layers.batch_norms):
+        yield "`batch_norm_statistics='group'` and `sync_batchnorm`, because the processes differ in their groups."
+    elif processes.is_sharded:
+        # Every process must make the same passes, and each has samples of its own.
+        yield "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."

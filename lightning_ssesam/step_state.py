@@ -1,0 +1,76 @@
+"""What a module keeps from step to step of a run."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam.batches import HostTargets, Part
+from lightning_ssesam.engine import SharpnessEngine
+from lightning_ssesam.step_logs import StepLogs
+
+
+class StepState:
+    """Working memory of :class:`~lightning_ssesam.SharpnessAwareMixin`. Trainer support clears it when a run ends.
+
+    It is never copied, pickled or saved: a copy of the module begins with an empty one.
+
+    Attributes:
+        engine: The engine, with its scratch memory.
+        logs: Values that the clean passes of the current step have logged.
+        host_targets: Targets of the current batch, as they were on the host.
+        pending: Parts that wait for their update, where batches are accumulated.
+        is_clean: Whether the current pass is a clean one; None outside of the passes.
+        is_fitting: Whether a fit is under way.
+        is_by_hand: Whether a training step is making its passes, and Lightning must not optimize.
+        is_supported: Whether Trainer support is set up.
+        has_stepped: Whether the run has made a training step.
+        loss_on_bar: Loss that the progress bar shows next.
+        outer_dtype: Default dtype outside of the training step.
+
+    """
+
+    def __init__(self) -> None:
+        self.engine = SharpnessEngine()
+        self.logs = StepLogs()
+        self.host_targets = HostTargets()
+        self.pending: list[Part] = []
+        self.is_clean: bool | None = None
+        self.is_fitting = self.is_by_hand = self.is_supported = self.has_stepped = False
+        self.loss_on_bar: Tensor | None = None
+        self.outer_dtype = torch.get_default_dtype()
+
+    @contextmanager
+    def by_hand(self, is_by_hand: bool = True) -> Iterator[None]:
+        """Let ``automatic_optimization`` be False, or True again, for a while."""
+        before, self.is_by_hand = self.is_by_hand, is_by_hand
+        try:
+            yield
+        finally:
+            self.is_by_hand = before
+
+    @contextmanager
+    def passing(self, is_clean: bool | None) -> Iterator[None]:
+        """Let what runs now be a pass, clean or not."""
+        before, self.is_clean = self.is_clean, is_clean
+        try:
+            yield
+        finally:
+            self.is_clean = before
+
+    def begin(self) -> None:
+        """Called when a fit begins."""
+        self.is_fitting, self.has_stepped = True, False
+        self.pending = []
+
+    def end(self) -> None:
+        """Called when a fit has ended, or was interrupted: keep no data of it."""
+        self.is_fitting = self.is_supported = False
+        self.pending = []
+        self.host_targets.forget()
+        self.loss_on_bar = None
+        self.engine.release()
+
+    def __reduce__(self) -> tuple[Callable[[], "StepState"], tuple[()]]:
+        return StepState, ()

@@ -1,0 +1,71 @@
+"""What a step asks of the Trainer, by public names of Lightning."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Return the callbacks of the Trainer, those that its module has attached included."""
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
+def is_fitting(module: pl.LightningModule) -> bool:
+    """Return whether a Trainer is fitting the module, and not another module that it was given since."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:
+        # There is no Trainer.
+        return False
+    return trainer.state.fn == TrainerFn.FITTING and trainer.lightning_module is module
+
+
+def accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether a batch waits for others before the next update."""
+    batches = batch_idx + 1
+    is_last = trainer.is_last_batch or batches == trainer.num_training_batches
+    return not is_last and batches % trainer.accumulate_grad_batches != 0
+
+
+def has_scaler(trainer: pl.Trainer) -> bool:
+    """Return whether a GradScaler looks after non-finite gradients."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and scaler.is_enabled()
+
+
+def unscaled(trainer: pl.Trainer, norm: Tensor) -> Tensor:
+    """Return a gradient's norm without the factor that a GradScaler has put into it."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+
+
+@contextmanager
+def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
+    """Leave the precision of the training step, as automatic optimization does for backward passes and updates.
+
+    Args:
+        trainer: The Trainer.
+        dtype: The default dtype outside of the step.
+
+    """
+    inside = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast(trainer.strategy.root_device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(inside)
+
+
+def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
+    """Free the gradients through the hooks that automatic optimization calls for it."""
+    optimizer, module = trainer.optimizers[0], trainer.lightning_module
+    for callback in callbacks_of(trainer):
+        callback.on_before_zero_grad(trainer, module, optimizer)
+    module.on_before_zero_grad(optimizer)
+    module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
