@@ -159,7 +159,8 @@ class SharpnessEngine:
         gradients, random_state = gradients_of(params), torch_random_state(step.device)
         self._buffers.save(buffers)
         try:
-            set_gradients(params, None)
+            if any(gradient is not None for gradient in gradients):
+                set_gradients(params, None)
             loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
             if synchronize is not None:
                 synchronize()
@@ -310,12 +311,17 @@ class _Step:
         return [plan_forwards([s.weights(part.terms) for s in self.summands], splits) for part in self.batch]
 
     def hold(self, summand: _Summand | None) -> None:
-        """Let the parameters' ``.grad`` be the gradient of this summand, and keep that of the one before."""
+        """Let the parameters' ``.grad`` be the gradient of this summand, and keep that of the one before.
+
+        Without a holder every ``.grad`` is None.
+        """
         if summand is self._holder:
             return
+        gradient = None if summand is None else summand.gradient
         if self._holder is not None:
             self._holder.gradient = [_owned(g) for g in gradients_of(self.params)]
-        set_gradients(self.params, None if summand is None else summand.gradient)
+        if self._holder is not None or gradient is not None:
+            set_gradients(self.params, gradient)
         if summand is not None:
             summand.gradient = None
         self._holder = summand
@@ -340,13 +346,14 @@ class _Step:
                     loss = _weighted_sum(losses, weights)
                     self.hold(summand)
                     self.backward(loss, retain_graph=remaining > 0)
-                    summand.sharpness = summand.sharpness - loss.detach()
-                    summand.passes.append(_CleanPass(part.sample_losses, samples, weights, random_state))
+                    if summand.rho > 0:
+                        summand.sharpness = summand.sharpness - loss.detach()
+                        summand.passes.append(_CleanPass(part.sample_losses, samples, weights, random_state))
                 if buffers is not None:
                     buffers.restore()
                 sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
                 count += losses.numel()
-        return torch.stack(sums).sum() / max(count, 1)
+        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
 
     def find_norm(self, summand: _Summand) -> None:
         """Find the norm of a summand's direction, that of all processes if they share the perturbation."""

@@ -239,8 +239,10 @@ def loaders(trainer: pl.Trainer) -> list[Any]:
 
 def loader_states(trainer: pl.Trainer) -> list[Any]:
     """Return the states of the stateful loaders."""
-    loader = trainer.fit_loop._combined_loader
-    return [] if loader is None else loader._state_dicts()
+    combined: Any = trainer.fit_loop._combined_loader
+    # Lightning asks each loader for its protocol, which takes long for a call after every batch.
+    has_state = any(hasattr(loader, "state_dict") for loader in loaders(trainer))
+    return combined._state_dicts() if has_state else []
 
 
 def load_loader_states(trainer: pl.Trainer, states: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """The training step: batch to terms to gradient to optimizer."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -218,7 +219,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _trained_parameters(self, layers: Survey) -> list[Tensor]:
         # An optimizer may train some that are not the module's.
         groups = self.trainer.optimizers[0].param_groups
-        return list(dict.fromkeys([*layers.parameters, *(p for group in groups for p in group["params"])]))
+        others = (p for group in groups for p in group["params"])
+        return list({id(p): p for p in itertools.chain(layers.parameters, others)}.values())
 
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may know no arguments, and need none for a single term.

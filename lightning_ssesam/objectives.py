@@ -301,7 +301,7 @@ def _mean_weights(targets: Tensor) -> Tensor:
     shape = targets.shape
     if targets.is_floating_point():
         shape = shape[:1] + shape[2:]
-    return _over_batch(torch.ones(shape, dtype=_weight_dtype(targets), device=targets.device))
+    return torch.full(shape, 1 / max(shape.numel(), 1), dtype=_weight_dtype(targets), device=targets.device)
 
 
 def _over_batch(mass: Tensor) -> Tensor:

@@ -34,25 +34,35 @@ class Survey(NamedTuple):
 
 def survey(module: nn.Module) -> Survey:
     """Walk the module tree once. Called in every step, since layers may be frozen or replaced between steps."""
-    parameters: dict[Tensor, None] = {}
-    found = Survey([], [], [], False, False)
-    has_unknown_buffers = compiled = False
-    for layer in module.modules():
-        # The generators `parameters` and `buffers` of each layer would take several times as long as the walk.
-        parameters.update(dict.fromkeys(p for p in layer._parameters.values() if p is not None))
+    parameters: dict[int, Tensor] = {}
+    buffered: list[nn.Module] = []
+    batch_norms: list[nn.Module] = []
+    has_unknown_buffers = has_compiled = False
+    # By hand, since `modules()` and the `parameters()` of each layer would take several times as long. The order is
+    # that of `module.parameters()`.
+    seen: set[nn.Module] = set()
+    stack: list[nn.Module | None] = [module]
+    while stack:
+        layer = stack.pop()
+        if layer is None or layer in seen:
+            continue
+        seen.add(layer)
+        if layer._modules:
+            stack.extend(reversed(layer._modules.values()))
+        parameters.update((id(p), p) for p in layer._parameters.values() if p is not None)
         is_batch_norm = isinstance(layer, _BatchNorm)
         if layer._buffers:
-            found.buffered.append(layer)
+            buffered.append(layer)
             has_unknown_buffers = has_unknown_buffers or not is_batch_norm
         if is_batch_norm and (layer.training or layer.running_mean is None):
-            found.batch_norms.append(layer)
-        compiled = compiled or is_compiled(layer)
-    return found._replace(parameters=list(parameters), has_unknown_buffers=has_unknown_buffers, is_compiled=compiled)
+            batch_norms.append(layer)
+        has_compiled = has_compiled or is_compiled(layer)
+    return Survey(list(parameters.values()), buffered, batch_norms, has_unknown_buffers, has_compiled)
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` has been called on a module."""
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def choose_passes(

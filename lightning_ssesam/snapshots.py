@@ -1,6 +1,7 @@
 """What a step changes and has to put back: weights, buffers, random state."""
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,29 @@ class Snapshot:
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._originals: list[Tensor] = []
 
     @torch.no_grad()
     def save(self, tensors: list[Tensor]) -> None:
         """Copy the tensors."""
         self.forget()
-        if not _fit(self._copies, tensors):
+        if not self._has_room_for(tensors):
             self._copies = [torch.empty_like(t) for t in tensors]
+        self._originals = tensors
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
         self._tensors = tensors
+
+    def _has_room_for(self, tensors: list[Tensor]) -> bool:
+        """Return whether the copies can hold the values of these tensors; most often they are the ones of before."""
+        if len(tensors) != len(self._copies) or any(t.dtype is not c.dtype for t, c in self._pairs(tensors)):
+            return False
+        if all(map(operator.is_, tensors, self._originals)):
+            return True
+        return all(t.shape == c.shape and t.device == c.device for t, c in self._pairs(tensors))
+
+    def _pairs(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(tensors, self._copies, strict=True)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -34,12 +48,12 @@ class Snapshot:
 
     def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
         """Return clones of the copies, by the memory of their originals."""
-        pairs = zip(self._tensors, self._copies, strict=True) if self._tensors else ()
+        pairs = self._pairs(self._tensors) if self._tensors else ()
         return {(t.data_ptr(), t.shape): copy.clone() for t, copy in pairs}
 
     def differs(self) -> bool:
         """Return whether a tensor has another value than when it was saved."""
-        return not all(torch.equal(t, c) for t, c in zip(self._tensors, self._copies, strict=True))
+        return not all(torch.equal(t, c) for t, c in self._pairs(self._tensors))
 
     def forget(self) -> None:
         """Discard the saved values but keep the allocated memory."""
@@ -88,14 +102,6 @@ def buffers_of(modules: Iterable[nn.Module]) -> list[Buffers]:
     """Return the dictionaries in which modules keep their own buffers."""
     # `named_buffers` gives no access to the bindings, which a layer may change and a restore has to undo.
     return [module._buffers for module in modules if module._buffers]
-
-
-def _fit(copies: list[Tensor], tensors: list[Tensor]) -> bool:
-    """Return whether the values of the tensors fit into the copies. Strides may differ."""
-    if len(copies) != len(tensors):
-        return False
-    pairs = zip(copies, tensors, strict=True)
-    return all(c.dtype is t.dtype and c.shape == t.shape and c.device == t.device for c, t in pairs)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
