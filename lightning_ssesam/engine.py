@@ -1,26 +1,23 @@
 """From terms to the gradient, in the fewest passes over the model. Needs torch only."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.ascent import ascend, gradient_norm
-from lightning_ssesam.errors import ArgumentError, NonFiniteError
-from lightning_ssesam.objectives import Term
-from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, divides_batch, group_terms, plan_forwards
+from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
+from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, divides_batch, group_terms
 from lightning_ssesam.snapshots import (
-    Buffers,
     BufferSnapshot,
     Snapshot,
     buffers_of,
     set_torch_random_state,
     torch_random_state,
 )
-from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, local_part, move, set_gradients
+from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
 
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]
 
@@ -150,12 +147,12 @@ class SharpnessEngine:
         """
         check_choice("passes", passes, ("auto", "full", "split", "difference"))
         check_choice("processes", processes, ("global", "local"))
-        summands = [_Summand(rho, terms) for rho, terms in group_terms(batch)]
+        summands = [Summand(rho, terms) for rho, terms in group_terms(batch)]
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
         buffers = buffers_of(modules.modules() if isinstance(modules, nn.Module) else modules)
-        step = _Step(batch, params, buffers, backward, summands, synchronize if processes == "global" else None)
+        step = GradientSum(batch, params, buffers, backward, summands, synchronize if processes == "global" else None)
         gradients, random_state = gradients_of(params), torch_random_state(step.device)
         self._buffers.save(buffers)
         try:
@@ -177,9 +174,9 @@ class SharpnessEngine:
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
-        return step.outcome(loss, norm)
+        return _outcome(step, loss, norm)
 
-    def _all_passes(self, step: "_Step", passes: str, reports_plain: bool) -> Tensor:
+    def _all_passes(self, step: GradientSum, passes: str, reports_plain: bool) -> Tensor:
         """Leave in ``.grad`` the gradient of a step. Return the mean loss."""
         if passes == "difference":
             plan = step.plan(splits=True)
@@ -193,7 +190,7 @@ class SharpnessEngine:
         self._perturbed_passes(step, reports_plain)
         return loss
 
-    def _perturbed_passes(self, step: "_Step", reports_plain: bool) -> None:
+    def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:
         """Leave in ``.grad`` the sum of the summands' gradients, given those at the unperturbed weights."""
         perturbed = [summand for summand in step.summands if summand.rho > 0]
         for summand in perturbed:
@@ -209,9 +206,9 @@ class SharpnessEngine:
                 self._ascended_passes(step, summand)
             set_torch_random_state(random_state, step.device)
 
-    def _difference_passes(self, step: "_Step", split_plan: Plan) -> Tensor:
+    def _difference_passes(self, step: GradientSum, split_plan: Plan) -> Tensor:
         """Leave in ``.grad`` the gradient of ``"difference"``. Return the mean loss."""
-        terms, whole = step.summands, _Summand(0.0, list(range(len(step.batch[0].terms))))
+        terms, whole = step.summands, Summand(0.0, list(range(len(step.batch[0].terms))))
         step.summands, step.is_difference = [whole], True
         loss = step.clean_passes(step.plan(splits=False))
         step.summands = terms
@@ -231,11 +228,11 @@ class SharpnessEngine:
         step.summands = [whole, *(summand for summand in terms if summand.rho > 0)]
         return loss
 
-    def _save_clean(self, step: "_Step") -> None:
+    def _save_clean(self, step: GradientSum) -> None:
         self._clean_buffers.save(step.buffers)
         self._weights.save([local_part(p) for p in step.params])
 
-    def _ascended_passes(self, step: "_Step", summand: "_Summand") -> None:
+    def _ascended_passes(self, step: GradientSum, summand: Summand) -> None:
         """Add to ``.grad`` the gradient of a summand at its ascended weights."""
         if not summand.passes:
             return
@@ -246,156 +243,24 @@ class SharpnessEngine:
         summand.gradient = None
         for clean in summand.passes:
             set_torch_random_state(clean.random_state, step.device)
-            loss = _weighted_sum(clean.sample_losses(clean.samples, False), clean.weights)
+            loss = weighted_sum(clean.sample_losses(clean.samples, False), clean.weights)
             step.backward(loss, retain_graph=False)
             summand.sharpness = summand.sharpness + loss.detach()
             self._clean_buffers.restore()
         self._weights.restore()
 
 
-@dataclass(frozen=True)
-class _CleanPass:
-    """A clean pass as a perturbed one has to repeat it: which samples, their weights, the random numbers."""
-
-    sample_losses: SampleLosses
-    samples: Tensor | None
-    weights: Tensor
-    random_state: list[Tensor]
-
-
-@dataclass(eq=False)
-class _Summand:
-    """Running state of one summand of the gradient: one perturbed term, or all unperturbed terms together."""
-
-    rho: float
-    terms: list[int]
-    passes: list[_CleanPass] = field(default_factory=list)
-    gradient: Gradients | None = None
-    norm: Tensor | None = None
-    sharpness: Tensor | float = 0.0
-
-    def weights(self, terms: Sequence[Term]) -> Tensor:
-        """Return the sample weights of this summand, given the terms of one part of the batch."""
-        weights = [terms[number].weights for number in self.terms]
-        return weights[0] if len(weights) == 1 else torch.stack(weights).sum(0)
-
-    @torch.no_grad()
-    def subtract(self, other: "_Summand") -> None:
-        """Subtract the gradient of another summand from this one's."""
-        assert self.gradient is not None
-        for number, subtrahend in enumerate(other.gradient or []):
-            if subtrahend is not None:
-                minuend = self.gradient[number]
-                self.gradient[number] = -subtrahend if minuend is None else minuend.sub_(subtrahend)
-
-
-@dataclass(eq=False)
-class _Step:
-    """One call of :meth:`SharpnessEngine.compute`: what it was given, and how far it is."""
-
-    batch: Sequence[MicroBatch]
-    params: list[Tensor]
-    buffers: list[Buffers]
-    backward: Callable[..., None]
-    summands: list[_Summand]
-    synchronize: Callable[[], None] | None
-    is_difference: bool = False
-    _holder: _Summand | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.params[0].device
-
-    def plan(self, splits: bool) -> Plan:
-        """Return the clean forward passes of every part of the batch."""
-        return [plan_forwards([s.weights(part.terms) for s in self.summands], splits) for part in self.batch]
-
-    def hold(self, summand: _Summand | None) -> None:
-        """Let the parameters' ``.grad`` be the gradient of this summand, and keep that of the one before.
-
-        Without a holder every ``.grad`` is None.
-        """
-        if summand is self._holder:
-            return
-        gradient = None if summand is None else summand.gradient
-        if self._holder is not None:
-            self._holder.gradient = [_owned(g) for g in gradients_of(self.params)]
-        if self._holder is not None or gradient is not None:
-            set_gradients(self.params, gradient)
-        if summand is not None:
-            summand.gradient = None
-        self._holder = summand
-
-    def clean_passes(self, plan: Plan, buffers: BufferSnapshot | None = None) -> Tensor:
-        """Run passes at the unperturbed weights, which leave each summand its gradient there. Return the mean loss.
-
-        Args:
-            plan: Forward passes of every part of the batch.
-            buffers: Buffers to restore after each pass. With them the samples have had their clean pass before, and
-                these passes leave nothing but gradients.
-
-        """
-        sums, count = [], 0
-        for part, forwards in zip(self.batch, plan, strict=True):
-            for samples, shares in forwards:
-                random_state = torch_random_state(self.device)
-                losses = part.sample_losses(samples, buffers is None)
-                remaining = len(shares)
-                for number, weights in shares.items():
-                    summand, remaining = self.summands[number], remaining - 1
-                    loss = _weighted_sum(losses, weights)
-                    self.hold(summand)
-                    self.backward(loss, retain_graph=remaining > 0)
-                    if summand.rho > 0:
-                        summand.sharpness = summand.sharpness - loss.detach()
-                        summand.passes.append(_CleanPass(part.sample_losses, samples, weights, random_state))
-                if buffers is not None:
-                    buffers.restore()
-                sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
-                count += losses.numel()
-        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
-
-    def find_norm(self, summand: _Summand) -> None:
-        """Find the norm of a summand's direction, that of all processes if they share the perturbation."""
-        if self.synchronize is not None:
-            self.hold(summand)
-            self.synchronize()
-        self.hold(None)
-        summand.norm = gradient_norm(self.params, summand.gradient or [])
-
-    def outcome(self, loss: Tensor, norm: Tensor | None) -> Outcome:
-        """Return the results, given the mean loss and the norm of the final gradient."""
-        number_of_terms = len(self.batch[0].terms)
-        norms: list[Tensor | None] = [None] * number_of_terms
-        sharpness: list[Tensor | None] = [None] * number_of_terms
-        for summand in self.summands:
-            if len(summand.terms) == 1:
-                norms[summand.terms[0]] = summand.norm
-            if summand.rho > 0:
-                sharpness[summand.terms[0]] = loss.new_zeros(()) + summand.sharpness
-        return Outcome(loss, norm, norms, sharpness, self.is_difference)
-
-
 def _are_finite(loss: Tensor, norm: Tensor | None) -> bool:
     return bool(loss.isfinite()) and (norm is None or bool(norm.isfinite()))
 
 
-def _accumulation_dtype(losses: Tensor) -> torch.dtype:
-    return torch.promote_types(losses.dtype, torch.float32)
-
-
-def _weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.shape != weights.shape:
-        raise ArgumentError(
-            "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
-            f" {tuple(weights.shape)} (reduction='none'), but got"
-            f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."
-        )
-    return (move(weights.to(_accumulation_dtype(losses)), losses.device) * losses).sum()
-
-
-def _owned(gradient: Tensor | None) -> Tensor | None:
-    # A view into a larger buffer (DDP's buckets) is overwritten by the next backward pass.
-    if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
-        return gradient
-    return gradient.clone()
+def _outcome(step: GradientSum, loss: Tensor, norm: Tensor | None) -> Outcome:
+    number_of_terms = len(step.batch[0].terms)
+    norms: list[Tensor | None] = [None] * number_of_terms
+    sharpness: list[Tensor | None] = [None] * number_of_terms
+    for summand in step.summands:
+        if len(summand.terms) == 1:
+            norms[summand.terms[0]] = summand.norm
+        if summand.rho > 0:
+            sharpness[summand.terms[0]] = loss.new_zeros(()) + summand.sharpness
+    return Outcome(loss, norm, norms, sharpness, step.is_difference)

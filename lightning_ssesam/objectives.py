@@ -1,7 +1,7 @@
-"""Objectives: what a batch's targets say about which samples to perturb for, and how far."""
+"""Objectives: from the targets of a batch to weighted, perturbed terms."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from lightning_ssesam.split import ClassSplit
 class Term(NamedTuple):
     r"""One summand of an objective: weighted samples and the radius of their perturbation.
 
-    The loss of a term is :math:`L_a(w) = \sum_i a_i l_i(w)`. It contributes its gradient at
-    :math:`w + \rho \, g / \|g\|` with :math:`g = \nabla L_a(w)`, or at :math:`w` where ``rho`` is 0 or :math:`g` is.
+    The loss of a term is :math:`L_a(w) = \sum_i a_i l_i(w)`. The term contributes the gradient of this loss at
+    :math:`w + \rho \, g / \|g\|` with :math:`g = \nabla L_a(w)`, or at :math:`w` if ``rho`` or :math:`g` is 0.
 
     Args:
-        weights: Non-negative sample weights a, of the shape of the per-sample losses: ``(N,)`` or dense ``(N, ...)``.
+        weights: Sample weights a >= 0, of the shape of the per-sample losses: ``(N,)`` or dense ``(N, ...)``.
         rho: Radius >= 0 of the perturbation in the space of all trainable parameters together.
 
     """
@@ -28,26 +28,43 @@ class Term(NamedTuple):
 
 
 class Objective(ABC):
-    """Turns the targets of a batch into terms; the optimizer receives the sum of the terms' gradients.
+    """Turns the targets of a batch into terms. The optimizer receives the sum of the terms' gradients.
 
-    Subclass it and implement :meth:`terms` for a method of your own.
+    Subclass it and implement :meth:`terms` for your own method. A checkpoint may hold any objective as a
+    hyperparameter: subclasses are registered for ``torch.load(weights_only=True)`` when they are defined.
 
     Args:
-        split: Head and tail classes, for the objectives that tell them apart. May be given later with :meth:`bind`.
+        split: Head and tail classes, for objectives that treat them differently. Can be set later with :meth:`bind`.
+
+    Example:
+        >>> class TwiceTheTail(Objective):
+        ...     needs_split = True
+        ...     term_names = ("all",)
+        ...
+        ...     def terms(self, targets):
+        ...         weights = (1 + self.split.tail_on(targets.device)[targets].double()) / len(targets)
+        ...         return (Term(weights, rho=0.05),)
+        >>> objective = TwiceTheTail(ClassSplit([100, 5], tail=[1]))
+        >>> objective.terms(torch.tensor([0, 1]))
+        (Term(weights=tensor([0.5000, 1.0000], dtype=torch.float64), rho=0.05),)
 
     """
 
     num_stages: int = 1
-    """How many stages the objective has; ``stage`` counts from 1 to this."""
+    """Number of stages; ``stage`` counts from 1 to this."""
 
     needs_split: bool = False
     """Whether :meth:`terms` needs to know head and tail."""
 
     term_names: tuple[str, ...] = ()
-    """What the terms are called in logs, in their order; they are numbered where this has another length."""
+    """Names of the terms in logs, in their order. If there is another number of terms, logs number them."""
 
     _stage: int = 1
     _split: ClassSplit | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torch.serialization.add_safe_globals([cls])
 
     def __init__(self, split: ClassSplit | None = None) -> None:
         if split is not None:
@@ -55,7 +72,7 @@ class Objective(ABC):
 
     @property
     def stage(self) -> int:
-        """The stage of the training that :meth:`terms` answers for, 1 at first."""
+        """The current stage of the training, 1 at first. :meth:`terms` may depend on it."""
         return self._stage
 
     @stage.setter
@@ -76,7 +93,7 @@ class Objective(ABC):
             split: The class split of the training set.
 
         Raises:
-            ValueError: If ``split`` is no :class:`ClassSplit`, or has no use for this objective.
+            ArgumentError: If ``split`` is no :class:`ClassSplit`, or the objective cannot use it.
 
         """
         if not isinstance(split, ClassSplit):
@@ -85,11 +102,11 @@ class Objective(ABC):
         self._split = split
 
     def _check_split(self, split: ClassSplit) -> None:
-        """Raise ``ValueError`` if the objective has no use for ``split``; any will do by default."""
+        """Raise ``ArgumentError`` if the objective cannot use ``split``. By default it can use any."""
         return
 
     def check_ready(self) -> None:
-        """Raise ``RuntimeError`` if :meth:`terms` cannot answer yet, for want of a split."""
+        """Raise ``RuntimeError`` if :meth:`terms` needs a split and there is none yet."""
         name = type(self).__name__
         if self.needs_split and self._split is None:
             raise RuntimeError(
@@ -103,8 +120,8 @@ class Objective(ABC):
 
         Args:
             targets: Class indices ``(N,)`` or dense ``(N, ...)``, any integer dtype; or class probabilities
-                ``(N, C)`` or ``(N, C, ...)``, any floating dtype. On the CPU if they are known there, which saves a
-                wait for the device; else on the device.
+                ``(N, C)`` or ``(N, C, ...)``, any floating dtype. They are on the CPU if they are known there, which
+                saves a wait for the device; otherwise on the device.
 
         """
 
@@ -146,7 +163,7 @@ class SAM(Objective):
 
 
 class _HeadTailObjective(Objective):
-    """Shared by the objectives that weigh head and tail apart."""
+    """Shared by the objectives that weigh head and tail separately."""
 
     needs_split = True
     term_names = ("head", "tail")
@@ -186,19 +203,19 @@ class _HeadTailObjective(Objective):
 
 
 class ImbSAM(_HeadTailObjective):
-    """Imbalanced SAM: perturb for the tail alone (Zhou et al., ICCV 2023, arXiv:2308.07815).
+    """Imbalanced SAM: perturbs for the tail alone (Zhou et al., ICCV 2023, arXiv:2308.07815).
 
     Equation (4) of docs/method.md.
 
     Args:
-        split: Head and tail classes, both non-empty; may be bound later.
+        split: Head and tail classes, both non-empty. Can be bound later.
         rho: Radius of the tail's perturbation, a finite number >= 0.
         tail_weight: Factor on the tail's loss, a finite number > 0. ImbSAM's released code uses 2.
         reduction: ``"batch"`` divides both sums by the batch size N; ``"group"`` takes the mean over the head samples
             and the mean over the tail samples, as the SSE-SAM release does for its ImbSAM baseline.
 
     Raises:
-        ValueError: If an argument is out of range, or the split has no head or no tail.
+        ArgumentError: If an argument is out of range, or the split has no head or no tail.
 
     """
 
@@ -224,18 +241,18 @@ class ImbSAM(_HeadTailObjective):
 class SSESAM(_HeadTailObjective):
     """Stage-wise saddle escaping SAM (Lyu et al., AAAI 2025, arXiv:2412.13715).
 
-    In stage 1 head and tail are perturbed apart, each with its own radius; in stage 2 the tail alone is.
+    In stage 1, head and tail are perturbed separately, each with its own radius; in stage 2 only the tail is.
     :class:`~lightning_ssesam.StageSwitch` moves from one to the other. Equations (5) to (7) of docs/method.md.
 
     Args:
-        split: Head and tail classes, both non-empty; may be bound later.
+        split: Head and tail classes, both non-empty. Can be bound later.
         head_rho: Radius of the head's perturbation in stage 1, a finite number >= 0.
         tail_rho: Radius of the tail's perturbation in both stages, a finite number >= 0.
         first_stage: ``"grouped"`` is stage 1 as in the published code; ``"joint"`` is the plain reading of the
             paper's abstract, one SAM perturbation of the whole batch's loss with radius ``head_rho``.
 
     Raises:
-        ValueError: If an argument is out of range, or the split has no head or no tail.
+        ArgumentError: If an argument is out of range, or the split has no head or no tail.
 
     """
 
@@ -255,7 +272,7 @@ class SSESAM(_HeadTailObjective):
 
     @property
     def term_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What the terms are called in logs: ``("all",)`` in a joint first stage, else ``("head", "tail")``."""
+        """Names of the terms in logs: ``("all",)`` in a joint first stage, else ``("head", "tail")``."""
         return ("all",) if self.stage == 1 and self.first_stage == "joint" else ("head", "tail")
 
     @override
@@ -312,6 +329,3 @@ def _over_group(mass: Tensor) -> Tensor:
     total = mass.sum()
     return mass / torch.where(total > 0, total, torch.ones_like(total))
 
-
-# So that a checkpoint that holds an objective as a hyperparameter loads with ``weights_only=True``.
-torch.serialization.add_safe_globals([ERM, SAM, ImbSAM, SSESAM])

@@ -1,0 +1,159 @@
+"""The gradient of a step while it is being summed: its summands, and the clean passes that begin them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam.ascent import gradient_norm
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.objectives import Term
+from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, plan_forwards
+from lightning_ssesam.snapshots import Buffers, BufferSnapshot, torch_random_state
+from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """A clean pass as a perturbed one has to repeat it: which samples, their weights, the random numbers."""
+
+    sample_losses: SampleLosses
+    samples: Tensor | None
+    weights: Tensor
+    random_state: list[Tensor]
+
+
+@dataclass(eq=False)
+class Summand:
+    """Running state of one summand of the gradient: one perturbed term, or all unperturbed terms together."""
+
+    rho: float
+    terms: list[int]
+    passes: list[CleanPass] = field(default_factory=list)
+    gradient: Gradients | None = None
+    norm: Tensor | None = None
+    sharpness: Tensor | float = 0.0
+
+    def weights(self, terms: Sequence[Term]) -> Tensor:
+        """Return the sample weights of this summand, given the terms of one part of the batch."""
+        weights = [terms[number].weights for number in self.terms]
+        return weights[0] if len(weights) == 1 else torch.stack(weights).sum(0)
+
+    @torch.no_grad()
+    def subtract(self, other: "Summand") -> None:
+        """Subtract the gradient of another summand from this one's."""
+        assert self.gradient is not None
+        for number, subtrahend in enumerate(other.gradient or []):
+            if subtrahend is not None:
+                minuend = self.gradient[number]
+                self.gradient[number] = -subtrahend if minuend is None else minuend.sub_(subtrahend)
+
+
+@dataclass(eq=False)
+class GradientSum:
+    """The gradient of one step, made of summands whose gradients take turns in the parameters' ``.grad``.
+
+    Attributes:
+        batch: Parts of the batch.
+        params: Parameters that require a gradient.
+        buffers: Buffers that only clean passes may move.
+        backward: Called as ``backward(loss, retain_graph=bool)``.
+        summands: Summands of the gradient.
+        synchronize: Sums the ``.grad`` over the processes that share a perturbation, if there are several.
+        is_difference: Whether the passes are those of ``"difference"``.
+
+    """
+
+    batch: Sequence[MicroBatch]
+    params: list[Tensor]
+    buffers: list[Buffers]
+    backward: Callable[..., None]
+    summands: list[Summand]
+    synchronize: Callable[[], None] | None
+    is_difference: bool = False
+    _holder: Summand | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return self.params[0].device
+
+    def plan(self, splits: bool) -> Plan:
+        """Return the clean forward passes of every part of the batch."""
+        return [plan_forwards([s.weights(part.terms) for s in self.summands], splits) for part in self.batch]
+
+    def hold(self, summand: Summand | None) -> None:
+        """Let the parameters' ``.grad`` be the gradient of this summand, and keep that of the one before.
+
+        Without a holder every ``.grad`` is None.
+        """
+        if summand is self._holder:
+            return
+        gradient = None if summand is None else summand.gradient
+        if self._holder is not None:
+            self._holder.gradient = [_owned(g) for g in gradients_of(self.params)]
+        if self._holder is not None or gradient is not None:
+            set_gradients(self.params, gradient)
+        if summand is not None:
+            summand.gradient = None
+        self._holder = summand
+
+    def clean_passes(self, plan: Plan, buffers: BufferSnapshot | None = None) -> Tensor:
+        """Run passes at the unperturbed weights, which leave each summand its gradient there. Return the mean loss.
+
+        Args:
+            plan: Forward passes of every part of the batch.
+            buffers: Buffers to restore after each pass. With them the samples have had their clean pass before, and
+                these passes leave nothing but gradients.
+
+        """
+        sums, count = [], 0
+        for part, forwards in zip(self.batch, plan, strict=True):
+            for samples, shares in forwards:
+                random_state = torch_random_state(self.device)
+                losses = part.sample_losses(samples, buffers is None)
+                remaining = len(shares)
+                for number, weights in shares.items():
+                    summand, remaining = self.summands[number], remaining - 1
+                    loss = weighted_sum(losses, weights)
+                    self.hold(summand)
+                    self.backward(loss, retain_graph=remaining > 0)
+                    if summand.rho > 0:
+                        summand.sharpness = summand.sharpness - loss.detach()
+                        summand.passes.append(CleanPass(part.sample_losses, samples, weights, random_state))
+                if buffers is not None:
+                    buffers.restore()
+                sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
+                count += losses.numel()
+        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
+
+    def find_norm(self, summand: Summand) -> None:
+        """Find the norm of a summand's direction, that of all processes if they share the perturbation."""
+        if self.synchronize is not None:
+            self.hold(summand)
+            self.synchronize()
+        self.hold(None)
+        summand.norm = gradient_norm(self.params, summand.gradient or [])
+
+
+def _accumulation_dtype(losses: Tensor) -> torch.dtype:
+    return torch.promote_types(losses.dtype, torch.float32)
+
+
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """Return the loss of a summand, given the losses and the weights of the samples, both ``(N, ...)``."""
+    if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+        raise ArgumentError(
+            "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
+            f" {tuple(weights.shape)} (reduction='none'), but got"
+            f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."
+        )
+    return (move(weights.to(_accumulation_dtype(losses)), losses.device) * losses).sum()
+
+
+def _owned(gradient: Tensor | None) -> Tensor | None:
+    # A view into a larger buffer (DDP's buckets) is overwritten by the next backward pass.
+    if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
+        return gradient
+    return gradient.clone()
