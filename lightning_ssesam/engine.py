@@ -59,6 +59,7 @@ class SharpnessEngine:
     Scratch memory is kept from call to call: one copy of the parameters and two of the buffers. It is never saved.
 
     Example:
+        >>> import torch
         >>> from lightning_ssesam import SAM
         >>> net, x, y = torch.nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
         >>> def sample_losses(index, is_clean):

@@ -328,4 +328,3 @@ def _over_batch(mass: Tensor) -> Tensor:
 def _over_group(mass: Tensor) -> Tensor:
     total = mass.sum()
     return mass / torch.where(total > 0, total, torch.ones_like(total))
-

@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -29,11 +30,12 @@ from helpers import (
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Objective, SharpnessAwareMixin, StageSwitch
+from lightning_ssesam.batches import terms_of_union
 
 pytestmark = STRICT
 
@@ -700,3 +702,65 @@ def test_state_dict_is_that_of_the_plain_module():
 def test_warns_of_stages_that_nothing_switches():
     with pytest.warns(UserWarning, match="SSESAM stays in stage 1, since no StageSwitch is among the callbacks"):
         fit(Model(objective=SSESAM(SPLIT)), batches(1))
+
+
+@pytest.mark.parametrize(("passes", "selections"), [("full", 0), ("split", 4)])
+def test_targets_are_asked_once_for_a_batch_and_once_for_a_selection(passes, selections):
+    sizes = []
+
+    class Asked(Model):
+        def sample_targets(self, batch):
+            sizes.append(len(batch[1]))
+            return super().sample_targets(batch)
+
+    (x, y), model = batches(1, n=10)[0], Asked(objective=SSESAM(SPLIT), passes=passes)
+    y[:7], y[7:] = 0, 3
+    fit(model, [(x, y)])
+    assert sizes == [10, 7, 3, 7, 3][: 1 + selections]
+
+
+def test_selection_that_does_not_fit_its_targets():
+    class Forgetful(Model):
+        def select_samples(self, batch, index):
+            return batch
+
+    message = r"`Forgetful.select_samples` was asked for \d+ samples, but `sample_targets` finds 24 targets"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Forgetful(objective=SSESAM(SPLIT), passes="split"), batches(1))
+
+
+class Marked(NamedTuple):
+    """A term with a field that somebody has added."""
+
+    weights: Tensor
+    rho: float
+    mark: str
+
+
+def test_terms_keep_fields_of_their_own_under_accumulation():
+    class Marking(ERM):
+        def terms(self, targets):
+            (term,) = super().terms(targets)
+            return (Marked(term.weights, 0.1, "kept"),)
+
+    targets = [torch.tensor([0, 1]), torch.tensor([2, 3, 4])]
+    for gather in (None, lambda union: ([union, union], 0)):
+        parts = terms_of_union(Marking(), targets, gather)
+        assert [[(len(term.weights), term.mark) for term in part] for part in parts] == [[(2, "kept")], [(3, "kept")]]
+        scale = 1 if gather is None else 2
+        assert parts[0][0].weights.tolist() == [scale / (5 * scale)] * 2
+
+
+class OfSomebody(ERM):
+    """An objective that is defined outside of the package."""
+
+
+def test_checkpoint_may_hold_an_objective_of_ones_own():
+    class Holding(Model):
+        def __init__(self, objective):
+            super().__init__(objective=objective)
+            self.save_hyperparameters()
+
+    fit(Holding(OfSomebody()), batches(1)).save_checkpoint("own.ckpt")
+    loaded = torch.load("own.ckpt", weights_only=True)["hyper_parameters"]["objective"]
+    assert type(loaded) is OfSomebody
