@@ -1,28 +1,22 @@
 """The command ``lightning-ssesam``."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning_ssesam
-
-_LIGHTNING_COMMANDS = ("fit", "validate", "test")
+from lightning_ssesam.errors import ArgumentError
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
 Train classifiers on long-tailed data with sharpness-aware methods.
 
 commands:
-  fit        train a LongTailClassifier
-  validate   evaluate it on the validation data
-  test       evaluate it on the test data
-  compare    train ERM, SAM, ImbSAM and SSESAM, or methods of your own, side by side; tables, pictures, an HTML report
-  sweep      search for the radii of SSESAM and its switch, on validation data
-  curvature  measure and draw how the losses of head and tail bend, at checkpoints of fit
+{commands}
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
 line. Give options one by one or in a YAML file with `--config`, where a name without a suffix is a shipped file: for
@@ -43,66 +37,105 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command and options; those the program was started with by default.
 
     """
-    args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help"):
-        print(
-            _USAGE.format(fit=", ".join(_shipped_configs("fit")), compare=", ".join(_shipped_configs("compare"))),
-            end="",
-        )
-    elif args[0] == "--version":
+    name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        commands = "\n".join(f"  {command:<10} {entry.help}" for command, entry in COMMANDS.items())
+        shipped = {command: ", ".join(_shipped_configs(command)) for command in ("fit", "compare")}
+        print(_USAGE.format(commands=commands, **shipped), end="")
+    elif name == "--version":
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
-    elif args[0] == "compare":
-        _compare(args[1:])
-    elif args[0] == "sweep":
-        _sweep(args[1:])
-    elif args[0] == "curvature":
-        _curvature(args[1:])
-    elif args[0] in _LIGHTNING_COMMANDS:
-        _lightning(_with_shipped_configs(args))
+    elif name in COMMANDS:
+        with _short_errors():
+            COMMANDS[name].run(_with_shipped_configs(name, options))
     else:
-        commands = ", ".join([*_LIGHTNING_COMMANDS, "compare", "sweep", "curvature"])
-        sys.exit(f"error: Expected a command, one of {commands}, but got {args[0]!r}.")
+        sys.exit(f"error: Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.")
 
 
-def _compare(args: list[str]) -> None:
-    from lightning_ssesam.compare import compare, usable_jobs
+def _lightning(command: str, options: list[str]) -> None:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-    _call(compare, "compare", args, jobs=usable_jobs())
+    from lightning_ssesam.data import LongTailDataModule
+    from lightning_ssesam.models import LongTailClassifier
+
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {name: names for name, names in LightningCLI.subcommands().items() if name in COMMANDS}
+
+    # Lightning warns of arguments that are not the program's own.
+    sys.argv = [sys.argv[0], command, *options]
+    CLI(
+        LongTailClassifier,
+        LongTailDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "lightning-ssesam"},
+    )
 
 
-def _sweep(args: list[str]) -> None:
-    from lightning_ssesam.sweep import sweep
+def _compare(options: list[str]) -> None:
+    from lightning_ssesam.experiments.compare import compare
+    from lightning_ssesam.experiments.jobs import usable_jobs
 
-    _call(sweep, "sweep", args)
+    _call(compare, "compare", options, jobs=usable_jobs())
 
 
-def _curvature(args: list[str]) -> None:
+def _sweep(options: list[str]) -> None:
+    from lightning_ssesam.experiments.sweep import sweep
+
+    _call(sweep, "sweep", options)
+
+
+def _curvature(options: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    from lightning_ssesam.curvature.command import curvature
+    from lightning_ssesam.experiments.curvature_command import curvature
 
     parser = ArgumentParser(prog="lightning-ssesam curvature", description=_description(curvature))
     parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
     parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
-    with _one_line_errors(), _quiet_interrupt():
-        curvature(**vars(parser.parse_args(_with_shipped_configs(["curvature", *args])[1:])))
+    with _quiet_interrupt():
+        curvature(**vars(parser.parse_args(options)))
 
 
-def _call(function: Callable[..., Any], name: str, args: list[str], **defaults: Any) -> None:
-    """Call a function with what the command line says of its arguments, and with all of that as ``config``, in YAML."""
+class _Command(NamedTuple):
+    run: Callable[[list[str]], None]
+    help: str
+
+
+COMMANDS = {
+    "fit": _Command(partial(_lightning, "fit"), "train a LongTailClassifier"),
+    "validate": _Command(partial(_lightning, "validate"), "evaluate it on the validation data"),
+    "test": _Command(partial(_lightning, "test"), "evaluate it on the test data"),
+    "compare": _Command(
+        _compare,
+        "train ERM, SAM, ImbSAM and SSESAM, or your own methods, side by side; tables, pictures, an HTML report",
+    ),
+    "sweep": _Command(_sweep, "search for the radii of SSESAM and its switch, on validation data"),
+    "curvature": _Command(
+        _curvature, "measure and draw the curvature of the losses of head and tail, at checkpoints of fit"
+    ),
+}
+"""The commands, with the line of help of each. To add one, add an entry."""
+
+
+def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
+    """Call a function with the arguments from the command line, and with all of them as ``config``, in YAML."""
     from jsonargparse import ArgumentParser
 
-    from lightning_ssesam.compare import DEFAULT_SGD
+    from lightning_ssesam.experiments.recipe import DEFAULT_SGD
 
     parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=_description(function))
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_function_arguments(function, as_group=False, skip={"config"})
     parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
-    args = _with_shipped_configs([name, *args])[1:]
-    # Else a class that is chosen takes over what it can of the default's arguments: the learning rate, say.
-    parser.set_defaults(dict.fromkeys(_names_given(args) & {"data", "backbone", "optimizer"}))
-    with _one_line_errors(), _quiet_interrupt():
-        chosen = parser.parse_args(args)
+    # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
+    parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
+    with _quiet_interrupt():
+        chosen = parser.parse_args(options)
         # The later name; versions that have it warn of the earlier one.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         arguments = vars(instantiate(chosen))
@@ -113,52 +146,18 @@ def _description(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
 
 
-def _names_given(args: list[str]) -> set[str]:
+def _names_given(options: list[str]) -> set[str]:
     """Return the options that are given as such (not ``--data.seed``, for ``data``), in files too."""
     import yaml
 
-    names = {arg.removeprefix("--").partition("=")[0] for arg in args if arg.startswith("--")}
-    for position, arg in enumerate(args):
+    names = {arg.removeprefix("--").partition("=")[0] for arg in options if arg.startswith("--")}
+    for position, arg in enumerate(options):
         option, _, value = arg.partition("=")
-        path = Path(value or "".join(args[position + 1 : position + 2]))
+        path = Path(value or "".join(options[position + 1 : position + 2]))
         if option == "--config" and path.is_file() and isinstance(content := yaml.safe_load(path.read_text()), dict):
-            # Arguments without a class are for the default one.
+            # Arguments without a class are for the default class.
             names |= {name for name, value in content.items() if not isinstance(value, dict) or "class_path" in value}
     return names
-
-
-def _lightning(args: list[str]) -> None:
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from lightning_ssesam.data import LongTailDataModule
-    from lightning_ssesam.models import LongTailClassifier
-
-    class CLI(LightningCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-
-        def instantiate_classes(self) -> None:
-            with _one_line_errors():
-                super().instantiate_classes()
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            commands = LightningCLI.subcommands()
-            return {name: commands[name] for name in _LIGHTNING_COMMANDS}
-
-    # Lightning warns of arguments that are not the program's own.
-    sys.argv = [sys.argv[0], *args]
-    try:
-        CLI(
-            LongTailClassifier,
-            LongTailDataModule,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lightning-ssesam"},
-        )
-    except MisconfigurationException as error:
-        sys.exit(f"error: {error}")
 
 
 @contextmanager
@@ -170,15 +169,25 @@ def _quiet_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """End the program where an argument is refused, with the line that says which and why."""
+def _short_errors() -> Iterator[None]:
+    """End the program with one line if an argument is refused, wherever that was noticed."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
     try:
         yield
-    except ValueError as error:
-        refused = re.search(r"Expected (argument|exactly one|at most one).*", str(error))
-        if refused is None:
+    except Exception as error:
+        refused = _refusal(error)
+        if refused is None and not isinstance(error, MisconfigurationException):
             raise
-        sys.exit(f"error: {refused.group()}")
+        # A loader's process puts its traceback before the message.
+        sys.exit(f"error: {str(refused or error).rpartition('ArgumentError: ')[2].strip()}")
+
+
+def _refusal(error: BaseException | None) -> ArgumentError | None:
+    """Return the ArgumentError behind an error: jsonargparse wraps those of the classes that it makes."""
+    while error is not None and not isinstance(error, ArgumentError):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error
 
 
 def _shipped_configs(command: str) -> list[str]:
@@ -190,14 +199,14 @@ def _shipped_configs(command: str) -> list[str]:
     return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 
-def _with_shipped_configs(args: list[str]) -> list[str]:
+def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
     """Replace the names of shipped YAML files by their paths."""
-    shipped = _shipped_configs(args[0])
-    resolved = list(args)
-    for position, arg in enumerate(args):
+    shipped = _shipped_configs(command)
+    resolved = list(options)
+    for position, arg in enumerate(options):
         option, equals, value = arg.partition("=")
         if not equals and position > 0:
-            option, value = args[position - 1], arg
+            option, value = options[position - 1], arg
         if option not in ("--config", "-c") or Path(value).exists():
             continue
         if value not in shipped:

@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lightning_ssesam.experiments.tables import by_method
 from lightning_ssesam.split import ClassSplit
-from lightning_ssesam.tables import by_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lightning_ssesam.runs import Run
+    from lightning_ssesam.experiments.runs import Run
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; a method has the same one in every picture.
 _COLORS = ("#000000", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_ssesam.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 
 
 class Difference(NamedTuple):

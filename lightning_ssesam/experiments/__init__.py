@@ -1,0 +1,1 @@
+"""Comparisons, searches and the other commands: what trains, measures and reports."""

@@ -1,0 +1,186 @@
+"""Train several methods with several seeds on one data set, and put them side by side."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.console import quiet
+from lightning_ssesam.experiments.jobs import Task, make_runs
+from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.report import Comparison, write_report
+from lightning_ssesam.experiments.run_store import RunStore
+from lightning_ssesam.experiments.runs import Experiment, Run
+from lightning_ssesam.experiments.tables import format_table, write_runs
+from lightning_ssesam.models import BackboneFactory
+from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
+
+METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
+
+# These must be the same for all methods, because their accuracies are computed by them.
+_GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
+
+
+@dataclass
+class Method:
+    """How one method of a comparison differs; whatever is not given is that of the comparison.
+
+    Args:
+        objective: Objective by class path, with its arguments.
+        loss: Loss by class path, with its arguments.
+        backbone: Network by class path, with its arguments.
+        optimizer: Optimizer by class path, with its arguments.
+        data: Data module by class path, with its arguments, for example with another sampler. Class counts must be the
+            same.
+        callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
+        model: Further arguments of LongTailClassifier, such as step_options.
+
+    """
+
+    objective: Callable[[], Objective] = ERM
+    loss: Callable[[], nn.Module] | None = None
+    backbone: BackboneFactory | None = None
+    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
+    data: Callable[[], LongTailDataModule] | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def experiment(self, name: str, recipe: Recipe, gamma: float) -> Experiment:
+        """Return how this method is trained in a comparison with this recipe."""
+        own = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data") if getattr(self, part)}
+        model = {**(recipe.model or {}), **self.model}
+        options = {**recipe.options, **own, "model": model}
+        return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
+
+
+def compare(
+    methods: str | list[str] | dict[str, Method] = list(METHODS),  # noqa: B006 (never changed; the help shows it)
+    seeds: int = 5,
+    sam_rho: float = 0.2,
+    imbsam_rho: float = 0.2,
+    head_rho: float = 0.05,
+    tail_rho: float = 0.2,
+    gamma: float = 0.7,
+    jobs: int = 1,
+    output: Path = Path("comparison"),
+    config: str | None = None,
+    **recipe: Any,
+) -> list[Run]:
+    """Train every method with every seed on one data set; print a table, write a report.
+
+    With one seed, every method gets the same initial weights, batch order and number of epochs. Accuracies are on the
+    test set, after the last epoch; the curves are on the validation set. Every run is kept in the output folder as soon
+    as it ends. The same command again, for example after an interruption, makes only runs that are missing or were made
+    with other settings.
+
+    Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
+    run), summary.csv, table.md, comparison.png, trade_off.png and confusion.png.
+
+    Args:
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and how
+            each method differs. The first method is the one that the others are compared with.
+        seeds: Number of seeds, counted from 0, for the initial weights and the batch order.
+        sam_rho: Radius of SAM.
+        imbsam_rho: Radius of ImbSAM, for the tail.
+        head_rho: Radius of SSESAM for the head, in stage 1.
+        tail_rho: Radius of SSESAM for the tail.
+        gamma: Fraction of the training after which SSESAM's stage 2 begins.
+        jobs: Number of trainings at a time, each in its own process. With several GPUs, each takes the next one.
+        output: Folder for the results.
+        config: Configuration that repeats the comparison, shown in the report. The command line fills it in.
+        **recipe: Further options, see :class:`~lightning_ssesam.experiments.recipe.Recipe`.
+
+    Returns:
+        The runs, method by method.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        ModuleNotFoundError: If matplotlib is not installed.
+
+    """
+    for name, value in {"seeds": seeds, "jobs": jobs}.items():
+        check_integer(name, value, minimum=1)
+    check_fraction("gamma", gamma)
+    shared = Recipe(**recipe)
+    radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
+    chosen = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
+    experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
+    # Whatever cannot be built is refused before anything is trained or written.
+    data = shared.data()
+    with quiet():
+        split = experiments[0].make_split(data)
+        fingerprints = [experiment.fingerprint(split) for experiment in experiments]
+        experiments[0].make_trainer([])
+    # Here, and not in several processes at once.
+    for module in (data, *(method.data() for method in chosen.values() if method.data)):
+        module.prepare_data()
+    pairs = list(zip(experiments, fingerprints, strict=True))
+    tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
+    runs = _finish(tasks, RunStore(output / "runs"), jobs, output)
+    is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
+    comparison = Comparison(runs, split, data, shared.epochs, gamma if is_switched else None, config)
+    print(format_table(runs))
+    written = write_report(comparison, output)
+    print(f"\nWritten: {', '.join(str(path) for path in written)}")
+    return runs
+
+
+def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
+    if isinstance(methods, dict) and methods:
+        for name, method in methods.items():
+            if wrong := sorted(method.model.keys() & _GROUPINGS):
+                got = f"{', '.join(wrong)} for {name!r}"
+                expected = f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})"
+                raise bad_argument("methods", expected, got_text=got)
+        return methods
+    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
+        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+    makers: dict[str, Callable[[], Objective]] = {
+        "ERM": ERM,
+        "SAM": partial(SAM, radii["sam_rho"]),
+        "ImbSAM": partial(ImbSAM, rho=radii["imbsam_rho"]),
+        "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
+    }
+    return {name: Method(makers[name]) for name in names}
+
+
+def _finish(tasks: list[Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
+    """Make the runs that are missing. Return all of them, method by method.
+
+    The tasks hold the methods one after the other for every seed, so that a comparison that ends early is a fair one.
+    """
+    done = {(e.method, seed): store.load(e.method, seed, fingerprint) for e, fingerprint, seed in tasks}
+    missing = [task for task in tasks if done[task.experiment.method, task.seed] is None]
+    if len(missing) < len(tasks):
+        print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
+    order = list(dict.fromkeys(task.experiment.method for task in tasks))
+    fingerprints = {task.experiment.method: task.fingerprint for task in tasks}
+
+    def finished() -> list[Run]:
+        runs = [run for run in done.values() if run is not None]
+        return sorted(runs, key=lambda run: order.index(run.method))
+
+    try:
+        for run in make_runs(missing, jobs):
+            store.save(run, fingerprints[run.method])
+            done[run.method, run.seed] = run
+            write_runs(finished(), output / "results.csv")
+    except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
+        # Lightning turns the first into the second.
+        print(f"\nInterrupted after {len(finished())} of {len(tasks)} runs, which are in {store.folder}.")
+        print("Run it again to make the others.")
+        if finished():
+            print(format_table(finished()))
+        if isinstance(error, BrokenProcessPool):
+            raise
+        raise KeyboardInterrupt from None
+    return finished()

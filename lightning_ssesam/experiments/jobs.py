@@ -1,0 +1,82 @@
+"""Trainings one after the other, or several at a time, each in a process of its own."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from lightning_ssesam.experiments.runs import Experiment, Run
+
+
+class Task(NamedTuple):
+    """One training to make.
+
+    Attributes:
+        experiment: How it is trained.
+        fingerprint: The experiment's fingerprint.
+        seed: Seed of the training.
+
+    """
+
+    experiment: Experiment
+    fingerprint: str
+    seed: int
+
+
+def make_runs(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
+    """Make the runs of some tasks, up to ``jobs`` at a time; yield each as soon as it is finished."""
+    jobs = min(jobs, len(tasks))
+    return _in_processes(tasks, jobs) if jobs > 1 else _one_by_one(tasks)
+
+
+def usable_jobs() -> int:
+    """Return how many trainings fit this machine at a time: one for each GPU, or for each CPU core, up to eight."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def _one_by_one(tasks: Sequence[Task]) -> Iterator[Run]:
+    for experiment, _, seed in (progress := tqdm(tasks, unit="run")):
+        progress.set_description(f"{experiment.method}, seed {seed}")
+        yield experiment.run(seed)
+
+
+def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
+    gpus = torch.cuda.device_count()
+    free_devices: list[int | None] = [number % gpus if gpus else None for number in reversed(range(jobs))]
+    waiting, running = deque(tasks), dict[Future[Run], int | None]()
+    # Not forked: a process that has used several threads, or a GPU, cannot be.
+    executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    try:
+        with tqdm(total=len(tasks), unit="run") as progress:
+            while waiting or running:
+                while waiting and free_devices:
+                    task, device = waiting.popleft(), free_devices.pop()
+                    running[executor.submit(task.experiment.run, task.seed, device)] = device
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                # A run that has ended well is kept, even if another one fails at the same time.
+                for future in sorted(finished, key=lambda future: future.exception() is not None):
+                    free_devices.append(running.pop(future))
+                    run = future.result()
+                    progress.update()
+                    progress.set_description(f"{run.method}, seed {run.seed}")
+                    yield run
+    except BaseException:
+        for process in list((executor._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    # Ctrl-C reaches every process of a terminal. The first one deals with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

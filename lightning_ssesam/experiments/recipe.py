@@ -1,0 +1,92 @@
+"""The options that all trainings of a comparison or a search share."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data import DigitsLT, LongTailDataModule
+from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
+from lightning_ssesam.step_options import StepOptions
+
+DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained, whatever the method: the options of ``compare`` and ``sweep``, checked when it is made.
+
+    Args:
+        data: Data module by class path, with its arguments.
+        backbone: Network by class path, with its arguments.
+        optimizer: Optimizer by class path, with its arguments.
+        loss: Loss by class path, with its arguments; cross-entropy by default.
+        epochs: Length of each training, an integer >= 1. The learning rate falls to 0 along a cosine.
+        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples; 0.2
+            if tail_below is not given either.
+        tail_below: Tail classes have fewer training samples than this.
+        model: Further arguments of LongTailClassifier, such as tta or step_options.
+        trainer: Further arguments of the Trainer, such as precision or accelerator.
+        threads: CPU threads for each operation, an integer >= 1. Several threads pay off for large networks only.
+
+    Raises:
+        ArgumentError: If an argument is out of range, ``model`` or ``trainer`` has names that they must not have, or
+            the training would use several devices.
+
+    """
+
+    data: Callable[[], LongTailDataModule] = DigitsLT
+    backbone: BackboneFactory = SmallConvNet
+    optimizer: Callable[[Iterable[Any]], Optimizer] = DEFAULT_SGD
+    loss: Callable[[], nn.Module] | None = None
+    epochs: int = 60
+    tail_fraction: float | None = None
+    tail_below: int | None = None
+    model: dict[str, Any] | None = None
+    trainer: dict[str, Any] | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("epochs", self.epochs, minimum=1)
+        check_integer("threads", self.threads, minimum=1)
+        made_here = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
+        _check_names("model", self.model or {}, LongTailClassifier, made_here)
+        _check_names("trainer", self.trainer or {}, pl.Trainer, {"max_epochs", "callbacks"})
+        _check_devices((self.trainer or {}).get("devices", 1))
+        _ = self.model_arguments
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name, to make a recipe that differs in some of them."""
+        return {field.name: getattr(self, field.name) for field in fields(Recipe)}
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """The further arguments of LongTailClassifier, with the tail. Step options become a StepOptions."""
+        arguments = {"tail_fraction": self.tail_fraction, "tail_below": self.tail_below, **(self.model or {})}
+        step_options = arguments.get("step_options")
+        if isinstance(step_options, Mapping):
+            known = [field.name for field in fields(StepOptions)]
+            if wrong := sorted(step_options.keys() - known):
+                raise bad_argument("step_options", f"any of {', '.join(known)}", got_text=", ".join(map(repr, wrong)))
+            arguments["step_options"] = StepOptions(**step_options)
+        return arguments
+
+
+def _check_names(name: str, arguments: dict[str, Any], owner: type, made_here: set[str]) -> None:
+    allowed = inspect.signature(owner).parameters.keys() - made_here
+    if wrong := sorted(arguments.keys() - allowed):
+        expected = f"arguments of {owner.__name__}, but for those set elsewhere ({', '.join(sorted(made_here))})"
+        raise bad_argument(name, expected, got_text=", ".join(map(repr, wrong)))
+
+
+def _check_devices(devices: Any) -> None:
+    is_list_of_one = isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) == 1
+    if devices not in (1, "1") and not is_list_of_one:
+        raise bad_argument("trainer", "settings with a single device (`jobs` makes several runs at a time)", devices)
