@@ -25,12 +25,12 @@ from lightning_ssesam.curvature import (
     measure_curvature,
     plane,
 )
-from lightning_ssesam.curvature import command as module
-from lightning_ssesam.curvature.checkpoints import load_checkpoint
-from lightning_ssesam.curvature.command import curvature, format_curvature, short_names
 from lightning_ssesam.curvature.figures import asinh_density, draw_planes
 from lightning_ssesam.curvature.landscape import EigenLine, eigen_lines
 from lightning_ssesam.data import DigitsLT
+from lightning_ssesam.experiments import curvature_command as module
+from lightning_ssesam.experiments.checkpoints import load_checkpoint
+from lightning_ssesam.experiments.curvature_command import curvature, format_curvature, short_names
 from lightning_ssesam.models import LongTailClassifier, SmallConvNet
 
 pytestmark = STRICT
