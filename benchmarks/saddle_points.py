@@ -29,10 +29,11 @@ from torch.optim import SGD
 from lightning_ssesam import ERM, SAM, SSESAM, CurvatureMonitor, DigitsLT, ImbSAM
 from lightning_ssesam.compare import DEFAULT_SGD, usable_jobs
 from lightning_ssesam.data import ImageFolderLT
-from lightning_ssesam.figures import method_style
+from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.figures import method_style
+from lightning_ssesam.experiments.tables import write_csv
 from lightning_ssesam.models import CIFARResNet, SmallConvNet
-from lightning_ssesam.runs import Experiment, limited_threads, quiet
-from lightning_ssesam.tables import write_csv
+from lightning_ssesam.runs import Experiment
 
 GAMMA = 0.7
 DIGITS = {

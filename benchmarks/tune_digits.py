@@ -32,8 +32,7 @@ from functools import partial
 import torch
 from torch.optim import SGD
 
-from lightning_ssesam import ERM, SAM, SSESAM, DigitsLT, ImbSAM
-from lightning_ssesam.models import SmallConvNet
+from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM
 from lightning_ssesam.runs import Experiment
 
 EPOCHS = 60
@@ -52,7 +51,7 @@ def validate(objective, lr, seed):
     """Return the validation accuracy of the tail after the last epoch."""
     optimizer = partial(SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
     options = {"accelerator": "cpu", "check_val_every_n_epoch": EPOCHS}
-    experiment = Experiment("", DigitsLT, SmallConvNet, objective, optimizer, EPOCHS, trainer=options)
+    experiment = Experiment("", objective, optimizer=optimizer, epochs=EPOCHS, trainer=options)
     trainer, _, _ = experiment.fit(seed)
     return 100 * trainer.callback_metrics["val/acc_tail"].item()
 

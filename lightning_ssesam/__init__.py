@@ -1,5 +1,6 @@
 """Class-imbalanced, sharpness-aware training for PyTorch Lightning."""
 
+from lightning_ssesam._version import __version__ as __version__
 from lightning_ssesam.callbacks import CurvatureMonitor, DeferredReweighting, StageSwitch
 from lightning_ssesam.data import DigitsLT
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
@@ -8,8 +9,6 @@ from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective, Term
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.step_options import StepOptions
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ERM",

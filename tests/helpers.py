@@ -230,7 +230,7 @@ def planned_runs(monkeypatch, *commands):
         planned.extend(tasks)
         raise SystemExit
 
-    monkeypatch.setattr("lightning_ssesam.compare._finish", stop)
+    monkeypatch.setattr("lightning_ssesam.experiments.compare._finish", stop)
     for module in ("CIFAR10LT", "CIFAR100LT"):
         monkeypatch.setattr(f"lightning_ssesam.data.{module}.prepare_data", lambda self: None)
     for options in commands:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from helpers import STRICT, batches_loader, classification_batch, trainer
 from torch import nn
 
-from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, ImbSAM, LongTailClassifier, StageSwitch
+from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, ImbSAM, LongTailClassifier, StageSwitch, StepOptions
 from lightning_ssesam.models import SmallConvNet
 
 pytestmark = STRICT
@@ -128,11 +128,10 @@ def test_scheduler_by_the_step():
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 8)
 
 
-def test_options_of_the_mixin():
-    options = {"passes": "split", "ascent": "local", "on_nonfinite": "raise", "log_sharpness": True}
-    options |= {"batch_norm": "group", "interval": 3}
-    model = LongTailClassifier(COUNTS, nn.Linear(8, 5), **options)
-    assert {name: getattr(model, name) for name in options} == options
+def test_options_of_the_step():
+    options = StepOptions(passes="split", batch_norm_statistics="group", log_sharpness=True)
+    model = LongTailClassifier(COUNTS, nn.Linear(8, 5), step_options=options)
+    assert model.step_options is options
     run = trainer()
     run.fit(model, batches_loader([classification_batch()]))
     assert run.callback_metrics["train/grad_norm"] > 0
@@ -176,15 +175,10 @@ def test_small_conv_net(norm):
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 3))(torch.ones(2, 8)),
             r"`backbone` to be a network with logits \(N, 2\), .* but got one with an output of shape \(2, 3\)",
         ),
-        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), passes="half"), "`passes` to be one of 'auto', 'full'"),
-        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), on_nonfinite=1), "`on_nonfinite` to be one of 'ignore'"),
-        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), batch_norm="fixed"), "`batch_norm` to be one of 'exact'"),
-        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), batch_norm="group"), "`batch_norm` to be 'exact' where"),
         (
-            lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), log_sharpness=1),
-            "`log_sharpness` to be True or False, but",
+            lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), step_options={"interval": 2}),
+            "`step_options` to be a StepOptions, but got {'interval': 2}",
         ),
-        (lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), interval=0), "`interval` to be an integer >= 1, but"),
         (
             lambda: LongTailClassifier([9, 1], nn.Linear(8, 2), scheduler_interval="batch"),
             "one of 'epoch', 'step', but",

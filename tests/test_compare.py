@@ -1,6 +1,7 @@
 """Several methods side by side: the runs, what is kept of them, tables, pictures, the report."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -9,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -22,14 +23,13 @@ from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, p
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from matplotlib.figure import Figure
 
-from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch
+from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
 from lightning_ssesam.cli import main
-from lightning_ssesam.compare import METHODS, Method, _run, _start_worker, compare
-from lightning_ssesam.figures import draw_comparison, draw_confusion, draw_trade_off
-from lightning_ssesam.models import SmallConvNet
-from lightning_ssesam.report import Comparison, write_report
-from lightning_ssesam.runs import CONFUSIONS, GROUPS, Experiment, Run, RunStore
-from lightning_ssesam.tables import (
+from lightning_ssesam.compare import METHODS, Method, compare
+from lightning_ssesam.experiments.figures import draw_comparison, draw_confusion, draw_trade_off
+from lightning_ssesam.experiments.jobs import Task, make_runs
+from lightning_ssesam.experiments.report import Comparison, write_report
+from lightning_ssesam.experiments.tables import (
     differences,
     format_table,
     markdown_table,
@@ -37,6 +37,8 @@ from lightning_ssesam.tables import (
     write_runs,
     write_summary,
 )
+from lightning_ssesam.models import SmallConvNet
+from lightning_ssesam.runs import CONFUSIONS, GROUPS, Experiment, Run, RunStore
 
 pytestmark = STRICT
 
@@ -119,7 +121,7 @@ methods:
     callbacks:
       - class_path: StageSwitch
         init_args: {epoch: 1}
-    model: {interval: 2}
+    model: {step_options: {interval: 2}}
 data:
   class_path: DigitsLT
   init_args: {imbalance_factor: 20}
@@ -150,7 +152,7 @@ def test_methods_of_ones_own_from_one_file(monkeypatch):
     assert [callback._switched_at for callback in trainer.callbacks if type(callback).__name__ == "StageSwitch"] == [
         trainer.num_training_batches
     ]
-    assert (model.loss.label_smoothing, model.interval, model.tta) == (0.1, 2, "hflip")
+    assert (model.loss.label_smoothing, model.step_options.interval, model.tta) == (0.1, 2, "hflip")
     assert isinstance(trainer.optimizers[0], torch.optim.AdamW)
     assert trainer.gradient_clip_val == 1.0
     assert data.class_counts[-1] == 5
@@ -197,7 +199,8 @@ def test_settings_tell_runs_apart(monkeypatch):
         {"gamma": 0.5},
         {"loss": lambda: torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)},
         {"model": {"tail_below": 10}},
-        {"model": {"interval": 2}},
+        {"model": {"step_options": {"interval": 2}}},
+        {"model": {"step_options": {"interval": 3}}},
         {"model": {"tta": "hflip"}},
         {"trainer": {"gradient_clip_val": 1.0}},
         {"callbacks": [StochasticWeightAveraging(swa_lrs=0.1)]},
@@ -213,7 +216,7 @@ def test_settings_tell_runs_apart(monkeypatch):
     assert len({fingerprint(backbone=net) for net in quiet_nets}) == 2
     factories = [lambda: DigitsLT() for _ in range(2)]
     assert len({fingerprint(data=factory) for factory in factories}) == 1
-    monkeypatch.setattr("lightning_ssesam.__version__", "another")
+    monkeypatch.setattr("lightning_ssesam._version.__version__", "another")
     assert fingerprint() not in texts
 
 
@@ -381,29 +384,39 @@ def test_methods_with_spaces_between_and_data_that_is_prepared_once(monkeypatch)
 
 
 def test_workers_share_the_gpus(monkeypatch):
-    class Pool:
-        def __init__(self, jobs, context, initializer, initargs):
-            devices.extend(initargs[0].get() for _ in range(jobs))
-            raise KeyboardInterrupt
+    """Three trainings at a time on two GPUs. Whichever ends leaves its place to the next."""
 
-    devices = []
-    monkeypatch.setattr("lightning_ssesam.compare.ProcessPoolExecutor", Pool)
+    class Pool:
+        _processes = None
+
+        def __init__(self, jobs, context, initializer):
+            assert jobs == 3
+
+        def submit(self, run, seed, device):
+            taken.append((seed, device))
+            running.append((future := Future(), made_up("ERM", seed)))
+            if len(running) == 3 or seed > 2:
+                # The second of those that are under way ends first.
+                future, run = running.pop(1)
+                future.set_result(run)
+                return running[-1][0]
+            return future
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    taken, running = [], []
+    monkeypatch.setattr("lightning_ssesam.experiments.jobs.ProcessPoolExecutor", Pool)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr("lightning_ssesam.compare._device", None)
-    with pytest.raises(KeyboardInterrupt):
-        compare("ERM", seeds=3, epochs=3, jobs=3)
-    assert devices == [0, 1, 0]
-    queue = SimpleQueue()
-    queue.put(1)
-    _start_worker(queue)
-    monkeypatch.setattr(Experiment, "run", lambda self, seed, device: (seed, device))
-    assert _run(Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1), 5) == (5, 1)
+    tasks = [Task(Experiment("ERM", ERM), "", seed) for seed in range(5)]
+    made = list(itertools.islice(make_runs(tasks, 3), 3))
+    assert [run.seed for run in made] == [1, 2, 3]
+    assert taken == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
 
 
 def test_an_experiment_copies_callbacks_and_takes_the_thresholds_of_its_data():
     data = partial(DigitsLT, imbalance_factor=20)
-    experiment = Experiment("name", data, SmallConvNet, SSESAM, sgd, epochs=7, callbacks=[StageSwitch(epoch=1)])
+    experiment = Experiment("name", SSESAM, data=data, optimizer=sgd, epochs=7, callbacks=[StageSwitch(epoch=1)])
     model = experiment.make_model(data())
     (callback,) = experiment.make_callbacks(model)
     assert callback.epoch == 1
@@ -415,7 +428,8 @@ def test_an_experiment_copies_callbacks_and_takes_the_thresholds_of_its_data():
 def test_plan(monkeypatch):
     options = ["--seeds=2", "--sam_rho=0.1", "--imbsam_rho=0.2", "--head_rho=0.3", "--tail_rho=0.4"]
     Path("own.yaml").write_text(
-        "methods: {own: {objective: ERM, model: {interval: 3}}}\nmodel: {interval: 2, tta: hflip}\n"
+        "methods: {own: {objective: ERM, model: {step_options: {interval: 3}}}}\n"
+        "model: {step_options: {interval: 2, passes: full}, tta: hflip}\n"
     )
     seen = planned_runs(monkeypatch, options, ["--config=own.yaml", "--seeds=1"])
     assert [(e.method, seed) for e, _, seed in seen[:8]] == [(method, seed) for seed in (0, 1) for method in METHODS]
@@ -423,7 +437,8 @@ def test_plan(monkeypatch):
     assert (objectives[1].rho, objectives[2].rho) == (0.1, 0.2)
     assert (objectives[3].head_rho, objectives[3].tail_rho) == (0.3, 0.4)
     model = seen[8][0].make_model(DigitsLT())
-    assert (model.interval, model.tta) == (3, "hflip")
+    assert model.step_options == StepOptions(interval=3, passes="full")
+    assert model.tta == "hflip"
 
 
 def test_seeds_differ():
@@ -433,12 +448,12 @@ def test_seeds_differ():
 
 def test_one_training_takes_one_gpu(monkeypatch):
     monkeypatch.setattr("lightning.pytorch.accelerators.CPUAccelerator.auto_device_count", staticmethod(lambda: 4))
-    experiment = Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1, trainer={"accelerator": "cpu"})
+    experiment = Experiment("name", ERM, optimizer=sgd, epochs=1, trainer={"accelerator": "cpu"})
     assert experiment.make_trainer([]).num_devices == 1
 
 
 def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
-    experiment = Experiment("name", DigitsLT, SmallConvNet, ERM, sgd, epochs=1, trainer={"accelerator": "cpu"})
+    experiment = Experiment("name", ERM, optimizer=sgd, epochs=1, trainer={"accelerator": "cpu"})
     assert experiment.make_trainer([], device=3).num_devices == 1
 
 
@@ -486,7 +501,7 @@ def test_methods_must_share_their_classes():
     with pytest.raises(
         ValueError, match=r"`methods` to be .* same groups .* but got few_below, tail_below for 'other'"
     ):
-        compare({"one": Method(ERM), "other": Method(ERM, model={"tail_below": 9, "interval": 2, "few_below": 3})})
+        compare({"one": Method(ERM), "other": Method(ERM, model={"tail_below": 9, "tta": "hflip", "few_below": 3})})
 
 
 class TestTables:
@@ -565,7 +580,9 @@ class TestTables:
 
     def test_pictures_get_the_switch_and_the_set(self, monkeypatch):
         seen = []
-        monkeypatch.setattr("lightning_ssesam.report.draw_comparison", lambda *args: seen.append(args) or args[4])
+        monkeypatch.setattr(
+            "lightning_ssesam.experiments.report.draw_comparison", lambda *args: seen.append(args) or args[4]
+        )
         monkeypatch.setattr(DigitsLT, "val_is_test", True)
         Path("comparison.png").touch()
         text = report_of(self.RUNS, SPLIT, 0.6, 5).read_text()

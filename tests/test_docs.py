@@ -268,8 +268,8 @@ def _what_the_commands_read(monkeypatch):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
-    monkeypatch.setattr("lightning_ssesam.sweep._open_study", lambda *args: sys.exit("works"))
-    monkeypatch.setattr("lightning_ssesam.curvature.command.short_names", lambda *args: sys.exit("works"))
+    monkeypatch.setattr("lightning_ssesam.experiments.sweep._open_study", lambda *args: sys.exit("works"))
+    monkeypatch.setattr("lightning_ssesam.experiments.curvature_command.short_names", lambda *args: sys.exit("works"))
 
 
 @pytest.mark.usefixtures("_in_a_terminal", "_what_the_commands_read")

@@ -16,7 +16,7 @@ from lightning_ssesam.lightning_internals import EXACT_RESUME, STEP
 PACKAGE = Path(lightning_ssesam.__file__).parent
 FLOORS = [
     # Torch alone: from the targets of a batch to the gradient.
-    ["errors", "tensors"],
+    ["_version", "errors", "tensors"],
     ["_validation", "snapshots", "ascent"],
     ["split", "step_options"],
     ["objectives"],
@@ -106,8 +106,11 @@ def test_the_ground_floor_needs_torch_only(name):
 
 def private_names(name):
     """The private attributes, imports and names in strings of a module, that the project does not define itself."""
-    found = set()
-    for node in ast.walk(SOURCES[name]):
+    found, tree = set(), SOURCES[name]
+    in_texts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if id(node) in in_texts:
+            continue
         if isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.ImportFrom):
@@ -133,9 +136,10 @@ def own_names():
 
 # Private names of torch, torchmetrics, jsonargparse and Python, each in the file that uses it.
 OTHERS = {
+    "_replace",  # NamedTuple
     "_AX_TYPE", "_PLOT_OUT_TYPE", "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch", "_modules", "_parameters", "_version",
-    "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_weight_norm",
+    "_processes", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_weight_norm",
 }  # fmt: skip
 
 

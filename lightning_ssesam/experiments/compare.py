@@ -1,6 +1,6 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,9 +55,15 @@ class Method:
 
     def experiment(self, name: str, recipe: Recipe, gamma: float) -> Experiment:
         """Return how this method is trained in a comparison with this recipe."""
-        own = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data") if getattr(self, part)}
-        model = {**(recipe.model or {}), **self.model}
-        options = {**recipe.options, **own, "model": model}
+        parts = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data")}
+        shared, model = recipe.model or {}, {**(recipe.model or {}), **self.model}
+        # Step options are a mapping in a YAML file, of which a method may change some.
+        if isinstance(options := self.model.get("step_options"), Mapping) and isinstance(
+            shared_options := shared.get("step_options"), Mapping
+        ):
+            model["step_options"] = {**shared_options, **options}
+        given = {part: value for part, value in parts.items() if value is not None}
+        options = {**recipe.options, **given, "model": model}
         return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
 
 

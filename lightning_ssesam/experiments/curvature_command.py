@@ -25,9 +25,9 @@ from lightning_ssesam.curvature.measure import GROUPS, Curvature, group_masks, m
 from lightning_ssesam.curvature.samples import choose_samples
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoint
-from lightning_ssesam.runs import limited_threads, make_folder, quiet
+from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
+from lightning_ssesam.experiments.tables import write_csv
 from lightning_ssesam.split import ClassSplit
-from lightning_ssesam.tables import write_csv
 
 
 def curvature(

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from jinja2 import Environment, StrictUndefined
 
-import lightning_ssesam
+from lightning_ssesam import _version
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.figures import draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.runs import GROUPS, Run
@@ -182,7 +182,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         f" {int(split.medium.sum()):,} between, {int(split.few.sum()):,} with fewer than {split.few_below}",
         "Training": f"{comparison.epochs} epochs"
         + ("" if comparison.gamma is None else f", stage 2 after {100 * comparison.gamma:g} % of them"),
-        "Made with": f"lightning-ssesam {lightning_ssesam.__version__}, torch {torch.__version__}, lightning"
+        "Made with": f"lightning-ssesam {_version.__version__}, torch {torch.__version__}, lightning"
         f" {pl.__version__}, Python {platform.python_version()}" + (f", on {devices}" if devices else ""),
         "Time": f"{seconds / 60:.1f} minutes of training, summed over the runs",
     }

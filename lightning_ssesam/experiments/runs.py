@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
-import lightning_ssesam
+from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
@@ -140,7 +140,7 @@ class Experiment(Recipe):
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
         parts = {
-            "version": lightning_ssesam.__version__,
+            "version": _version.__version__,
             "data": {"class": type(data).__qualname__, **_settings(vars(data))},
             "counts": split.class_counts.tolist(),
             "tail": model.split.tail.tolist(),
