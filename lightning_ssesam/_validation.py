@@ -46,6 +46,13 @@ def check_fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_beta(beta: Any) -> float:
+    """Return ``beta`` as a float if it lies in [0, 1), else raise ``ArgumentError``."""
+    if not _is_real(beta) or not 0 <= float(beta) < 1:
+        raise bad_argument("beta", "a number in [0, 1)", beta)
+    return float(beta)
+
+
 def check_integer(name: str, value: Any, minimum: int) -> int:
     """Return ``value`` as an int if it is an integer >= ``minimum``, else raise ``ArgumentError``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:

@@ -52,7 +52,7 @@ class ClassSplit:
         many_above: int = 100,
         few_below: int = 20,
     ) -> None:
-        counts = _as_counts(class_counts)
+        counts = as_counts(class_counts)
         many_above = check_integer("many_above", many_above, minimum=0)
         few_below = check_integer("few_below", few_below, minimum=0)
         if few_below > many_above + 1:
@@ -94,7 +94,7 @@ class ClassSplit:
                 "Expected exactly one of the arguments `tail_below` and `tail_fraction`,"
                 f" but got tail_below={tail_below!r}, tail_fraction={tail_fraction!r}."
             )
-        counts = _as_counts(class_counts)
+        counts = as_counts(class_counts)
         if tail_below is not None:
             tail = counts < check_integer("tail_below", tail_below, minimum=1)
         else:
@@ -207,7 +207,8 @@ def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
         raise bad_argument(name, expected, value) from None
 
 
-def _as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """Return class counts as an int64 vector ``(C,)``, or raise ``ArgumentError`` if they are not integers >= 1."""
     counts = _as_tensor("class_counts", "a vector of integers >= 1", class_counts)
     if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool or counts.is_complex():
         raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_ssesam import SAM, ClassSplit, LongTailClassifier
+from lightning_ssesam import SAM, ClassSplit, LongTailClassifier, StepOptions
 from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch, Switch
 from lightning_ssesam.losses import BalancedSoftmaxLoss, FocalLoss, LDAMLoss, class_balanced_weights
 
@@ -42,9 +42,9 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 class Recorder(LongTailClassifier):
     """Notes the class weights with which every batch was trained, or the sanity check made."""
 
-    def __init__(self, loss, **kwargs):
+    def __init__(self, loss, passes="full", **kwargs):
         torch.manual_seed(3)
-        super().__init__(COUNTS, nn.Linear(8, 5), SAM(0.1), loss, **{"passes": "full", **kwargs})
+        super().__init__(COUNTS, nn.Linear(8, 5), SAM(0.1), loss, step_options=StepOptions(passes=passes), **kwargs)
         self.seen, self.validated = [], []
 
     def training_step(self, batch, batch_idx):

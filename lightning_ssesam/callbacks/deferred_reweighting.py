@@ -7,8 +7,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_ssesam._validation import check_beta
 from lightning_ssesam.callbacks.switch import Switch
-from lightning_ssesam.losses import check_beta, class_balanced_weights
+from lightning_ssesam.losses import class_balanced_weights
 from lightning_ssesam.split import ClassSplit
 
 
