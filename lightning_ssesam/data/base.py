@@ -1,4 +1,4 @@
-"""What every long-tailed data module tells about itself, and its loaders."""
+"""The base of all data modules: class counts, data sets, loaders."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +20,15 @@ _EVALUATION_BATCH = 256
 class LongTailDataModule(pl.LightningDataModule):
     """A data module that knows its class counts as soon as it is built.
 
-    A subclass sets ``class_counts`` and overrides :meth:`make_sets`, or the loaders themselves.
+    A subclass sets ``class_counts`` in its ``__init__`` and overrides :meth:`make_sets`, or the loaders themselves. For
+    a data set that is downloaded later, the counts must be known beforehand: from a constant of the class, or from a
+    small list file. ``prepare_data`` downloads, :meth:`make_sets` reads.
 
     Attributes:
         class_counts: Training samples of each class, length C.
         many_above: Classes with more training samples than this are many-shot.
         few_below: Classes with fewer training samples than this are few-shot.
-        val_is_test: Whether the validation set is the test set, for want of one of its own.
+        val_is_test: Whether the test set validates, because there is no validation set.
 
     Args:
         batch_size: Samples in a training batch, an integer >= 1.
@@ -35,7 +37,22 @@ class LongTailDataModule(pl.LightningDataModule):
             ``ClassBalancedSampler``; shuffled by default.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ArgumentError: If an argument is out of range.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> class Points(LongTailDataModule):
+        ...     def __init__(self, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.class_counts = [6, 2]
+        ...
+        ...     def make_sets(self):
+        ...         labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+        ...         train = TensorDataset(torch.randn(8, 2), labels)
+        ...         return {"train": train, "val": train, "test": train}
+        >>> data = Points(batch_size=4)
+        >>> data.split(tail_below=5).tail.tolist(), len(data.train_dataloader())
+        ([False, True], 2)
 
     """
 

@@ -1,24 +1,21 @@
 """CIFAR-10 and CIFAR-100, made long-tailed as in the literature."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Dataset, Subset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.base import LongTailDataModule
-from lightning_ssesam.data.images import Transform, default_transforms
+from lightning_ssesam.data.images import ImageDataModule
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
 
 
-class CIFAR10LT(LongTailDataModule):
+class CIFAR10LT(ImageDataModule):
     """Long-tailed CIFAR-10 by the protocol of Cao et al., "LDAM", NeurIPS 2019; downloaded by torchvision.
 
     Class 0 keeps most training images, and the balanced test set of 10,000 is also the validation set, as published.
@@ -32,19 +29,15 @@ class CIFAR10LT(LongTailDataModule):
         imbalance_factor: Largest over smallest class size, or its inverse; > 0.
         profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
         batch_size: Samples in a training batch, an integer >= 1.
-        num_workers: Processes that load images, an integer >= 0.
         val_per_class: Training images of each class that are held out for validation before the others are made
             long-tailed, an integer >= 0. With 0 the test set validates.
-        seed: Chooses the images, an integer >= 0.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
-            ``ClassBalancedSampler``; shuffled by default.
-        train_transform: From PIL images to tensors; by default a random crop after padding with 4 pixels, a random
-            flip, and what ``test_transform`` does.
-        test_transform: From PIL images to tensors; by default to float32 and normalised.
-        download: Whether to download files that are not there.
+        seed: Seed that chooses the images, an integer >= 0.
+        download: Whether to download missing files.
+        **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. By default training images are padded with
+            4 pixels, cropped at random and flipped at random.
 
     Raises:
-        ValueError: If an argument is out of range; from ``setup``, if the files are not there.
+        ArgumentError: If an argument is out of range; from ``setup``, if the files are missing.
 
     """
 
@@ -60,15 +53,12 @@ class CIFAR10LT(LongTailDataModule):
         imbalance_factor: float = 100.0,
         profile: Profile = "exponential",
         batch_size: int = 64,
-        num_workers: int = 0,
         val_per_class: int = 0,
         seed: int = 0,
-        sampler: Callable[[Tensor], Sampler[int]] | None = None,
-        train_transform: Transform | None = None,
-        test_transform: Transform | None = None,
         download: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, sampler)
+        super().__init__(batch_size=batch_size, **kwargs)
         if check_integer("val_per_class", val_per_class, minimum=0) >= self._train_per_class:
             raise bad_argument(
                 "val_per_class", f"less than the {self._train_per_class} images of a class", val_per_class
@@ -77,10 +67,9 @@ class CIFAR10LT(LongTailDataModule):
         self.imbalance_factor, self.profile = imbalance_factor, profile
         self.val_per_class, self.val_is_test = val_per_class, val_per_class == 0
         self.seed = check_integer("seed", seed, minimum=0)
-        self.train_transform, self.test_transform = train_transform, test_transform
         self.download = download
-        left = self._train_per_class - val_per_class
-        self.class_counts = long_tailed_counts(self._num_classes, left, imbalance_factor, profile)
+        largest = self._train_per_class - val_per_class
+        self.class_counts = long_tailed_counts(self._num_classes, largest, imbalance_factor, profile)
 
     @override
     def prepare_data(self) -> None:
@@ -93,15 +82,14 @@ class CIFAR10LT(LongTailDataModule):
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the files, hold out what validates, and make the rest long-tailed."""
-        to_train, to_test = default_transforms(32, self._mean, self._std, resize=False)
         train, test = self._read(train=True), self._read(train=False)
-        train.transform, test.transform = self.train_transform or to_train, self.test_transform or to_test
+        train.transform, test.transform = self.transforms(32, mean=self._mean, std=self._std, resize=False)
         generator = torch.Generator().manual_seed(self.seed)
-        held_out, left = hold_out(labels_of(train), [self.val_per_class] * self._num_classes, generator)
-        rest = Subset(train, left.tolist())
+        held_out, others = hold_out(labels_of(train), [self.val_per_class] * self._num_classes, generator)
+        others_of_train = Subset(train, others.tolist())
         sets = {
             "test": test,
-            "train": LongTailed(rest, self.imbalance_factor, self.profile, self.seed),
+            "train": LongTailed(others_of_train, self.imbalance_factor, self.profile, self.seed),
         }
         if not self.val_is_test:
             # The same arrays, with the transform of the test images.

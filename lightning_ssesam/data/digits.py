@@ -1,11 +1,9 @@
 """Scikit-learn's handwritten digits, made long-tailed: real images that need no download."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
@@ -29,13 +27,11 @@ class DigitsLT(LongTailDataModule):
     Args:
         imbalance_factor: Largest over smallest class size, from 1 to 100, or its inverse.
         profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
-        batch_size: Samples in a training batch, an integer >= 1.
-        seed: Chooses which image goes into which set, an integer >= 0.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
-            ``ClassBalancedSampler``; shuffled by default.
+        seed: Seed that chooses which image goes into which set, an integer >= 0.
+        **kwargs: See :class:`~lightning_ssesam.data.LongTailDataModule`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ArgumentError: If an argument is out of range.
         ModuleNotFoundError: From ``setup``, if scikit-learn is not installed.
 
     """
@@ -47,11 +43,10 @@ class DigitsLT(LongTailDataModule):
         self,
         imbalance_factor: float = 50.0,
         profile: Profile = "exponential",
-        batch_size: int = 32,
         seed: int = 0,
-        sampler: Callable[[Tensor], Sampler[int]] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, sampler=sampler)
+        super().__init__(**kwargs)
         self.class_counts = long_tailed_counts(10, _LARGEST_CLASS, imbalance_factor, profile)
         self.seed = check_integer("seed", seed, minimum=0)
 
@@ -65,14 +60,14 @@ class DigitsLT(LongTailDataModule):
         images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8)
         images = (images - images.mean()) / images.std()
         generator = torch.Generator().manual_seed(self.seed)
-        left = torch.arange(len(labels))
+        remaining = torch.arange(len(labels))
         sets: dict[str, Dataset[Any]] = {}
         for name, counts in {
             "test": [_TEST_PER_CLASS] * 10,
             "val": [_VAL_PER_CLASS] * 10,
             "train": self.class_counts,
         }.items():
-            picked, others = hold_out(labels[left], counts, generator)
-            sets[name] = TensorDataset(images[left[picked]], labels[left[picked]])
-            left = left[others]
+            picked, others = hold_out(labels[remaining], counts, generator)
+            sets[name] = TensorDataset(images[remaining[picked]], labels[remaining[picked]])
+            remaining = remaining[others]
         return sets

@@ -1,26 +1,25 @@
-"""One's own images, in one folder a class."""
+"""Images in folders, one folder for each class."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
-from lightning_ssesam.data.base import LongTailDataModule
-from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms
+from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
 
 Samples: TypeAlias = list[tuple[str, int]]
 
 
-class ImageFolderLT(LongTailDataModule):
-    """A data set of one's own: a folder of images for each class, already long-tailed or made so.
+class ImageFolderLT(ImageDataModule):
+    """Images in folders, one folder for each class, already long-tailed or made so.
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
     folder for each class. What is missing is drawn at random from the training images of each class, no image twice;
@@ -36,19 +35,14 @@ class ImageFolderLT(LongTailDataModule):
         imbalance_factor: Largest over smallest class size that the training images are to have, or its inverse, > 0;
             see :class:`~lightning_ssesam.data.LongTailed`. By default they stay as they are.
         profile: ``"exponential"`` or ``"step"``.
-        val_fraction: Share of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
-        test_fraction: Share of each class that is for testing if there is no ``test``, in (0, 1).
+        val_fraction: Fraction of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
+        test_fraction: Fraction of each class that tests if there is no ``test``, in (0, 1).
         image_size: Height and width of the images, an integer >= 1.
-        batch_size: Samples in a training batch, an integer >= 1.
-        num_workers: Processes that load images, an integer >= 0.
-        seed: Chooses the images of each set, an integer >= 0.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
-            ``ClassBalancedSampler``; shuffled by default.
-        train_transform: From PIL images to tensors; by default random crops and flips, normalised as for ImageNet.
-        test_transform: From PIL images to tensors; by default the centre, normalised as for ImageNet.
+        seed: Seed that chooses the images of each set, an integer >= 0.
+        **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
-        ValueError: If an argument is out of range, the folder is not as above, or a test class has no training
+        ArgumentError: If an argument is out of range, the folder is not as above, or a test class has no training
             images; when a batch is made, if an image cannot be read.
         ModuleNotFoundError: If torchvision is not installed.
 
@@ -62,18 +56,13 @@ class ImageFolderLT(LongTailDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         image_size: int = 224,
-        batch_size: int = 32,
-        num_workers: int = 0,
         seed: int = 0,
-        sampler: Callable[[Tensor], Sampler[int]] | None = None,
-        train_transform: Transform | None = None,
-        test_transform: Transform | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, sampler)
+        super().__init__(**kwargs)
         self.root = Path(root)
         self.image_size = check_integer("image_size", image_size, minimum=1)
         self.seed = check_integer("seed", seed, minimum=0)
-        self.train_transform, self.test_transform = train_transform, test_transform
         self.class_names, parts = _parts(self.root)
         missing = _missing(parts, val_fraction, test_fraction)
         self._parts = {**parts, **_divide(parts["train"], missing, self.seed)}
@@ -88,10 +77,10 @@ class ImageFolderLT(LongTailDataModule):
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the sets that were listed and drawn when this was built."""
-        to_train, to_test = default_transforms(self.image_size)
-        transforms = {"train": self.train_transform or to_train}
-        plain = self.test_transform or to_test
-        return {name: _Files(samples, transforms.get(name, plain)) for name, samples in self._parts.items()}
+        to_train, to_test = self.transforms(self.image_size)
+        return {
+            name: _Files(samples, to_train if name == "train" else to_test) for name, samples in self._parts.items()
+        }
 
 
 class _Files(ImageFiles):

@@ -2,19 +2,16 @@
 
 import os
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.base import LongTailDataModule
-from lightning_ssesam.data.images import ImageFiles, Transform, default_transforms, read_image
+from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, read_image
 from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
@@ -97,7 +94,7 @@ class ImageList(ImageFiles):
         return ArgumentError(f"{self.list_file}, line {number}: {sentence}")
 
 
-class ImageListLT(LongTailDataModule):
+class ImageListLT(ImageDataModule):
     """A long-tailed data set of list files, such as ImageNet-LT, Places-LT and iNaturalist 2018.
 
     The training list is read as soon as it is built, the images when they are needed; the first of every list already
@@ -116,13 +113,10 @@ class ImageListLT(LongTailDataModule):
         image_size: Height and width of the images, an integer >= 1.
         batch_size: Samples in a training batch, an integer >= 1.
         num_workers: Processes that load images, an integer >= 0.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
-            ``ClassBalancedSampler``; shuffled by default.
-        train_transform: From PIL images to tensors; by default random crops and flips, normalised as for ImageNet.
-        test_transform: From PIL images to tensors; by default the centre, normalised as for ImageNet.
+        **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
-        ValueError: If an argument is out of range, a file cannot be read, a line of it is wrong, or a class has no
+        ArgumentError: If an argument is out of range, a file cannot be read, a line of it is wrong, or a class has no
             training image.
 
     """
@@ -137,14 +131,11 @@ class ImageListLT(LongTailDataModule):
         image_size: int = 224,
         batch_size: int = 64,
         num_workers: int = 4,
-        sampler: Callable[[Tensor], Sampler[int]] | None = None,
-        train_transform: Transform | None = None,
-        test_transform: Transform | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, sampler)
+        super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.test, self.val = root, test, val
         self.image_size = check_integer("image_size", image_size, minimum=1)
-        self.train_transform, self.test_transform = train_transform, test_transform
         self.val_is_test = val is None
         self._train = ImageList(train, root, num_classes)
         self.class_counts = _class_counts(self._train)
@@ -152,13 +143,9 @@ class ImageListLT(LongTailDataModule):
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the other lists, and the first image of each."""
-        to_train, to_test = default_transforms(self.image_size)
-        self._train.transform = self.train_transform or to_train
+        self._train.transform, to_test = self.transforms(self.image_size)
         lists = {"test": self.test} if self.val is None else {"test": self.test, "val": self.val}
-        sets = {
-            name: ImageList(path, self.root, self.num_classes, self.test_transform or to_test)
-            for name, path in lists.items()
-        }
+        sets = {name: ImageList(path, self.root, self.num_classes, to_test) for name, path in lists.items()}
         sets["train"] = self._train
         for images in sets.values():
             images.image(0)

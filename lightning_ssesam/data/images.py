@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
+from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 
 Transform: TypeAlias = Callable[[Any], Any]
@@ -18,6 +19,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Up to this size the images are shown whole, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
+
+
+class ImageDataModule(LongTailDataModule):
+    """A data module of images.
+
+    Args:
+        train_transform: Transform from PIL images to tensors; by default random crops and flips, and normalisation.
+        test_transform: Transform from PIL images to tensors; by default the centre of the image, normalised.
+        **kwargs: See :class:`~lightning_ssesam.data.LongTailDataModule`.
+
+    """
+
+    def __init__(
+        self, train_transform: Transform | None = None, test_transform: Transform | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train_transform, self.test_transform = train_transform, test_transform
+
+    def transforms(self, image_size: int, **options: Any) -> tuple[Transform, Transform]:
+        """Return the transforms of training and of test images: those given, or :func:`default_transforms`."""
+        to_train, to_test = default_transforms(image_size, **options)
+        return self.train_transform or to_train, self.test_transform or to_test
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
