@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import batches_loader, classification_batch, convbn, mlp, planned_runs
+from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
 from PIL import Image
 
 from lightning_ssesam import ClassSplit, objectives
@@ -68,6 +68,21 @@ def test_method(capsys):
     exec(code, {})
     printed = capsys.readouterr().out.splitlines()
     assert printed == re.findall(r"^# (\[.*)$", code, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("passes", ["full", "split"])
+@pytest.mark.parametrize("objective", ["ERM", "SAM", "ImbSAM", "SSESAM 1", "SSESAM 2"])
+def test_whole_method_in_25_lines(objective, passes, capsys):
+    """The function of the page, run with the rest of it, gives the gradient of the engine."""
+    names = {}
+    exec(code_of("docs/method.md"), names)
+    net, (x, y) = mlp(), classification_batch()
+    terms = OBJECTIVES[objective]().terms(y)
+    expected = names["naive_gradient"](net, terms, x, y)
+    torch.testing.assert_close(engine_gradient(net, terms, x, y, passes), expected, rtol=0, atol=1e-14)
+    (function,) = re.findall(r"^def naive_gradient.*?return total$", code_of("docs/method.md"), re.MULTILINE | re.DOTALL)
+    assert len(function.replace("\n\n", "\n").splitlines()) <= 25
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
