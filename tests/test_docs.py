@@ -73,15 +73,15 @@ def test_method(capsys):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("passes", ["full", "split"])
 @pytest.mark.parametrize("objective", ["ERM", "SAM", "ImbSAM", "SSESAM 1", "SSESAM 2"])
-def test_whole_method_in_25_lines(objective, passes, capsys):
+def test_whole_method_in_25_lines(objective, passes):
     """The function of the page, run with the rest of it, gives the gradient of the engine."""
-    names = {}
-    exec(code_of("docs/method.md"), names)
+    names, code = {}, code_of("docs/method.md")
+    exec(code, names)
     net, (x, y) = mlp(), classification_batch()
     terms = OBJECTIVES[objective]().terms(y)
     expected = names["naive_gradient"](net, terms, x, y)
     torch.testing.assert_close(engine_gradient(net, terms, x, y, passes), expected, rtol=0, atol=1e-14)
-    (function,) = re.findall(r"^def naive_gradient.*?return total$", code_of("docs/method.md"), re.MULTILINE | re.DOTALL)
+    (function,) = re.findall(r"^def naive_gradient.*?return total$", code, re.MULTILINE | re.DOTALL)
     assert len(function.replace("\n\n", "\n").splitlines()) <= 25
 
 
