@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -240,6 +241,14 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("checkpoints", "--groups", "--config", "--tolerance", "--landscape", "--device", "--output"):
         assert f"  {option} " in text
+    # Settings have the texts of CurvatureSettings, and some have defaults of the command.
+    text = " ".join(text.split())
+    assert "Distance from the weights at which the sharpness is measured, a finite number >= 0. (type: float," in text
+    defaults = {"tolerance": 0.01, "max_iterations": 200, "trace_samples": 10, "probes": 4, "rho": 0.05}
+    defaults |= {"dtype": "float32", "batch_norm": "eval", "seed": 0, "samples": 2000}
+    for name, value in defaults.items():
+        (shown,) = re.findall(rf" --{name} [A-Z{{].*?default: ([^)]*)\)", text.partition("options:")[2])
+        assert shown == str(value), name
 
 
 def made_up(smallest, largest, converged=True, nodes=(-1.0, 0.0, 4.0), weights=(0.25, 0.5, 0.25)):
