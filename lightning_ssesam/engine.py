@@ -33,7 +33,6 @@ class Outcome(NamedTuple):
         sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
             None for a term of radius 0.
         is_difference: Whether the passes were those of ``"difference"``.
-
     """
 
     loss: Tensor
@@ -69,7 +68,6 @@ class SharpnessEngine:
         >>> outcome = SharpnessEngine().compute(batch, net.parameters(), modules=net)
         >>> bool(outcome.sharpness[0] > 0), net.weight.grad.shape
         (True, torch.Size([2, 3]))
-
     """
 
     def __init__(self) -> None:
@@ -144,7 +142,6 @@ class SharpnessEngine:
         Raises:
             ArgumentError: If an argument is out of range, or the losses do not have the shape of the weights.
             NonFiniteError: If ``check_finite`` returns False.
-
         """
         check_choice("passes", passes, ("auto", "full", "split", "difference"))
         check_choice("processes", processes, ("global", "local"))

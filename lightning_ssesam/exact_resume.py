@@ -48,7 +48,6 @@ class ExactResume(Callback):
 
     Raises:
         MisconfigurationException: When a run starts, if Lightning is too new for it.
-
     """
 
     def __init__(self, module: pl.LightningModule) -> None:

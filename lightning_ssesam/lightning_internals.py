@@ -70,7 +70,6 @@ def preflight(trainer: pl.Trainer, names: Mapping[str, str], way_out: str = "") 
 
     Raises:
         MisconfigurationException: If a name is missing.
-
     """
     roots = {"trainer": trainer, "CombinedLoader": CombinedLoader, "data": fabric_data, "distributed": distributed}
     for path, file in names.items():
@@ -138,7 +137,6 @@ def replace_step(replacements: Replacements, trainer: pl.Trainer, by_hand: Calla
         replacements: Keeps what is replaced.
         trainer: The Trainer of the run.
         by_hand: Returns a context in which the module's ``automatic_optimization`` is False.
-
     """
     loops = trainer.fit_loop.epoch_loop
 

@@ -69,7 +69,6 @@ class SharpnessAwareMixin(pl.LightningModule):
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
             lacks its split, ``step_options`` is no StepOptions, ``configure_optimizers`` returns several optimizers,
             or the mixin cannot work with the Trainer's strategy. At once, if ``automatic_optimization`` is assigned.
-
     """
 
     objective: Objective
@@ -152,7 +151,6 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         Returns:
             The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept.
-
         """
         self._check_supported()
         step = self._step

@@ -28,7 +28,6 @@ class StepState:
         has_stepped: Whether the run has made a training step.
         loss_on_bar: Loss that the progress bar shows next.
         outer_dtype: Default dtype outside of the training step.
-
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,6 @@ class TrainerSupport(Callback):
         module: The module. Its ``objective``, ``step_options``, ``skipped_updates`` and ``sample_targets`` are used.
             Other modules that the same Trainer trains are left alone.
         step: The module's working memory.
-
     """
 
     def __init__(self, module: Any, step: StepState) -> None:

@@ -45,7 +45,6 @@ def asinh_density(
 
     Returns:
         Eigenvalues ``(G,)``, ascending and evenly spaced in u, and the density there, ``(G,)``.
-
     """
     on_axis = SpectralDensity([_to_axis(nodes, scale) for nodes in density.nodes], density.weights)
     coordinates = np.concatenate(on_axis.nodes)
@@ -67,7 +66,6 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
 
     Returns:
         ``path``.
-
     """
     columns = {title: dict(islice(groups.items(), _MAX_GROUPS)) for title, groups in measured.items()}
     names = list(next(iter(columns.values())))
@@ -103,7 +101,6 @@ def draw_lines(lines: Mapping[str, tuple[EigenLine, EigenLine]], title: str, pat
 
     Returns:
         ``path``.
-
     """
     shown = dict(islice(lines.items(), _MAX_GROUPS))
     figure = Figure(figsize=(0.6 + 3.6 * len(shown), 6.2), layout="constrained")
@@ -136,7 +133,6 @@ def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: st
 
     Returns:
         ``path``.
-
     """
     shown = {group: np.ma.masked_invalid(values) for group, values in islice(losses.items(), _MAX_GROUPS)}
     levels, norm = _levels(shown)

@@ -84,7 +84,6 @@ class Hessian:
         >>> hessian @ torch.eye(2)
         tensor([[ 4.,  0.],
                 [ 0., -2.]])
-
     """
 
     def __init__(
@@ -131,7 +130,6 @@ class Hessian:
 
         Args:
             at: Offset from the weights, ``(P,)``; 0 by default.
-
         """
         sums = self._survey() if at is None else self._pass(at)
         return float(sums.loss) / sums.weight
@@ -182,7 +180,6 @@ class Hessian:
             offset: Offset from the weights, ``(P,)``.
             gradient: Whether to add up the gradients.
             vectors: Vectors ``(K, P)`` to add up the products with.
-
         """
         wrapped = _Losses(self.model, self.sample_losses)
         with self._evaluating(), torch.set_grad_enabled(gradient or vectors is not None):

@@ -58,7 +58,6 @@ class Lanczos:
     Attributes:
         asymmetry: Largest abs(u . Hv - v . Hu) of two successive vectors of the basis. If the matrix is symmetric, it
             is rounding alone.
-
     """
 
     def __init__(self, matrix: SymmetricMatrix, start: Tensor) -> None:
@@ -84,7 +83,6 @@ class Lanczos:
 
         Raises:
             NonFiniteError: If the product is infinite or not a number.
-
         """
         assert self._next is not None
         last = self._filled()[-1][-1] if self.steps else None
@@ -159,7 +157,6 @@ class Eigenvalues:
         iterations: Number of products that the search took.
         converged: Whether both errors are within the tolerance.
         vectors: Eigenvectors of ``smallest`` and ``largest``, of unit length, each ``(P,)``.
-
     """
 
     largest: float
@@ -185,7 +182,6 @@ class SpectralDensity:
     Attributes:
         nodes: Ritz values of each probe, ``(m,)``.
         weights: Shares of the distribution that the nodes of each probe stand for, ``(m,)``, with sum 1.
-
     """
 
     nodes: list[np.ndarray]
@@ -214,7 +210,6 @@ class Trace:
     Attributes:
         value: The estimate, without bias.
         standard_error: Standard error of the estimate: 0 if it is exact, NaN from a single sample.
-
     """
 
     value: float
@@ -311,7 +306,6 @@ def extreme_eigenvalues(
         >>> ends = extreme_eigenvalues(torch.diag(torch.tensor([4.0, 1.0, 0.5, -1.0])), tolerance=1e-6)
         >>> round(ends.largest, 4), round(ends.smallest, 4), round(ends.ratio, 4)
         (4.0, -1.0, 0.25)
-
     """
     return find_ends(matrix, tolerance, max_iterations, seed, progress)[0]
 
@@ -332,7 +326,6 @@ def spectral_density(
     Raises:
         ArgumentError: If an argument is out of range.
         NonFiniteError: If a product is infinite or not a number.
-
     """
     check_integer("probes", probes, minimum=1)
     check_integer("steps", steps, minimum=1)
@@ -373,7 +366,6 @@ def estimate_trace(matrix: SymmetricMatrix, samples: int = 10, seed: int = 0, kn
     Example:
         >>> estimate_trace(torch.diag(torch.tensor([4.0, 1.0, -1.0])))
         Trace(value=4.0, standard_error=0.0)
-
     """
     check_integer("samples", samples, minimum=1)
     vectors = random_vectors(matrix, samples, seed, signs=True).T

@@ -42,7 +42,6 @@ class Curvature:
         density: Spectral density of its Hessian; None if it was not measured.
         sharpness: Rise of the loss at distance ``rho`` along its gradient.
         rho: Distance at which the sharpness was measured.
-
     """
 
     samples: float
@@ -122,7 +121,6 @@ def measure_curvature(
         >>> measured = measure_curvature(model, [batch], split, ["head", "tail"], sample_losses)
         >>> {group: round(curvature.eigenvalues.smallest, 3) for group, curvature in measured.items()}
         {'head': 2.0, 'tail': -2.0}
-
     """
     chosen = CurvatureSettings(**settings)
     measured, masks = {}, group_masks(split, groups)
@@ -170,7 +168,6 @@ def sharpness(hessian: Hessian, rho: float) -> float:
     Args:
         hessian: Hessian of the group's loss.
         rho: Distance, a finite number >= 0.
-
     """
     gradient = hessian.gradient()
     length = norm(gradient)
@@ -184,7 +181,6 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
 
     Raises:
         ArgumentError: If a group is unknown, or has no classes.
-
     """
     known = {name: getattr(split, name) for name in ("head", "tail", "many", "medium", "few")}
     known["all"] = torch.ones(split.num_classes, dtype=torch.bool)

@@ -36,7 +36,6 @@ class CurvatureSettings:
     Example:
         >>> CurvatureSettings(tolerance=0.001).max_iterations
         200
-
     """
 
     rho: float = 0.05

@@ -86,7 +86,6 @@ def curvature(
     Raises:
         ArgumentError: If an argument is out of range, or a checkpoint or its configuration cannot be used.
         ModuleNotFoundError: If matplotlib, scipy or jsonargparse is not installed.
-
     """
     chosen = _CommandSettings(seed=seed, **settings)
     landscapes = _Landscapes(points, plane_points, extent, seed, output)
@@ -181,7 +180,6 @@ def format_curvature(measured: Mapping[str, Mapping[str, Curvature]], tolerance:
     Args:
         measured: Curvature by the name of the checkpoint, which is shown if there are several, and by group.
         tolerance: Relative error of the eigenvalues that was asked for.
-
     """
     several = len(measured) > 1
     header = ["group", "samples", "loss", "||gradient||", "largest", "smallest", "ratio", "trace", "sharpness"]
@@ -212,7 +210,6 @@ def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
 
     Raises:
         ArgumentError: If there is no checkpoint, or one is given twice.
-
     """
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
         raise bad_argument("checkpoints", "one or more, each once", [str(path) for path in checkpoints])
