@@ -160,7 +160,7 @@ class SharpnessEngine:
             if synchronize is not None:
                 synchronize()
             norm = gradient_norm(params, gradients_of(params)) if report or check_finite else None
-            if check_finite is not None and not check_finite(_are_finite(loss, norm)):
+            if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
             self._weights.restore()
@@ -246,10 +246,6 @@ class SharpnessEngine:
             summand.sharpness = summand.sharpness + loss.detach()
             self._clean_buffers.restore()
         self._weights.restore()
-
-
-def _are_finite(loss: Tensor, norm: Tensor | None) -> bool:
-    return bool(loss.isfinite()) and (norm is None or bool(norm.isfinite()))
 
 
 def _outcome(step: GradientSum, loss: Tensor, norm: Tensor | None) -> Outcome:
