@@ -1,10 +1,10 @@
-"""How long both ends of the Hessian's spectrum take for a ResNet-18 on a CPU, and whether they are right.
+"""Measures how long both ends of the Hessian's spectrum take for a ResNet-18 on a CPU, and how exact they are.
 
     python benchmarks/curvature_resnet18.py
 
 512 images of 32x32 pixels, 10 classes, a ResNet-18 of torchvision (11.2 million weights) after some steps; batch norm
-in evaluation mode, float32, two threads. Prints the time to a tolerance of 1 %, and then, with the products that a
-tolerance of 0.01 % takes, how far the first answer was off. docs/curvature.md has what came out.
+in evaluation mode, float32, two threads. Prints the time to a tolerance of 1 %. Then it measures again to 0.01 %,
+and prints how far the first answer was off. docs/curvature.md has the results.
 """
 
 import argparse
@@ -36,9 +36,9 @@ def train(net, images, targets, steps):
 
 
 def main():
-    """Measure."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="of SGD, before")
+    parser.add_argument("--steps", type=int, default=60, help="steps of SGD before the measurement")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=256)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Is there negative curvature left in the head's and the tail's loss? Over training, for every method.
+"""Measures whether the losses of head and tail keep negative curvature over a training, for every method.
 
     python benchmarks/saddle_points.py                                  # DigitsLT, 20 trainings: half an hour of a core
     python benchmarks/saddle_points.py --images cifar/                  # CIFAR-10-LT, 200 epochs: for a GPU
@@ -6,8 +6,8 @@
 
 Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor, prints the extreme eigenvalues of the
 Hessians of the head's and the tail's mean training loss, and draws them over the epochs with the stage switch. Images
-are those of a folder cifar/{train,test}/CLASS/*.jpg. Trainings that are in the output folder are not made again.
-docs/saddle_points.md says what came out.
+come from a folder cifar/{train,test}/CLASS/*.jpg. Trainings in the output folder are not repeated.
+docs/saddle_points.md has the results.
 """
 
 import argparse
@@ -47,7 +47,7 @@ NUMBERS = ["loss", "gradient_norm", "largest", "smallest", "ratio", "sharpness",
 
 
 def plan(options):
-    """Return for every method its experiment, and how its curvature is measured."""
+    """Return the experiment of every method, and the settings of its CurvatureMonitor."""
     if options.images is None:
         monitor = {"every_n_epochs": 3, "samples": 1000, "tolerance": 0.01, "max_iterations": 300}
         make = partial(
@@ -115,6 +115,11 @@ def spread(values):
     return f"{np.mean(values):9.3g} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:<7.2g}"
 
 
+def history_of(rows, method, group):
+    """Return the measurements of a method and a group at the ends of epochs, for all seeds."""
+    return [row for row in rows if (row["method"], row["group"], row["when"]) == (method, group, "epoch")]
+
+
 def table(rows, epochs):
     """Return the eigenvalues at the switch and at the end, mean and standard deviation over seeds."""
     lines = []
@@ -123,10 +128,10 @@ def table(rows, epochs):
         lines += ["", heading]
         for group in ("head", "tail"):
             for method in dict.fromkeys(row["method"] for row in rows):
-                of = [r for r in rows if (r["method"], r["group"], r["when"]) == (method, group, "epoch")]
-                nearest = min({row["epoch"] for row in of}, key=lambda at: abs(at - epoch))
-                of = [row for row in of if row["epoch"] == nearest]
-                cells = [spread([row[name] for row in of]) for name in ("largest", "smallest", "ratio")]
+                history = history_of(rows, method, group)
+                nearest = min({row["epoch"] for row in history}, key=lambda measured: abs(measured - epoch))
+                rows_there = [row for row in history if row["epoch"] == nearest]
+                cells = [spread([row[name] for row in rows_there]) for name in ("largest", "smallest", "ratio")]
                 lines.append(f"  {group:6}{method:12}{'':16}" + "  ".join(cells))
     return "\n".join(lines)
 
@@ -139,9 +144,9 @@ def draw(rows, epochs, title, path):
     for column, group in enumerate(("head", "tail")):
         for ax, name in zip(axes[:, column], ("largest", "smallest"), strict=True):
             for number, method in enumerate(methods):
-                of = [r for r in rows if (r["method"], r["group"], r["when"]) == (method, group, "epoch")]
-                x = sorted({row["epoch"] for row in of})
-                y = np.array([[row[name] for row in of if row["epoch"] == epoch] for epoch in x])
+                history = history_of(rows, method, group)
+                x = sorted({row["epoch"] for row in history})
+                y = np.array([[row[name] for row in history if row["epoch"] == epoch] for epoch in x])
                 color, marker = method_style(number)
                 ax.plot(x, y.mean(1), color=color, marker=marker, markersize=4, label=method)
                 ax.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.15, linewidth=0)
@@ -183,8 +188,8 @@ def main():
     title = f"{name}: Hessian of the mean training loss; mean and range over {options.seeds} seeds"
     draw(rows, experiment.epochs, title, options.output / "saddle_points.png")
     print(table(rows, experiment.epochs))
-    left = sum(1 - row["converged"] for row in rows)
-    print(f"\n{len(rows)} measurements, {left:g} not to their tolerance; torch {torch.__version__},", end=" ")
+    missed = sum(1 - row["converged"] for row in rows)
+    print(f"\n{len(rows)} measurements, {missed:g} not to their tolerance; torch {torch.__version__},", end=" ")
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Written to {options.output}.")
 
 

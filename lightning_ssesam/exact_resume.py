@@ -9,27 +9,11 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from lightning_ssesam import lightning_internals as internals
 from lightning_ssesam.errors import NonFiniteError
-from lightning_ssesam.lightning_internals import (
-    EXACT_RESUME,
-    Replacements,
-    correct_logged_step,
-    follow_step,
-    is_resuming,
-    isolate_skipped_validation,
-    load_loader_states,
-    loader_states,
-    loaders,
-    loaders_are_unlimited,
-    missing,
-    precede_iterator,
-    preflight,
-    set_epoch_of_samplers,
-    skips_backward,
-    validation_is_due,
-)
 from lightning_ssesam.snapshots import set_torch_random_state, torch_random_state
 from lightning_ssesam.trainer_calls import accumulates, is_fitting
 
@@ -65,12 +49,11 @@ class ExactResume(Callback):
 
     Raises:
         MisconfigurationException: When a run starts, if Lightning is too new for it.
-
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
-        self._replacements = Replacements()
+        self._replacements = internals.Replacements()
         self._reset()
 
     def _reset(self) -> None:
@@ -91,17 +74,21 @@ class ExactResume(Callback):
         self._replacements.undo()
         self._reset()
         if pl_module is self.module:
-            preflight(trainer, EXACT_RESUME, _WITHOUT)
-            follow_step(self._replacements, trainer, lambda: self._after_step(trainer))
-            precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
-            isolate_skipped_validation(self._replacements, trainer)
+            internals.preflight(trainer, internals.EXACT_RESUME, _WITHOUT)
+            loops = trainer.fit_loop.epoch_loop
+            self._replacements.follow(loops.manual_optimization, "run", lambda: self._after_step(trainer))
+            internals.precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
+            # To skip a validation that the checkpoint has behind it, Lightning may make an iterator over its data. An
+            # unbroken run has not made it, and an iterator draws random numbers.
+            name = "increment_progress_to_evaluation_end"
+            self._replacements.replace(loops.val_loop, name, isolate_rng()(getattr(loops.val_loop, name)))
 
     def _on_iterator(self, trainer: pl.Trainer) -> None:
         """Called before the run's first iterator over the data is made, which may draw random numbers."""
         if self._to_restore is not None:
             if self._loader_states and _tells_epochs_apart(trainer):
                 _continue_order(trainer, self._loader_states)
-            set_epoch_of_samplers(trainer)
+            internals.set_epoch_of_samplers(trainer)
             set_random_state(self._to_restore, trainer)
         self._before_iterator = get_random_state(trainer)
 
@@ -114,7 +101,7 @@ class ExactResume(Callback):
         if pl_module is not self.module:
             return
         if self._before_iterator is None and trainer.num_training_batches > 0:
-            raise missing("_FitLoop._load_combined_loader_states", "pytorch/loops/fit_loop.py", _WITHOUT)
+            raise internals.missing(*internals.FIRST_ITERATOR, _WITHOUT)
         if self._to_restore is not None and not _uses_first_iterator(trainer):
             set_random_state(self._to_restore, trainer)
         self._has_resumed = self._to_restore is not None
@@ -133,13 +120,13 @@ class ExactResume(Callback):
     ) -> None:
         """Called before every batch: correct what Lightning miscounts when it resumes."""
         if pl_module is self.module and self._has_resumed:
-            correct_logged_step(trainer)
+            internals.correct_logged_step(trainer)
             self._has_resumed = False
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         """Called after every training step: note where the run is, unless batches wait for an update."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if skips_backward(trainer) or not accumulates(trainer, batches - 1):
+        if internals.skips_backward(trainer) or not accumulates(trainer, batches - 1):
             self._set_mark(trainer, batches)
 
     def _mark_epoch(self, trainer: pl.Trainer) -> None:
@@ -153,7 +140,7 @@ class ExactResume(Callback):
             trainer.fit_loop.epoch_loop.batch_progress.total.ready,
             batches_of_epoch,
             # A copy, because a loader may change the state that it has handed out.
-            copy.deepcopy(loader_states(trainer)),
+            copy.deepcopy(internals.loader_states(trainer)),
             random_state or get_random_state(trainer),
         )
 
@@ -231,7 +218,7 @@ def _uses_first_iterator(trainer: pl.Trainer) -> bool:
     loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
         return _ended_with_last_batch(trainer) or epoch_loop.batch_progress.current.ready == 0
-    return trainer.current_epoch == 0 or is_resuming(trainer) or epoch_loop.restarting
+    return trainer.current_epoch == 0 or getattr(loop, "is_resuming", False) or epoch_loop.restarting
 
 
 def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
@@ -242,8 +229,8 @@ def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
 
 def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
     """Whether the loader takes its state at the end of an epoch for the start of the next, as torchdata's does."""
-    are_torchdata = all(type(loader).__module__.startswith("torchdata.") for loader in loaders(trainer))
-    return are_torchdata and loaders_are_unlimited(trainer)
+    are_torchdata = all(type(loader).__module__.startswith("torchdata.") for loader in internals.loaders(trainer))
+    return are_torchdata and internals.loaders_are_unlimited(trainer)
 
 
 def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
@@ -256,17 +243,17 @@ def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
     has_ended = progress.is_last_batch and progress.current.completed == progress.current.ready - 1
     if loop.restarting and progress.current.ready > 0 and not has_ended:
         return
-    load_loader_states(trainer, states)
-    if loop.restarting or is_resuming(trainer):
+    internals.load_loader_states(trainer, states)
+    if loop.restarting or getattr(loop, "is_resuming", False):
         # This iterator has nothing left. The next is that of the new epoch, and Lightning makes just one.
-        for loader in loaders(trainer):
+        for loader in internals.loaders(trainer):
             iter(loader)
 
 
 def _awaits_validation(trainer: pl.Trainer) -> bool:
     """Whether a validation is due after a batch that has been trained on, and has not begun."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return bool(batches.completed == batches.processed - 1 and validation_is_due(trainer))
+    return bool(batches.completed == batches.processed - 1 and internals.validation_is_due(trainer))
 
 
 def _rewind(loops: State, mark: _Mark) -> None:
@@ -309,7 +296,7 @@ def set_random_state(state: State, trainer: pl.Trainer) -> None:
 
 
 def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
-    owners = [owner for loader in loaders(trainer) for owner in (loader, getattr(loader, "sampler", None))]
+    owners = [owner for loader in internals.loaders(trainer) for owner in (loader, getattr(loader, "sampler", None))]
     generators = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(generator for generator in generators if isinstance(generator, torch.Generator)))
 

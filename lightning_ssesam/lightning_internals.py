@@ -4,9 +4,9 @@ Paths of Lightning's files are relative to ``lightning/``. No other file of the 
 Lightning, or replaces a method of its loops.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from typing import Any
 
 import lightning.fabric.utilities.data as fabric_data
 import lightning.pytorch as pl
@@ -14,98 +14,75 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.overrides import distributed
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 
 _TESTED = "2.5 to 2.6"
 _BELOW = "2.7"
 
-
-class Internal(NamedTuple):
-    """A name of Lightning that may change without notice.
-
-    Args:
-        owner: Returns the object that has the name, given a Trainer.
-        name: The name, with dots for the attributes of an attribute.
-        file: The file of Lightning that defines it.
-
-    """
-
-    owner: Callable[[pl.Trainer], Any]
-    name: str
-    file: str
-
-
 _FIT = "pytorch/loops/fit_loop.py"
 _EPOCH = "pytorch/loops/training_epoch_loop.py"
+_PROGRESS = "pytorch/loops/progress.py"
 _LOADERS = "pytorch/utilities/combined_loader.py"
 _LOGGER = "pytorch/trainer/connectors/logger_connector/logger_connector.py"
 
+FIRST_ITERATOR = "trainer.fit_loop._load_combined_loader_states", _FIT
+"""The name that Lightning calls right before it makes the first iterator."""
 
-def _fit_loop(trainer: pl.Trainer) -> Any:
-    return trainer.fit_loop
+STEP = {
+    "trainer.fit_loop._skip_backward": _FIT,
+    "trainer._logger_connector": "pytorch/trainer/trainer.py",
+    "trainer._logger_connector._progress_bar_metrics": _LOGGER,
+    "trainer.fit_loop.epoch_loop.automatic_optimization.run": "pytorch/loops/optimization/automatic.py",
+    "trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step": _PROGRESS,
+    "trainer.fit_loop.epoch_loop.manual_optimization.run": "pytorch/loops/optimization/manual.py",
+    "trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed": _PROGRESS,
+    "distributed.prepare_for_backward": "pytorch/overrides/distributed.py",
+}
+"""Names that a training step needs, each with its file."""
 
-
-def _epoch_loop(trainer: pl.Trainer) -> Any:
-    return trainer.fit_loop.epoch_loop
-
-
-STEP = (
-    Internal(_fit_loop, "_skip_backward", _FIT),
-    Internal(lambda trainer: trainer, "_logger_connector", "pytorch/trainer/trainer.py"),
-    Internal(lambda trainer: trainer._logger_connector, "_progress_bar_metrics", _LOGGER),
-    Internal(_epoch_loop, "automatic_optimization.run", "pytorch/loops/optimization/automatic.py"),
-    Internal(_epoch_loop, "automatic_optimization.optim_progress.optimizer.step", "pytorch/loops/progress.py"),
-    Internal(_epoch_loop, "manual_optimization.run", "pytorch/loops/optimization/manual.py"),
-    Internal(_epoch_loop, "manual_optimization.optim_step_progress.total.completed", "pytorch/loops/progress.py"),
-    Internal(lambda trainer: distributed, "prepare_for_backward", "pytorch/overrides/distributed.py"),
-)
-"""What a training step needs."""
-
-EXACT_RESUME = (
-    Internal(_fit_loop, "_load_combined_loader_states", _FIT),
-    Internal(_fit_loop, "_combined_loader", _FIT),
-    Internal(_fit_loop, "_combined_loader_states_to_load", _FIT),
-    Internal(_fit_loop, "_data_fetcher", _FIT),
-    Internal(_fit_loop, "restarted_mid_epoch", _FIT),
-    Internal(_fit_loop, "restarted_on_epoch_end", _FIT),
-    Internal(_fit_loop, "epoch_progress.current.processed", _FIT),
-    Internal(_epoch_loop, "_batches_that_stepped", _EPOCH),
-    Internal(_epoch_loop, "_should_check_val_fx", _EPOCH),
-    Internal(_epoch_loop, "batch_progress.total.ready", _EPOCH),
-    Internal(_epoch_loop, "restarted_on_train_batch_end", _EPOCH),
-    Internal(_epoch_loop, "val_loop.increment_progress_to_evaluation_end", "pytorch/loops/evaluation_loop.py"),
-    Internal(lambda trainer: CombinedLoader, "_state_dicts", _LOADERS),
-    Internal(lambda trainer: CombinedLoader, "_load_state_dicts", _LOADERS),
-    Internal(lambda trainer: fabric_data, "_set_sampler_epoch", "fabric/utilities/data.py"),
-)
-"""What exact resume needs as well."""
+EXACT_RESUME = {
+    FIRST_ITERATOR[0]: FIRST_ITERATOR[1],
+    "trainer.fit_loop._combined_loader": _FIT,
+    "trainer.fit_loop._combined_loader_states_to_load": _FIT,
+    "trainer.fit_loop._data_fetcher": _FIT,
+    "trainer.fit_loop.restarted_mid_epoch": _FIT,
+    "trainer.fit_loop.restarted_on_epoch_end": _FIT,
+    "trainer.fit_loop.epoch_progress.current.processed": _PROGRESS,
+    "trainer.fit_loop.epoch_loop._batches_that_stepped": _EPOCH,
+    "trainer.fit_loop.epoch_loop._should_check_val_fx": _EPOCH,
+    "trainer.fit_loop.epoch_loop.batch_progress.total.ready": _PROGRESS,
+    "trainer.fit_loop.epoch_loop.restarted_on_train_batch_end": _EPOCH,
+    "trainer.fit_loop.epoch_loop.val_loop.increment_progress_to_evaluation_end": "pytorch/loops/evaluation_loop.py",
+    "CombinedLoader._state_dicts": _LOADERS,
+    "CombinedLoader._load_state_dicts": _LOADERS,
+    "data._set_sampler_epoch": "fabric/utilities/data.py",
+}
+"""Names that exact resume needs as well."""
 
 
-def preflight(trainer: pl.Trainer, internals: Sequence[Internal], way_out: str = "") -> None:
+def preflight(trainer: pl.Trainer, names: Mapping[str, str], way_out: str = "") -> None:
     """Check that this version of Lightning has all of some names, before a run uses one of them.
 
     Args:
         trainer: The Trainer of the run.
-        internals: The names: :data:`STEP` or :data:`EXACT_RESUME`.
-        way_out: What the user can do, in addition to installing another version.
+        names: Names, each with its file: :data:`STEP` or :data:`EXACT_RESUME`.
+        way_out: Another way out than to install a tested version.
 
     Raises:
         MisconfigurationException: If a name is missing.
-
     """
-    for internal in internals:
+    roots = {"trainer": trainer, "CombinedLoader": CombinedLoader, "data": fabric_data, "distributed": distributed}
+    for path, file in names.items():
+        root, *attributes = path.split(".")
         try:
-            value = internal.owner(trainer)
-            for name in internal.name.split("."):
-                value = getattr(value, name)
+            reduce(getattr, attributes, roots[root])
         except AttributeError:
-            raise missing(internal.name, internal.file, way_out) from None
+            raise missing(path, file, way_out) from None
 
 
-def missing(name: str, file: str, way_out: str = "") -> MisconfigurationException:
+def missing(path: str, file: str, way_out: str = "") -> MisconfigurationException:
     """Return the error for a name that this version of Lightning does not have, or does not use any more."""
     return MisconfigurationException(
-        f"lightning-ssesam was tested with Lightning {_TESTED}, but Lightning {pl.__version__} has no `{name}` in"
+        f"lightning-ssesam was tested with Lightning {_TESTED}, but Lightning {pl.__version__} has no `{path}` in"
         f" lightning/{file}, or does not use it. Install `lightning<{_BELOW}`{way_out}."
     )
 
@@ -159,7 +136,6 @@ def replace_step(replacements: Replacements, trainer: pl.Trainer, by_hand: Calla
         replacements: Keeps what is replaced.
         trainer: The Trainer of the run.
         by_hand: Returns a context in which the module's ``automatic_optimization`` is False.
-
     """
     loops = trainer.fit_loop.epoch_loop
 
@@ -203,32 +179,12 @@ def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
     trainer._logger_connector._progress_bar_metrics[name] = value
 
 
-def prepare_for_backward(model: Any, output: Any) -> None:
-    """Prepare DDP's reducer for a backward pass from ``output``."""
-    distributed.prepare_for_backward(model, output)
-
-
 # Exact resume.
-
-
-def follow_step(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
-    """Call a function after every training step that runs in the loop for manual optimization."""
-    replacements.follow(trainer.fit_loop.epoch_loop.manual_optimization, "run", function)
 
 
 def precede_iterator(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call a function when the loaders have their states, right before the run's first iterator is made."""
     replacements.follow(trainer.fit_loop, "_load_combined_loader_states", function)
-
-
-def isolate_skipped_validation(replacements: Replacements, trainer: pl.Trainer) -> None:
-    """Keep the random state when Lightning skips a validation that a checkpoint has behind it.
-
-    To count it, Lightning may make an iterator over the validation data, which an unbroken run has not made.
-    """
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    skip = loop.increment_progress_to_evaluation_end
-    replacements.replace(loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
 
 
 def loaders(trainer: pl.Trainer) -> list[Any]:
@@ -276,8 +232,3 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 def correct_logged_step(trainer: pl.Trainer) -> None:
     """Set the step of logged rows to the number of updates. Lightning may count one too many when it resumes."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-
-
-def is_resuming(trainer: pl.Trainer) -> bool:
-    """Return whether the loop is about to go on from a checkpoint. Lightning 2.5 has no such attribute."""
-    return bool(getattr(trainer.fit_loop, "is_resuming", False))

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
-from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.split import ClassSplit, check_class_indices
 
 
 class Term(NamedTuple):
@@ -188,7 +188,7 @@ class _HeadTailObjective(Objective):
         tail = self._split.tail_on(targets.device)
         dtype = _weight_dtype(targets)
         if not targets.is_floating_point():
-            _check_class_indices(targets, tail.numel())
+            check_class_indices(targets, tail.numel())
             tail_mass = tail[targets.long()].to(dtype)
             return 1 - tail_mass, tail_mass
         if targets.ndim < 2 or targets.shape[1] != tail.numel():
@@ -289,15 +289,6 @@ def _weight_dtype(targets: Tensor) -> torch.dtype:
     # 1/N rounded to float32 puts float64 losses off by 1e-9, so weights are as exact as the device allows and take
     # the losses' dtype only when they meet them.
     return torch.float32 if targets.device.type == "mps" else torch.float64
-
-
-def _check_class_indices(targets: Tensor, num_classes: int) -> None:
-    # On an accelerator looking at the values would wait for the device, and the loss checks them there itself.
-    if targets.device.type != "cpu" or targets.numel() == 0:
-        return
-    low, high = (int(value) for value in targets.aminmax())
-    if low < 0 or high >= num_classes:
-        raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=f"values from {low} to {high}")
 
 
 def _check_tensor(targets: Tensor) -> None:

@@ -22,7 +22,6 @@ class Survey(NamedTuple):
         batch_norms: The batch norm layers that normalize by statistics of the batch.
         has_unknown_buffers: Whether a layer that is no batch norm has buffers.
         is_compiled: Whether a layer is compiled.
-
     """
 
     parameters: list[Tensor]
@@ -72,7 +71,6 @@ def choose_passes(
 
     Raises:
         MisconfigurationException: If ``passes="split"`` cannot work with the module or the strategy.
-
     """
     if options.passes == "full":
         return "full"

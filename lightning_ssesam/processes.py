@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.overrides import distributed
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ssesam.batches import one_hot
-from lightning_ssesam.lightning_internals import prepare_for_backward
 
 
 class Processes:
@@ -23,7 +23,6 @@ class Processes:
 
     Args:
         strategy: The Trainer's.
-
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -93,10 +92,10 @@ class Processes:
             if self._ddp.find_unused_parameters:
                 # DDP looks for the parameters in the graph of what it is given.
                 total = torch.stack([(p * g).sum() for p, g in zip(params, whole, strict=True)]).sum()
-                prepare_for_backward(self._ddp, total)
+                distributed.prepare_for_backward(self._ddp, total)
                 torch.autograd.backward(total)
             else:
-                prepare_for_backward(self._ddp, params)
+                distributed.prepare_for_backward(self._ddp, params)
                 torch.autograd.backward(params, whole)
         if self._ddp.find_unused_parameters:
             used = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=params[0].device)

@@ -200,6 +200,18 @@ def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:
     return counts
 
 
+def check_class_indices(targets: Tensor, num_classes: int) -> None:
+    """Raise ``ArgumentError`` if targets on the CPU, of any shape, are not class indices in ``[0, num_classes)``.
+
+    On an accelerator, reading the values would wait for the device, and the loss checks them there itself.
+    """
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(value) for value in targets.aminmax())
+    if low < 0 or high >= num_classes:
+        raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=f"values from {low} to {high}")
+
+
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value).detach().cpu()

@@ -11,16 +11,16 @@ from lightning_ssesam.curvature import choose_samples
 
 
 class Listed:
-    """A data set that does not tell its labels."""
+    """A data set whose labels cannot be found."""
 
     def __init__(self, labels):
-        self.of = labels
+        self.kept = labels
 
     def __len__(self):
-        return len(self.of)
+        return len(self.kept)
 
     def __getitem__(self, index):
-        return torch.randn(2), self.of[index]
+        return torch.randn(2), self.kept[index]
 
 
 def test_samples_of_a_data_set_without_labels():
@@ -83,5 +83,5 @@ def test_a_data_set_that_gives_whole_batches():
     assert [len(batch[1]) for batch in chosen["tail"]] == [5, 5, 2]
     assert torch.cat([batch[0] for batch in chosen["tail"]]).tolist() == [i for i in range(30) if i % 5 > 2]
     few = [choose_samples(InBatches(), lambda batch: batch, SPLIT, ["tail"], 5, seed=seed) for seed in (0, 0, 1)]
-    (first, again, other) = (of["tail"][0][0].tolist() for of in few)
+    first, again, other = (chosen["tail"][0][0].tolist() for chosen in few)
     assert first == again != other

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssesam import ClassSplit
 from lightning_ssesam.curvature import (
+    CurvatureSettings,
     Hessian,
     SpectralDensity,
     estimate_trace,
@@ -33,7 +34,7 @@ from lightning_ssesam.curvature import (
     spectral_density,
 )
 from lightning_ssesam.curvature.lanczos import Lanczos, find_ends
-from lightning_ssesam.engine import NonFiniteError
+from lightning_ssesam.errors import ArgumentError, NonFiniteError
 
 TAIL, HEAD = SPLIT.tail, SPLIT.head
 
@@ -362,6 +363,14 @@ def test_tied_and_frozen_weights():
     assert rise == pytest.approx(float(step @ dense @ step), rel=1e-3)
 
 
+def test_dtype_by_its_name():
+    net, data = mlp(), batches(1)
+    expected = Hessian(net, data, losses_of, dtype=torch.float64).gradient()
+    assert Hessian(net, data, losses_of, dtype="float64").gradient().equal(expected)
+    measured = measure_curvature(net, data, SPLIT, ["all"], losses_of, dtype="float64", max_iterations=1)
+    assert measured["all"].gradient_norm == pytest.approx(expected.norm().item(), rel=1e-12)
+
+
 def test_low_precision_is_measured_in_float32():
     net, data = mlp().bfloat16(), batches(2)
     hessian = Hessian(net, data, losses_of)
@@ -548,7 +557,7 @@ class TestErrors:
         ("change", "message"),
         [
             ({"sample_losses": None}, "`sample_losses` to be a function of the model and a batch"),
-            ({"batches": iter([1])}, "`batches` to be an iterable that can be gone through again"),
+            ({"batches": iter([1])}, "`batches` to be an iterable that can be iterated again"),
             ({"classes": [3, 4]}, r"`classes` to be a boolean mask \(C,\), but got \[3, 4\]"),
             ({"dtype": torch.int64}, "`dtype` to be a floating type, but got torch.int64"),
             ({"batch_norm": "train"}, "`batch_norm` to be one of 'eval', 'batch', but got 'train'"),
@@ -620,12 +629,23 @@ class TestErrors:
             ({"trace_samples": -1}, "`trace_samples` to be an integer >= 0"),
             ({"probes": 1.5}, "`probes` to be an integer >= 0"),
             ({"rho": -1}, "`rho` to be a finite number >= 0"),
+            ({"batch_norm": "train"}, "`batch_norm` to be one of 'eval', 'batch', but got 'train'"),
+            ({"dtype": "int32"}, "`dtype` to be a floating type, but got 'int32'"),
+            ({"dtype": "float65"}, "`dtype` to be a floating type, but got 'float65'"),
+            ({"seed": -1}, "`seed` to be an integer >= 0, but got -1"),
         ],
     )
     def test_measure(self, change, message):
         split = ClassSplit([500, 400, 300, 6, 5], tail=[3, 4])
         with pytest.raises(ValueError, match=message):
             measure_curvature(**{"model": Model(), "batches": batches(1), "split": split, **change})
+        if change.keys() & vars(CurvatureSettings()).keys():
+            with pytest.raises(ArgumentError, match=message):
+                CurvatureSettings(**change)
+
+    def test_unknown_setting(self):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tolerence'"):
+            measure_curvature(Model(), batches(1), SPLIT, tolerence=0.1)
 
 
 def test_groups():
@@ -760,10 +780,10 @@ class TestTrace:
             scores.append((trace.value - matrix.trace().item()) / trace.standard_error)
             known_scores.append((better.value - matrix.trace().item()) / better.standard_error)
             errors.append((trace.standard_error, better.standard_error))
-        for of in (scores, known_scores):
-            assert abs(np.mean(of)) < 4 * 1.15 / math.sqrt(200)
+        for normalized in (scores, known_scores):
+            assert abs(np.mean(normalized)) < 4 * 1.15 / math.sqrt(200)
             # Student's t with 11 degrees of freedom.
-            assert np.std(of) == pytest.approx(math.sqrt(11 / 9), rel=0.2)
+            assert np.std(normalized) == pytest.approx(math.sqrt(11 / 9), rel=0.2)
         assert np.mean(errors, 0)[1] < 0.9 * np.mean(errors, 0)[0]
 
     def test_exact_where_everything_is_known(self):
@@ -808,9 +828,9 @@ def test_sharpness_of_a_quadratic():
     model.w.data.fill_(1)
     data = [(torch.zeros(3), torch.zeros(3, dtype=torch.int64))]
     c = torch.tensor([5.0, 4, 3, 2, 1, 0.5])
-    at = 1 + 0.2 * c / c.norm()
+    ascended = 1 + 0.2 * c / c.norm()
     hessian = Hessian(model, data)
-    assert sharpness(hessian, 0.2) == pytest.approx((0.5 * c * (at**2 - 1)).sum().item(), rel=1e-4)
+    assert sharpness(hessian, 0.2) == pytest.approx((0.5 * c * (ascended**2 - 1)).sum().item(), rel=1e-4)
     assert sharpness(hessian, 0) == 0
     model.w.data.zero_()
     assert sharpness(Hessian(model, data), 0.2) == 0
@@ -825,8 +845,13 @@ def test_nothing_is_logged_or_counted():
             return losses
 
     model = Logging()
-    assert Hessian(model, batches(1)).loss() > 0
-    assert model._step.is_clean is None
+    for measured in (model, torch.compile(model, backend="eager")):
+        assert Hessian(measured, batches(1)).loss() > 0
+        assert model._step.is_clean is None
+    # Another thing of that name is left alone.
+    net = mlp()
+    net.measuring = False
+    assert Hessian(net, batches(1), losses_of).loss() > 0
 
 
 def test_progress_is_shown(capsys):

@@ -1,8 +1,9 @@
-"""The command `lightning-ssesam curvature`: what it measures is the checkpoint, and what it says of it is right."""
+"""The command `lightning-ssesam curvature`: it measures the checkpoint that it is given, and reports it correctly."""
 
 import copy
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -93,8 +94,8 @@ def test_the_numbers_are_those_of_the_checkpoint(checkpoints, capsys):
     expected = measured_by_hand(last, ["head", "tail"])
     rows = rows_of("curvature/curvature.csv")
     assert [(row["checkpoint"], row["group"]) for row in rows] == [(str(last), "head"), (str(last), "tail")]
-    for row, of in zip(rows, expected.values(), strict=True):
-        assert_row(row, of)
+    for row, curvature_by_hand in zip(rows, expected.values(), strict=True):
+        assert_row(row, curvature_by_hand)
     # Not those of the initial weights, nor of the other checkpoint.
     other = measured_by_hand(checkpoints[0], ["head", "tail"])
     assert abs(float(rows[0]["loss"]) - other["head"].loss) > 0.01
@@ -125,9 +126,9 @@ def test_several_checkpoints_with_landscapes(checkpoints, capsys, monkeypatch):
     for name in ("draw_lines", "draw_planes"):
         draw = getattr(module, name)
 
-        def remember(of, *args, draw=draw, name=name):
-            drawn.setdefault(name, []).append((of, *args))
-            return draw(of, *args)
+        def remember(*args, draw=draw, name=name):
+            drawn.setdefault(name, []).append(args)
+            return draw(*args)
 
         monkeypatch.setattr(module, name, remember)
     landscape = ["--points=5", "--plane_points=3", "--extent=0.5", "--seed=4"]
@@ -158,7 +159,7 @@ def test_several_checkpoints_with_landscapes(checkpoints, capsys, monkeypatch):
     assert losses["tail"] == pytest.approx(plane(hessian, *directions, offsets), rel=1e-4)
     (smallest, largest), loss = drawn["draw_lines"][1][0]["tail"], hessian.loss()
     assert float(rows[3]["smallest"]) == pytest.approx(smallest.eigenvalue)
-    assert [of.losses[2] for of in (smallest, largest)] == pytest.approx([loss, loss], rel=1e-4)
+    assert [along.losses[2] for along in (smallest, largest)] == pytest.approx([loss, loss], rel=1e-4)
     assert len(largest.offsets) == 5
 
 
@@ -184,22 +185,24 @@ def another_config(trained, **changes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nope.ckpt"], "`checkpoints` to be files that are there, but got 'nope.ckpt'."),
-        (["."], "`checkpoints` to be files; `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`"),
-        (["text.ckpt"], "`config` to be the configuration of the training, as there is no config.yaml next to 'text"),
-        (["text.ckpt", "--config=CONFIG"], "`checkpoints` to be checkpoints of `lightning-ssesam fit`, but got 'text"),
-        (["list.ckpt", "--config=CONFIG"], "`checkpoints` to be checkpoints of `lightning-ssesam fit`, but got 'list"),
-        (["code.ckpt", "--config=CONFIG"], "'code.ckpt', which holds a pathlib."),
+        (["nope.ckpt"], "No such checkpoint: 'nope.ckpt'."),
+        (["."], "The checkpoint '.' is a folder. If a sharded model was saved in it, make one file of it: `python -m"),
+        (["text.ckpt"], "No config.yaml in the folder of 'text.ckpt' or in the one above. Give"),
+        (["text.ckpt", "--config=CONFIG"], "'text.ckpt' is no checkpoint of `lightning-ssesam fit`."),
+        (["list.ckpt", "--config=CONFIG"], "'list.ckpt' is no checkpoint of `lightning-ssesam fit`."),
         (
-            ["CHECKPOINT", "--config=text.yaml"],
-            "`config` to be a configuration of `lightning-ssesam fit`, with",
+            ["code.ckpt", "--config=CONFIG"],
+            "'code.ckpt' is no checkpoint of `lightning-ssesam fit`: it holds a pathlib.",
         ),
-        (["CHECKPOINT", "--config=bad.yaml"], "`config` to be a configuration of `lightning-ssesam fit`, with"),
-        (["CHECKPOINT", "--config=other.yaml"], "has shape (8, 1, 3, 3) instead of (16, 1, 3, 3) and "),
+        (["CHECKPOINT", "--config=text.yaml"], "'text.yaml' is no configuration of `lightning-ssesam fit`, with"),
+        (["CHECKPOINT", "--config=bad.yaml"], "'bad.yaml' is no configuration of `lightning-ssesam fit`, with"),
+        (["CHECKPOINT", "--config=other.yaml"], "has shape (8, 1, 3, 3) instead of (16, 1, 3, 3), and "),
         (["CHECKPOINT", "CHECKPOINT"], "`checkpoints` to be one or more, each once"),
         (["CHECKPOINT", "--groups=nope"], "`groups` to be any of 'head'"),
         (["CHECKPOINT", "--samples=0"], "`samples` to be an integer >= 1"),
         (["CHECKPOINT", "--tolerance=0"], "`tolerance` to be a finite number > 0"),
+        (["CHECKPOINT", "--seed=-1"], "`seed` to be an integer >= 0"),
+        (["CHECKPOINT", "--points=2"], "`points` to be an integer >= 3"),
         (["CHECKPOINT", "--plane_points=2"], "`plane_points` to be an integer >= 3"),
         (["CHECKPOINT", "--device=abacus"], "`device` to be 'auto' or a device of this machine"),
         (["CHECKPOINT", "--threads=0"], "`threads` to be an integer >= 1"),
@@ -216,7 +219,7 @@ def test_misuse_gets_one_line(arguments, message, trained, checkpoints):
     with pytest.raises(SystemExit) as stop:
         main(["curvature", *(places.get(argument, argument) for argument in arguments)])
     text = str(stop.value)
-    assert text.startswith("error: Expected argument `")
+    assert text.startswith("error: ")
     assert message in text
     assert "\n" not in text
 
@@ -226,7 +229,9 @@ def test_a_checkpoint_with_other_names(trained, checkpoints, tmp_path):
     name = next(iter(content["state_dict"]))
     content["state_dict"]["other"] = content["state_dict"].pop(name)
     torch.save(content, "renamed.ckpt")
-    with pytest.raises(ValueError, match=f"renamed.ckpt', which lacks `{name}` and 1 more"):
+    with pytest.raises(
+        ValueError, match=f"'renamed.ckpt' does not fit the model in '.*config.yaml': it lacks `{name}`, and 1 more"
+    ):
         load_checkpoint(Path("renamed.ckpt"), trained / "config.yaml")
 
 
@@ -236,6 +241,14 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("checkpoints", "--groups", "--config", "--tolerance", "--landscape", "--device", "--output"):
         assert f"  {option} " in text
+    # Settings have the texts of CurvatureSettings, and some have defaults of the command.
+    text = " ".join(text.split())
+    assert "Distance from the weights at which the sharpness is measured, a finite number >= 0. (type: float," in text
+    defaults = {"tolerance": 0.01, "max_iterations": 200, "trace_samples": 10, "probes": 4, "rho": 0.05}
+    defaults |= {"dtype": "float32", "batch_norm": "eval", "seed": 0, "samples": 2000}
+    for name, value in defaults.items():
+        (shown,) = re.findall(rf" --{name} [A-Z{{].*?default: ([^)]*)\)", text.partition("options:")[2])
+        assert shown == str(value), name
 
 
 def made_up(smallest, largest, converged=True, nodes=(-1.0, 0.0, 4.0), weights=(0.25, 0.5, 0.25)):
@@ -251,7 +264,7 @@ def test_table():
         "head          12   0.5         0.125        4        -1   0.25  9 ± 0.5     0.0625    25.0 %         7",
         "class_3       12   0.5         0.125        8        -2   0.25  9 ± 0.5     0.0625    25.0 %         7",
         "",
-        "Not within the tolerance of 0.01; more --max_iterations help: class_3 (smallest ± 0.25, largest ± 0.5).",
+        "Not within the tolerance of 0.01 (use more --max_iterations): class_3 (smallest ± 0.25, largest ± 0.5).",
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import STRICT, Automatic, KillAt, Killed, Model, assert_same_bits, convbn, mlp, trainer
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -103,6 +104,28 @@ def test_the_same_weights_are_measured_once(monkeypatch):
     assert len(calls) == 4
     at_8 = [{**row, "when": "", "stage": 0} for row in monitor.history if row["step"] == 8]
     assert at_8[:2] == at_8[2:]
+
+
+def test_settings_of_a_measurement():
+    data = [training_set((3, 5, 5)).tensors]
+    settings = {"rho": 0.2, "probes": 1, "dtype": "float64", "batch_norm": "batch", **QUICK}
+    monitor = CurvatureMonitor(1, groups=["tail"], batches=data, seed=4, **settings)
+    loader = DataLoader(training_set((3, 5, 5)), 16)
+    model, _ = run(convbn, monitor, epochs=1, loader=loader)
+    (curvature,) = measure_curvature(model, data, SPLIT, ["tail"], trace_samples=0, seed=4, **settings).values()
+    numbers = {name: value for name, value in monitor.history[0].items() if name in curvature.numbers()}
+    assert numbers == pytest.approx(curvature.numbers(), rel=1e-6)
+    assert "negative_share" in numbers
+
+
+def test_default_settings():
+    parser = ArgumentParser()
+    parser.add_class_arguments(CurvatureMonitor, "monitor", skip={"batches", "split", "sample_losses"})
+    defaults = vars(parser.get_defaults().monitor)
+    own = {"every_n_epochs": 10, "groups": ("head", "tail"), "samples": 512, "batch_size": 256, "progress": False}
+    settings = {"rho": 0.05, "tolerance": 0.05, "max_iterations": 100, "trace_samples": 0, "probes": 0, "seed": 0}
+    assert defaults == {**own, **settings, "dtype": None, "batch_norm": "eval"}
+    assert vars(CurvatureMonitor().settings) == {**settings, "dtype": None, "batch_norm": "eval"}
 
 
 class Collected(Logger):
@@ -284,8 +307,9 @@ class TestErrors:
             ({"tolerance": 0}, "`tolerance` to be a finite number > 0"),
             ({"max_iterations": 0}, "`max_iterations` to be an integer >= 1"),
             ({"trace_samples": -1}, "`trace_samples` to be an integer >= 0"),
+            ({"batch_norm": "train"}, "`batch_norm` to be one of 'eval', 'batch'"),
             ({"seed": -1}, "`seed` to be an integer >= 0"),
-            ({"batches": iter([])}, "`batches` to be an iterable that can be gone through again and again"),
+            ({"batches": iter([])}, "`batches` to be an iterable that can be iterated again and again"),
         ],
     )
     def test_arguments(self, change, message):
@@ -310,7 +334,9 @@ class TestErrors:
 
     def test_no_labels(self):
         loader = DataLoader(Stream(), 16)
-        with pytest.raises(MisconfigurationException, match=r"of which class the training samples are.*`batches=...`"):
+        with pytest.raises(
+            MisconfigurationException, match=r"cannot find the classes of the training samples.*`batches=...`"
+        ):
             run(mlp, CurvatureMonitor(), loader=loader)
         data = [training_set().tensors]
         monitor = CurvatureMonitor(1, batches=data, **QUICK)

@@ -42,9 +42,9 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 class Recorder(LongTailClassifier):
     """Notes the class weights with which every batch was trained, or the sanity check made."""
 
-    def __init__(self, loss, passes="full", **kwargs):
+    def __init__(self, loss, passes="full"):
         torch.manual_seed(3)
-        super().__init__(COUNTS, nn.Linear(8, 5), SAM(0.1), loss, step_options=StepOptions(passes=passes), **kwargs)
+        super().__init__(COUNTS, nn.Linear(8, 5), SAM(0.1), loss, step_options=StepOptions(passes=passes))
         self.seen, self.validated = [], []
 
     def training_step(self, batch, batch_idx):
@@ -336,6 +336,47 @@ def test_weight_follows_the_loss_to_another_device():
     module.loss(torch.zeros(2, 2), targets)
     module.loss(torch.zeros(2, 2, device="meta"), targets.to("meta"))
     assert module.loss.weight.device.type == "meta"
+    assert len(module.loss._forward_pre_hooks) == 1
     DeferredReweighting().apply(module, switched=False)
     assert float(module.loss(torch.zeros(2, 2), targets)) == pytest.approx(0.6931, abs=1e-4)
-    assert len(module.loss._forward_pre_hooks) == 1
+    assert not module.loss._forward_pre_hooks
+
+
+def contents(loss):
+    """Everything that a module holds, with its private attributes, buffers and hooks."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(loss).items()}
+
+
+@every_loss
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_loss_with_its_own_weight_is_as_it_was(name, copied):
+    """After a run that never switched, from scratch and after one that did."""
+    model = Recorder(LOSSES[name]())
+    before = contents(model.loss)
+    never = pytest.warns(UserWarning, match="without class-balanced weights")
+    with never:
+        fit(model, batches(), callbacks=[DeferredReweighting(step=9)])
+    assert contents(model.loss).keys() == before.keys()
+    assert_same_bits([model.loss.weight], [first_of(name)])
+    fit(model, batches(), callbacks=[DeferredReweighting(step=3)])
+    original, model = model, copy.deepcopy(model) if copied else model
+    with never:
+        fit(model, batches(), callbacks=[DeferredReweighting(step=9)])
+    after = contents(model.loss)
+    assert after.keys() == before.keys()
+    assert not model.loss._forward_pre_hooks
+    assert_same_bits([after["_buffers"].pop("weight")], [before["_buffers"].pop("weight")])
+    assert [name for name, _ in model.named_buffers()] == [name for name, _ in Recorder(LOSSES[name]()).named_buffers()]
+    # The copy has a hook of its own.
+    assert len(original.loss._forward_pre_hooks) == int(copied and first_of(name) is None)
+
+
+def test_a_loss_that_was_sent_elsewhere_gets_its_weight_back():
+    module = pl.LightningModule()
+    module.net, module.split, module.loss = nn.Linear(2, 2), ClassSplit([20, 5], [1]), nn.CrossEntropyLoss()
+    DeferredReweighting().apply(module, switched=True)
+    sent = pickle.loads(pickle.dumps(module))
+    DeferredReweighting().apply(sent, switched=False)
+    assert sent.loss.weight is None
+    assert not sent.loss._forward_pre_hooks
+    assert module.loss.weight is not None

@@ -23,7 +23,17 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 # Modules without `__all__` whose classes and functions are for users, but for what the project's own files share.
 OPEN = ("losses", "metrics", "objectives", "split", "engine", "compare", "sweep", "runs")
-SHARED = {"as_labels", "check_beta", "count_labels", "limited_threads", "make_folder", "move", "quiet", "rows"}
+SHARED = {
+    "as_labels",
+    "check_beta",
+    "check_class_indices",
+    "count_labels",
+    "limited_threads",
+    "make_folder",
+    "move",
+    "quiet",
+    "rows",
+}
 
 
 @pytest.fixture(scope="module")

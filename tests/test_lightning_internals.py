@@ -1,7 +1,10 @@
 """Lightning's private names: a version without one is refused in a sentence, and nothing is left behind."""
 
 import copy
+import importlib
+import inspect
 
+import lightning.fabric.utilities.data as fabric_data
 import pytest
 import torch
 from helpers import (
@@ -19,6 +22,7 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops import fit_loop
+from lightning.pytorch.overrides import distributed
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -44,26 +48,27 @@ class Without:
         return Without(value, rest) if name == first else value
 
 
-@pytest.mark.parametrize("number", range(len(STEP) + len(EXACT_RESUME)))
-def test_each_name_is_held_by_the_preflight(number):
-    internal, run = (*STEP, *EXACT_RESUME)[number], trainer()
-    preflight(run, [internal])
-    lacking = internal._replace(owner=lambda trainer: Without(internal.owner(trainer), internal.name))
+@pytest.mark.parametrize("path", [*STEP, *EXACT_RESUME])
+def test_each_name_is_held_by_the_preflight(path, monkeypatch):
+    run, file = trainer(), {**STEP, **EXACT_RESUME}[path]
+    preflight(run, {path: file})
+    root, _, rest = path.partition(".")
+    if root == "trainer":
+        run = Without(run, rest)
+    else:
+        owner = {"CombinedLoader": CombinedLoader, "data": fabric_data, "distributed": distributed}[root]
+        monkeypatch.delattr(owner, rest)
     with pytest.raises(MisconfigurationException) as caught:
-        preflight(run, [lacking])
+        preflight(run, {path: file})
     message = str(caught.value)
     assert message.startswith("lightning-ssesam was tested with Lightning 2.5 to 2.6, but Lightning ")
-    assert f"has no `{internal.name}` in lightning/{internal.file}, or does not use it." in message
-    assert "Install `lightning<2.7`." in message
+    assert f"has no `{path}` in lightning/{file}, or does not use it. Install `lightning<2.7`." in message
 
 
 def test_files_that_the_names_are_said_to_stand_in():
-    import importlib
-    import inspect
-
-    for internal in (*STEP, *EXACT_RESUME):
-        module = importlib.import_module("lightning." + internal.file.removesuffix(".py").replace("/", "."))
-        assert internal.name.rpartition(".")[2] in inspect.getsource(module), internal
+    for path, file in {**STEP, **EXACT_RESUME}.items():
+        module = importlib.import_module("lightning." + file.removesuffix(".py").replace("/", "."))
+        assert path.rpartition(".")[2] in inspect.getsource(module), path
 
 
 def test_a_lightning_without_a_name_of_the_step_is_refused_before_training(monkeypatch):
@@ -74,7 +79,7 @@ def test_a_lightning_without_a_name_of_the_step_is_refused_before_training(monke
         def training_step(self, batch, batch_idx):
             seen.append(batch_idx)
 
-    with pytest.raises(MisconfigurationException, match=r"has no `_skip_backward` in lightning/pytorch/loops/fit_loop"):
+    with pytest.raises(MisconfigurationException, match=r"has no `trainer.fit_loop._skip_backward` in"):
         fit(Seen(), batches(1))
     assert not seen
 

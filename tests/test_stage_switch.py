@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ssesam import SAM, SSESAM, StageSwitch
+from lightning_ssesam.callbacks import DeferredReweighting, Switch
 
 pytestmark = STRICT
 
@@ -223,6 +224,10 @@ def test_own_policy():
     model = Stages()
     fit(model, batches(), callbacks=[Early()])
     assert model.seen == stages(2, 3)
+
+
+def test_only_a_stage_switch_switches_stages():
+    assert [kind.switches_stages for kind in (Switch, DeferredReweighting, StageSwitch)] == [False, False, True]
 
 
 def test_module_without_objective():

@@ -981,7 +981,7 @@ class TestLogging:
         model = Watched(objective=SSESAM(SPLIT), passes="full")
         choose(model, log_sharpness=log_sharpness)
         fit(model, batches(2))
-        assert set(waits) <= {"_check_class_indices", "<genexpr>"}
+        assert set(waits) <= {"check_class_indices", "<genexpr>"}
         assert len(waits) == 4
 
     def test_values_of_the_clean_pass_and_sizes_of_ones_own(self):

@@ -1,4 +1,4 @@
-"""Callbacks."""
+"""Callbacks that switch stages, weigh classes and measure curvature while a model trains."""
 
 from lightning_ssesam.callbacks.curvature_monitor import CurvatureMonitor
 from lightning_ssesam.callbacks.deferred_reweighting import DeferredReweighting

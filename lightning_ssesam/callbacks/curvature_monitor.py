@@ -1,6 +1,7 @@
-"""The curvature of the groups' losses while a model trains."""
+"""A callback that measures the curvature of the groups' losses while a model trains."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_integer, check_positive, check_radius
-from lightning_ssesam.curvature import choose_samples, group_masks, measure_curvature
+from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.curvature import CurvatureSettings, choose_samples, group_masks, measure_curvature
 from lightning_ssesam.curvature.hessian import SampleLosses
 from lightning_ssesam.curvature.measure import check_batches
 from lightning_ssesam.data.labels import labels_of
@@ -24,44 +25,52 @@ from lightning_ssesam.split import ClassSplit
 Batches = Iterable[Any] | Mapping[str, Iterable[Any]]
 
 
-class CurvatureMonitor(Callback):
-    """Measures the curvature of each group's loss while a model trains, and logs it.
+@dataclass(frozen=True)
+class _MonitorSettings(CurvatureSettings):
+    """The settings with the defaults of the monitor, which measures less, and so more often."""
 
-    Every few epochs, and right before and right after the first update of another stage
+    tolerance: float = 0.05
+    max_iterations: int = 100
+    trace_samples: int = 0
+    probes: int = 0
+
+
+class CurvatureMonitor(Callback):
+    """Measures and logs the curvature of each group's loss while a model trains.
+
+    It measures every few epochs, and right before and right after the first update of another stage
     (:class:`~lightning_ssesam.StageSwitch`). The numbers of
     :meth:`Curvature.numbers <lightning_ssesam.curvature.Curvature.numbers>` go to every logger of the Trainer, as
-    ``curvature/tail/smallest`` and so on, and into :attr:`history`. The training itself is the same, bit for bit, as
-    without the callback; where its loss is not finite a warning says so. In several processes each measures the same;
-    sharded models are refused.
+    ``curvature/tail/smallest`` and so on, and into :attr:`history`.
+
+    The training is the same with and without the callback, bit for bit. If the loss is not finite, a warning replaces
+    the measurement. In several processes each measures the same. Sharded models are refused.
 
     Args:
-        every_n_epochs: Measures at the end of every so many epochs, an integer >= 1.
-        groups: Which groups, see :func:`~lightning_ssesam.curvature.measure_curvature`.
-        samples: How many training samples of each group are used, chosen at random once and as the data set gives them
-            then; all if the group has fewer. An integer >= 1.
-        batch_size: How many of them are forwarded at a time, an integer >= 1.
-        batches: Data to measure on instead: any iterable of batches that can be gone through again and again, or of
-            each group its own.
-        split: Which classes are head and tail; by default what the module's objective was built with.
-        sample_losses: Called with ``(module, batch)``, returns the losses ``(N,)``; ``module.sample_losses(batch)`` by
-            default.
-        rho: Distance for the sharpness, a finite number >= 0.
-        tolerance: Of the eigenvalues, a number > 0.
-        max_iterations: Most products with a Hessian for them, an integer >= 1.
-        trace_samples: Random vectors for the trace, an integer >= 0; 0 (default) leaves it out.
-        seed: Of the choice of samples and of the random vectors.
-        progress: Whether to show how far a measurement is.
+        every_n_epochs: Number of epochs from one measurement to the next, an integer >= 1.
+        groups: Names of groups, see :func:`~lightning_ssesam.curvature.measure_curvature`.
+        samples: Number of training samples of each group, an integer >= 1; all if it has fewer. They are chosen at
+            random and loaded once, when training starts.
+        batch_size: Number of samples that are forwarded at a time, an integer >= 1.
+        batches: Data to measure on instead: any iterable of batches that can be iterated again and again, or a
+            dictionary with one for each group.
+        split: Head and tail classes; by default those of the module's objective.
+        sample_losses: Function of ``(module, batch)`` that returns the losses ``(N,)``; ``module.sample_losses(batch)``
+            by default.
+        seed: Seed of the choice of samples and of all random vectors, an integer >= 0.
+        progress: Whether to show a progress display.
+        **settings: Fields of :class:`~lightning_ssesam.curvature.CurvatureSettings`. Here ``tolerance`` is 0.05,
+            ``max_iterations`` 100, ``trace_samples`` 0 and ``probes`` 0 by default.
 
     Attributes:
-        history: What was measured: for every time and group a dictionary with ``step`` (optimizer steps made),
-            ``epoch`` (how many the weights have seen, with fractions), ``stage``, ``when`` (``"epoch"``, ``"before"``
-            or ``"after"`` the first update of a stage), ``group`` and the numbers. It is in checkpoints.
+        history: Measurements, one dictionary for each time and group: ``step`` (number of optimizer steps), ``epoch``
+            (number of epochs that the weights have seen, with fractions), ``stage``, ``when`` (``"epoch"``, or
+            ``"before"`` or ``"after"`` the first update of a stage), ``group`` and the numbers. Kept in checkpoints.
 
     Raises:
-        ValueError: If an argument is out of range.
-        MisconfigurationException: When training starts, if there is no split, no ``sample_losses``, the model is
-            sharded, or the labels of the training set are not known and ``batches`` are not given.
-
+        ArgumentError: If an argument is out of range.
+        MisconfigurationException: When training starts, if there is no split or no ``sample_losses``, the model is
+            sharded, or the labels of the training set are unknown and ``batches`` is not given.
     """
 
     def __init__(
@@ -73,12 +82,9 @@ class CurvatureMonitor(Callback):
         batches: Batches | None = None,
         split: ClassSplit | None = None,
         sample_losses: SampleLosses | None = None,
-        rho: float = 0.05,
-        tolerance: float = 0.05,
-        max_iterations: int = 100,
-        trace_samples: int = 0,
         seed: int = 0,
         progress: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__()
         self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, minimum=1)
@@ -86,43 +92,40 @@ class CurvatureMonitor(Callback):
         self.samples = check_integer("samples", samples, minimum=1)
         self.batch_size = check_integer("batch_size", batch_size, minimum=1)
         if isinstance(batches, Iterator):
-            raise bad_argument("batches", "an iterable that can be gone through again and again", batches)
+            raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.batches, self.split, self.sample_losses = batches, split, sample_losses
-        self.rho = check_radius("rho", rho)
-        self.tolerance = check_positive("tolerance", tolerance)
-        self.max_iterations = check_integer("max_iterations", max_iterations, minimum=1)
-        self.trace_samples = check_integer("trace_samples", trace_samples, minimum=0)
-        self.seed = check_integer("seed", seed, minimum=0)
+        self.settings = _MonitorSettings(seed=seed, **settings)
         self.progress = progress
         self.history: list[dict[str, Any]] = []
         self._data: Batches | None = None
+        # The weights that were measured last (the step, and a sum of each parameter), and their numbers by group.
         self._measured: tuple[Any, dict[str, dict[str, float]]] | None = None
         self._stage: int | None = None
         self._switched_at: int | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run starts, before a checkpoint is loaded: begin anew, and refuse what cannot work."""
+        """Called when a run starts, before a checkpoint is loaded: forget earlier runs, and refuse sharded models."""
         if stage != "fit":
             return
         if Processes(trainer.strategy).is_sharded:
             raise MisconfigurationException(
-                "CurvatureMonitor cannot work with a model whose weights are divided among processes. Train without"
-                " it, and measure checkpoints with `lightning-ssesam curvature`."
+                "CurvatureMonitor does not support models that are sharded over processes. Train without it, and"
+                " measure checkpoints with `lightning-ssesam curvature`."
             )
-        # An earlier run that was interrupted has not been torn down.
+        # Lightning calls no `teardown` for a run that was interrupted.
         self._data = self._measured = None
         if trainer.global_step == 0:
             self.history, self._stage, self._switched_at = [], None, None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when the loaders are there: choose the samples."""
-        split = self._split_of(pl_module)
+        """Called when the data loaders are ready: choose the samples."""
+        split = self._find_split(pl_module)
         if self.sample_losses is None and not callable(getattr(pl_module, "sample_losses", None)):
             raise MisconfigurationException(
-                f"CurvatureMonitor needs the losses of single samples, which `{type(pl_module).__name__}` does not"
-                " tell. Use SharpnessAwareMixin, or give `sample_losses`."
+                f"CurvatureMonitor needs the loss of each sample, but `{type(pl_module).__name__}` has no method"
+                " `sample_losses`. Use SharpnessAwareMixin, or give `sample_losses`."
             )
         check_batches(self.batches, group_masks(split, self.groups))
         self._data = self._choose(trainer.train_dataloader, split) if self.batches is None else self.batches
@@ -131,8 +134,8 @@ class CurvatureMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Called when an update's gradient is there: measure if it is the first of a stage."""
-        stage = _stage_of(pl_module)
+        """Called before every update: measure if it is the first of a stage."""
+        stage = _current_stage(pl_module)
         if self._stage not in (None, stage):
             self._record(trainer, pl_module, "before")
             self._switched_at = trainer.global_step
@@ -142,48 +145,54 @@ class CurvatureMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every batch: measure if its update was the first of a stage."""
+        """Called after every batch: measure if it made the first update of a stage."""
         if self._switched_at is not None and trainer.global_step > self._switched_at:
             self._switched_at = None
             self._record(trainer, pl_module, "after")
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after every epoch: measure if it is time."""
+        """Called after every epoch: measure after every ``every_n_epochs``-th."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._record(trainer, pl_module, "epoch")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run ends: let go of the samples."""
+        """Called when a run ends: free the samples."""
         self._data = self._measured = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # No data, and not what the Trainer has attached, which is the last module's.
-        attached = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
-        return {**attached, "_data": None, "_measured": None}
+        # Neither data nor `log` and `log_dict`: the Trainer attaches these, and they refer to the last module.
+        kept = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return {**kept, "_data": None, "_measured": None}
 
     @property
     @override
     def state_key(self) -> str:
-        """Tells monitors of different groups apart in checkpoints."""
-        return self._generate_state_key(groups=list(self.groups))
+        """Key of the state in checkpoints. It tells apart monitors of different groups."""
+        distinction = {"groups": list(self.groups)}
+        return f"{type(self).__qualname__}{distinction}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what was measured, and where the stages are."""
-        return {"history": list(self.history), "stage": self._stage or 0, "switched_at": _or_minus(self._switched_at)}
+        """Return the history, the stage (0 before the first update) and the step of a switch that is not measured yet.
+
+        The step is -1 if there is no such switch.
+        """
+        switched_at = -1 if self._switched_at is None else self._switched_at
+        return {"history": list(self.history), "stage": self._stage or 0, "switched_at": switched_at}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self.history = list(state_dict["history"])
         self._stage = state_dict["stage"] or None
         self._switched_at = None if state_dict["switched_at"] < 0 else state_dict["switched_at"]
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
         step = trainer.global_step
-        # The end of an epoch and a switch after it see the same weights; averaging changes them between two steps.
+        # A switch right after the end of an epoch sees the same weights; they are measured once. The step alone does
+        # not identify them, because weight averaging changes the weights between two steps.
         weights = step, [p.detach().sum().item() for p in pl_module.parameters()]
         if self._measured is None or self._measured[0] != weights:
             try:
@@ -191,9 +200,9 @@ class CurvatureMonitor(Callback):
             except NonFiniteError as error:
                 rank_zero_warn(f"CurvatureMonitor measures nothing at step {step}. {error}")
                 return
-        at = {"step": step, "epoch": _epochs(trainer, when), "stage": _stage_of(pl_module), "when": when}
+        time = {"step": step, "epoch": _epochs(trainer, when), "stage": _current_stage(pl_module), "when": when}
         for group, numbers in self._measured[1].items():
-            self.history.append({**at, "group": group, **numbers})
+            self.history.append({**time, "group": group, **numbers})
             logged = {f"curvature/{group}/{name}": value for name, value in numbers.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=step)
@@ -203,60 +212,52 @@ class CurvatureMonitor(Callback):
         measured = measure_curvature(
             pl_module,
             self._data,
-            self._split_of(pl_module),
+            self._find_split(pl_module),
             self.groups,
             self.sample_losses,
-            rho=self.rho,
-            tolerance=self.tolerance,
-            max_iterations=self.max_iterations,
-            trace_samples=self.trace_samples,
-            probes=0,
-            seed=self.seed,
             progress=self.progress and trainer.is_global_zero,
+            **vars(self.settings),
         )
-        # Not the eigenvectors, which are as large as the model.
+        # The eigenvectors, which are as large as the model, are not kept.
         return {group: curvature.numbers() for group, curvature in measured.items()}
 
-    def _split_of(self, pl_module: pl.LightningModule) -> ClassSplit:
+    def _find_split(self, pl_module: pl.LightningModule) -> ClassSplit:
         split = self.split or getattr(getattr(pl_module, "objective", None), "split", None)
         if not isinstance(split, ClassSplit):
             raise MisconfigurationException(
                 "CurvatureMonitor needs to know which classes are head and tail. Give it `split=...`, or train with an"
-                " objective that was built with one."
+                " objective that has a split."
             )
         return split
 
     def _choose(self, loader: Any, split: ClassSplit) -> dict[str, list[Any]]:
-        """Return of each group some of the training set's samples, in batches."""
+        """Return batches of each group, with a choice of samples of the training set."""
         try:
             if not isinstance(loader, DataLoader):
-                raise ValueError(f"The training data is a {type(loader).__name__}, no DataLoader.")
+                raise ValueError(f"The training data is a {type(loader).__name__}, not a DataLoader.")
             labels = labels_of(loader.dataset)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(
-                f"CurvatureMonitor cannot tell of which class the training samples are. {error} Give it `batches=...`"
-                " to measure on."
+                f"CurvatureMonitor cannot find the classes of the training samples. {error} Give it `batches=...` to"
+                " measure on."
             ) from error
+        seed = self.settings.seed
         return choose_samples(
-            loader.dataset, loader.collate_fn, split, self.groups, self.samples, self.batch_size, self.seed, labels
+            loader.dataset, loader.collate_fn, split, self.groups, self.samples, self.batch_size, seed, labels
         )
 
 
-def _stage_of(pl_module: pl.LightningModule) -> int:
+def _current_stage(pl_module: pl.LightningModule) -> int:
     objective = getattr(pl_module, "objective", None)
     return objective.stage if isinstance(objective, Objective) else 1
 
 
 def _epochs(trainer: pl.Trainer, when: str) -> float:
-    """Return how many epochs the weights have seen."""
+    """Return the number of epochs that the weights have seen, with fractions."""
     if when == "epoch":
         return trainer.current_epoch + 1.0
     batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    # Batches that wait for an update have not been seen by the weights yet.
+    # Before an update, the weights have not seen its batches yet.
     waiting = (batches.ready - 1) % trainer.accumulate_grad_batches + 1
     done = batches.ready - waiting if when == "before" else batches.ready
     return trainer.current_epoch + done / trainer.num_training_batches
-
-
-def _or_minus(step: int | None) -> int:
-    return -1 if step is None else step

@@ -1,4 +1,4 @@
-"""When SSE-SAM moves from its first stage to its second."""
+"""A callback that moves SSE-SAM from its first stage to its second."""
 
 from typing import Any, ClassVar
 
@@ -14,20 +14,19 @@ from lightning_ssesam.objectives import Objective
 class StageSwitch(Switch):
     """Sets the objective's stage to 2 at a point of the training (gamma in Lyu et al., "SSE-SAM", AAAI 2025).
 
-    Logs the stage of every step as ``stage`` and says in one line when it switched. A run that is resumed after the
-    switch continues in stage 2, even if it has become longer. One object serves any number of runs.
+    It logs the stage of every step as ``stage``, and announces the switch in one line. A run that is resumed after the
+    switch continues in stage 2, even if it has become longer. One object can serve any number of runs.
 
     Args:
         at: Share of the training's optimizer steps after which stage 2 begins, in (0, 1); 0.7 unless ``epoch`` or
-            ``step`` is given. With ``max_epochs=200`` and 0.7 the first batch of epoch 140 is in stage 2.
-        epoch: Stage 2 begins with the first batch of this epoch, counted from 0; an integer >= 1.
-        step: Stage 2 begins after this many optimizer steps; an integer >= 1.
+            ``step`` is given. With ``max_epochs=200`` and 0.7, stage 2 begins with the first batch of epoch 140.
+        epoch: Epoch with whose first batch stage 2 begins, counted from 0, an integer >= 1.
+        step: Number of optimizer steps after which stage 2 begins, an integer >= 1.
 
     Raises:
-        ValueError: If an argument is out of range, or more than one is given.
+        ArgumentError: If an argument is out of range, or more than one is given.
         MisconfigurationException: When training starts, if the module has no objective, or ``at`` is used and the
             number of steps cannot be known.
-
     """
 
     switches_stages: ClassVar[bool] = True
@@ -47,7 +46,7 @@ class StageSwitch(Switch):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when the module is set up: look at its objective."""
+        """Called when the module is set up: warn if its objective has no stages."""
         if not self.concerns(pl_module):
             name = type(_objective(pl_module)).__name__
             rank_zero_warn(f"StageSwitch has no effect: {name} has a single stage.")
@@ -57,7 +56,7 @@ class StageSwitch(Switch):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called before every batch: switch when it is time, and log the stage."""
+        """Called before every batch: switch if its point is reached, and log the stage."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.log("stage", float(_objective(pl_module).stage), on_step=True, on_epoch=False)
 

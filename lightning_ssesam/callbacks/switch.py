@@ -1,4 +1,4 @@
-"""When a training moves from its first part to its second."""
+"""The base of callbacks that change a module at a point of the training."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,33 +17,51 @@ from lightning_ssesam.errors import ArgumentError
 
 
 class Switch(Callback, ABC):
-    """Changes something of the module at a point of the training, and says in one line when it did.
+    """Changes a module at a point of the training, and announces the switch in one line.
 
-    A run that is resumed after the switch goes on after it, even if it has become longer. One object serves any number
-    of runs. Subclass it and implement :meth:`apply`.
+    Subclass it and implement :meth:`apply`. A run that is resumed after the switch stays switched, even if it has
+    become longer. One object can serve any number of runs.
 
     Args:
         at: Share of the training's optimizer steps after which it switches, in (0, 1); ``default_at`` unless
             ``epoch`` or ``step`` is given.
-        epoch: Switches before the first batch of this epoch, counted from 0; an integer >= 1.
-        step: Switches after this many optimizer steps; an integer >= 1.
+        epoch: Epoch before whose first batch it switches, counted from 0, an integer >= 1.
+        step: Number of optimizer steps after which it switches, an integer >= 1.
 
     Raises:
-        ValueError: If an argument is out of range, or more than one is given.
+        ArgumentError: If an argument is out of range, or more than one is given.
         MisconfigurationException: When training starts, if ``at`` is used and the number of steps cannot be known.
 
+    Example:
+        >>> class Freeze(Switch):
+        ...     begins = missing = "the frozen backbone"
+        ...
+        ...     def apply(self, pl_module, switched):
+        ...         pl_module.backbone.requires_grad_(not switched)
+        >>> switch = Freeze(epoch=2)
+        >>> [switch.should_switch(step_idx=100 * epoch, epoch_idx=epoch) for epoch in range(4)]
+        [False, False, True, True]
+        >>> from torch import nn
+        >>> module = pl.LightningModule()
+        >>> module.backbone = nn.Linear(2, 1)
+        >>> switch.apply(module, switched=True)
+        >>> module.backbone.weight.requires_grad
+        False
     """
 
     log: Callable[..., None]  # attached by the Trainer
 
     default_at: ClassVar[float] = 0.5
-    """What ``at`` is by default."""
+    """Value of ``at`` if no point is given."""
 
     begins: ClassVar[str] = "the second part"
-    """What begins with the switch, in the words of the line that says so."""
+    """Name of the part that begins with the switch, as the announcement uses it."""
 
     missing: ClassVar[str] = "the second part"
-    """The same, in the words of the warning that the training ended before."""
+    """The same name, as the warning uses it if the training ended before the switch."""
+
+    switches_stages: ClassVar[bool] = False
+    """Whether it sets the stage of an objective. The Trainer support warns if no callback does where one should."""
 
     def __init__(self, at: float | None = None, *, epoch: int | None = None, step: int | None = None) -> None:
         super().__init__()
@@ -61,24 +79,31 @@ class Switch(Callback, ABC):
 
     @abstractmethod
     def apply(self, pl_module: pl.LightningModule, switched: bool) -> None:
-        """Make the module what it is before the switch, or after it.
+        """Bring the module into its state before the switch, or after it.
 
-        Called when training starts and before every batch, so it should cost nothing where nothing has changed.
+        Called when training starts and before every batch, so it should cost nothing if nothing has changed.
+
+        Args:
+            pl_module: The module.
+            switched: Whether the switch has happened.
         """
 
     def concerns(self, pl_module: pl.LightningModule) -> bool:
-        """Return whether there is anything to switch; raise ``MisconfigurationException`` where there ought to be."""
+        """Return whether this callback applies to the module.
+
+        Raises:
+            MisconfigurationException: If it should apply but cannot.
+        """
         return True
 
     def should_switch(self, step_idx: int, epoch_idx: int) -> bool:
         """Decide whether the next batch comes after the switch.
 
-        Override it for a policy of your own; it is asked before every batch until it says yes.
+        Called before every batch, until it returns True. Override it for another policy.
 
         Args:
-            step_idx: Optimizer steps made so far in the whole training.
+            step_idx: Number of optimizer steps so far in the whole training.
             epoch_idx: Current epoch, counted from 0.
-
         """
         if self.epoch is not None:
             return epoch_idx >= self.epoch
@@ -86,20 +111,20 @@ class Switch(Callback, ABC):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run starts, before a checkpoint is loaded: begin anew."""
+        """Called when a run starts, before a checkpoint is loaded: forget the switch of an earlier run."""
         if stage == "fit" and trainer.global_step == 0:
             self._switched_at = None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when the module is set up: look at it."""
+        """Called when the module is set up and callback states are loaded: switch if the run is resumed after it."""
         if self.concerns(pl_module) and self._switched_at is not None:
-            # Resumed, perhaps from the end of the training, where no batch follows.
+            # Not left to the first batch: a run that is resumed at its end has none.
             self.apply(pl_module, switched=True)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when counters and checkpoints are in place: find the step of the switch."""
+        """Called when counters and checkpoints are loaded: find the step of the switch."""
         self._switch_step = self.step if self.at is None else self._share_of_steps(trainer, self.at)
         self._update(trainer, pl_module)
 
@@ -107,7 +132,7 @@ class Switch(Callback, ABC):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called before every batch: switch when it is time."""
+        """Called before every batch: switch if its point is reached."""
         self._update(trainer, pl_module)
 
     @override
@@ -130,7 +155,7 @@ class Switch(Callback, ABC):
         self.apply(pl_module, switched=self._switched_at is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the Trainer has attached is the last module's.
+        # `log` and `log_dict` are attached by the Trainer and refer to the last module.
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     @override
@@ -140,7 +165,7 @@ class Switch(Callback, ABC):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         switched_at = int(state_dict["switched_at"])
         self._switched_at = None if switched_at < 0 else switched_at
 
@@ -148,14 +173,14 @@ class Switch(Callback, ABC):
         name, total = type(self).__name__, trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
             raise MisconfigurationException(
-                f"{name}(at={at}) needs the number of steps that the training will make, which cannot be known here"
-                f" (a data set without length, or no limit on epochs and steps). Use {name}(epoch=...),"
-                f" {name}(step=...), or Trainer(max_steps=...)."
+                f"{name}(at={at}) needs the number of steps that the training will make, but it is unknown: the data"
+                f" set has no length, or epochs and steps have no limit. Use {name}(epoch=...), {name}(step=...), or"
+                " Trainer(max_steps=...)."
             )
         if trainer.num_training_batches == math.inf and (trainer.max_epochs or -1) != -1:
             rank_zero_warn(
                 f"{name}(at={at}) takes max_steps={trainer.max_steps} for the length of the training. If"
                 f" max_epochs={trainer.max_epochs} ends it earlier, use {name}(epoch=...)."
             )
-        # The decimal number that was written: 0.07 * 100 is 7.000000000000001 in floating point.
+        # `at` is taken as the decimal number that the user wrote: as floats, 0.07 * 100 is 7.000000000000001.
         return math.ceil(Fraction(repr(at)) * int(total))

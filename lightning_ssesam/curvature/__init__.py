@@ -1,4 +1,4 @@
-"""Curvature of the loss per group of classes: eigenvalues, trace, spectral density, sharpness."""
+"""Curvature of the loss of a group of classes: eigenvalues, trace, spectral density, sharpness."""
 
 from lightning_ssesam.curvature.hessian import Hessian
 from lightning_ssesam.curvature.lanczos import (
@@ -12,9 +12,11 @@ from lightning_ssesam.curvature.lanczos import (
 from lightning_ssesam.curvature.landscape import filter_normalized, line, plane
 from lightning_ssesam.curvature.measure import Curvature, group_masks, measure_curvature, sharpness
 from lightning_ssesam.curvature.samples import choose_samples
+from lightning_ssesam.curvature.settings import CurvatureSettings
 
 __all__ = [
     "Curvature",
+    "CurvatureSettings",
     "Eigenvalues",
     "Hessian",
     "SpectralDensity",

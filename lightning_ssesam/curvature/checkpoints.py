@@ -1,4 +1,4 @@
-"""Model and data of a checkpoint. They live in ``lightning_ssesam.experiments``."""
+"""The import path of checkpoints; see :mod:`lightning_ssesam.experiments.checkpoints`."""
 
 from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoint
 

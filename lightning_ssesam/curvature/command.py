@@ -1,4 +1,4 @@
-"""The command ``lightning-ssesam curvature``. It lives in ``lightning_ssesam.experiments``."""
+"""The import path of the command; see :mod:`lightning_ssesam.experiments.curvature_command`."""
 
 from lightning_ssesam.experiments.curvature_command import curvature
 

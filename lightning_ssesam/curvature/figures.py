@@ -1,4 +1,4 @@
-"""The pictures of the curvature: spectra, and landscapes of the loss."""
+"""Pictures of the curvature: spectra, and landscapes of the loss."""
 
 from __future__ import annotations
 
@@ -21,55 +21,53 @@ if TYPE_CHECKING:
     from lightning_ssesam.curvature.landscape import EigenLine
     from lightning_ssesam.curvature.measure import Curvature
 
-# Okabe and Ito's blue and vermilion, for what bends up and what bends down.
+# Okabe and Ito's blue and vermilion, for positive and negative curvature.
 _UP, _DOWN = "#0072B2", "#D55E00"
-# Groups beyond this are in the table alone.
-_MOST_GROUPS = 6
-# Of the smoothing, in decades of the eigenvalue.
+# Number of groups that a picture has room for. The table has all of them.
+_MAX_GROUPS = 6
+# Standard deviation of the smoothing, in decades of the eigenvalue.
 _WIDTH = 0.15
 
 
 def asinh_density(
     density: SpectralDensity, scale: float, width: float = _WIDTH, points: int = 1001
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a spectral density on an axis that is linear around 0 and logarithmic far from it, to both sides.
+    """Return a spectral density on an axis that is linear around 0 and logarithmic far from it, on both sides.
 
-    The coordinate is u = asinh(eigenvalue / scale) / ln 10, and the density is one in u, smoothed in u: the share of
-    the eigenvalues per unit of u, which for an eigenvalue far beyond ``scale`` is a decade. It integrates to 1 over u.
+    The coordinate is u = asinh(eigenvalue / scale) / ln 10. The density is smoothed in u. It is the share of the
+    eigenvalues per unit of u, and integrates to 1 over u. Far beyond ``scale``, a unit of u is a decade.
 
     Args:
         density: The spectral density.
-        scale: The eigenvalue up to which the axis is about linear, a number > 0.
+        scale: Eigenvalue up to which the axis is about linear, a number > 0.
         width: Standard deviation of the smoothing, in u, a number > 0.
-        points: Points of the grid, an integer >= 2.
+        points: Number of points of the grid, an integer >= 2.
 
     Returns:
         Eigenvalues ``(G,)``, ascending and evenly spaced in u, and the density there, ``(G,)``.
-
     """
-    moved = SpectralDensity([_u(nodes, scale) for nodes in density.nodes], density.weights)
-    low, high = (of([of(nodes) for nodes in moved.nodes]) for of in (np.min, np.max))
-    grid = np.linspace(low - 5 * width, high + 5 * width, points)
-    return np.sinh(grid * math.log(10)) * scale, moved(grid, width)
+    on_axis = SpectralDensity([_to_axis(nodes, scale) for nodes in density.nodes], density.weights)
+    coordinates = np.concatenate(on_axis.nodes)
+    grid = np.linspace(coordinates.min() - 5 * width, coordinates.max() + 5 * width, points)
+    return _from_axis(grid, scale), on_axis(grid, width)
 
 
 def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) -> Path:
-    """Draw the spectral density of each group, one below the other, on common axes; a column for each checkpoint.
+    """Draw the spectral densities of the groups, one below the other, with a column for each checkpoint.
 
-    The axis of the eigenvalues is that of :func:`asinh_density`, as outliers are hundreds of times the bulk; the
-    density is on a log scale, down to less than a single eigenvalue. The ends of the spectrum are marked. Waves near 0
-    are the distances of the Ritz values, not the spectrum's own.
+    The axis of the eigenvalues is that of :func:`asinh_density`, because outliers are hundreds of times larger than the
+    bulk. The density is on a log scale, down to less than a single eigenvalue. Dotted lines mark the ends of the
+    spectrum. Waves near 0 come from the distances between Ritz values; the spectrum does not have them.
 
     Args:
-        measured: Of each checkpoint, by its title, what :func:`measure_curvature` returns; the first six groups are
-            shown, of which the density was asked for.
-        path: The PNG to write.
+        measured: Result of :func:`measure_curvature`, with densities, by the title of the checkpoint. The first six
+            groups are shown.
+        path: PNG file to write.
 
     Returns:
         ``path``.
-
     """
-    columns = {title: dict(islice(groups.items(), _MOST_GROUPS)) for title, groups in measured.items()}
+    columns = {title: dict(islice(groups.items(), _MAX_GROUPS)) for title, groups in measured.items()}
     names = list(next(iter(columns.values())))
     shown = [curvature for groups in columns.values() for curvature in groups.values()]
     scale = _scale(shown)
@@ -94,27 +92,26 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
 def draw_lines(lines: Mapping[str, tuple[EigenLine, EigenLine]], title: str, path: Path) -> Path:
     """Draw each group's loss along the eigenvectors of its smallest and its largest eigenvalue, groups side by side.
 
-    Beside what was measured stands, dashed, what slope and eigenvalue foretell.
+    A dashed line is the quadratic that slope and eigenvalue predict.
 
     Args:
-        lines: Of each group the two lines of :func:`eigen_lines`; the first six are shown.
+        lines: The two lines of :func:`eigen_lines` by group. The first six groups are shown.
         title: Heading of the picture.
-        path: The PNG to write.
+        path: PNG file to write.
 
     Returns:
         ``path``.
-
     """
-    shown = dict(islice(lines.items(), _MOST_GROUPS))
+    shown = dict(islice(lines.items(), _MAX_GROUPS))
     figure = Figure(figsize=(0.6 + 3.6 * len(shown), 6.2), layout="constrained")
     grid = figure.subplots(2, len(shown), squeeze=False)
-    for column, (group, of) in enumerate(shown.items()):
-        for row, (end, along) in enumerate(zip(("smallest", "largest"), of, strict=True)):
-            ax, color = grid[row, column], _DOWN if along.eigenvalue < 0 else _UP
-            ax.plot(along.offsets, along.losses, color=color, marker="o", markersize=3, label="measured")
-            ax.plot(along.offsets, along.quadratic, color="0.35", linestyle="--", label="quadratic model")
-            ax.plot(0, along.loss, color="black", marker="+", markersize=11, markeredgewidth=1.8)
-            ax.set_title(f"{group}: {end} eigenvalue {_short(along.eigenvalue)}", fontsize=10)
+    for column, (group, both_ends) in enumerate(shown.items()):
+        for row, (end, line) in enumerate(zip(("smallest", "largest"), both_ends, strict=True)):
+            ax, color = grid[row, column], _DOWN if line.eigenvalue < 0 else _UP
+            ax.plot(line.offsets, line.losses, color=color, marker="o", markersize=3, label="measured")
+            ax.plot(line.offsets, line.quadratic, color="0.35", linestyle="--", label="quadratic model")
+            ax.plot(0, line.loss, color="black", marker="+", markersize=11, markeredgewidth=1.8)
+            ax.set_title(f"{group}: {end} eigenvalue {_short(line.eigenvalue)}", fontsize=10)
             ax.set_xlabel("distance along its eigenvector")
             ax.grid(alpha=0.3)
     for ax in grid[:, 0]:
@@ -129,16 +126,15 @@ def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: st
     """Draw each group's loss over the same plane, side by side, as contours with common levels.
 
     Args:
-        losses: Of each group what :func:`plane` returns, ``(A, A)``; the first six are shown.
-        offsets: What it was given, ``(A,)``.
+        losses: Losses ``(A, A)`` of :func:`plane` by group. The first six groups are shown.
+        offsets: Offsets ``(A,)`` in both directions.
         title: Heading of the picture.
-        path: The PNG to write.
+        path: PNG file to write.
 
     Returns:
         ``path``.
-
     """
-    shown = {group: np.ma.masked_invalid(values) for group, values in islice(losses.items(), _MOST_GROUPS)}
+    shown = {group: np.ma.masked_invalid(values) for group, values in islice(losses.items(), _MAX_GROUPS)}
     levels, norm = _levels(shown)
     figure = Figure(figsize=(1.2 + 3.7 * len(shown), 4.2), layout="constrained")
     axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
@@ -177,25 +173,31 @@ def _draw_spectrum(ax: Axes, curvature: Curvature, scale: float) -> None:
 def _set_asinh_scale(ax: Axes, shown: list[Curvature], scale: float) -> None:
     ax.set_xscale("asinh", linear_width=scale)
     ends = [end for c in shown for end in (c.eigenvalues.smallest, c.eigenvalues.largest)]
-    low, high = (_u(np.array([of(ends)]), scale)[0] for of in (min, max))
     margin = 4 * _WIDTH
-    ax.set_xlim(*(np.sinh(np.array([low - margin, high + margin]) * math.log(10)) * scale))
-    # Powers of ten, of which those less than half a decade of the axis from 0 would overlap with it.
+    limits = _to_axis(np.array([min(ends), max(ends)]), scale) + np.array([-margin, margin])
+    ax.set_xlim(*_from_axis(limits, scale))
     powers = 10.0 ** np.arange(math.ceil(math.log10(scale)), math.ceil(math.log10(max(scale, *map(abs, ends)))) + 1)
-    powers = powers[_u(powers, scale) > 0.45]
+    # The labels of powers that are closer to 0 than half a decade would overlap with that of 0.
+    powers = powers[_to_axis(powers, scale) > 0.45]
     ax.xaxis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
     ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _scale(shown: list[Curvature]) -> float:
-    """Return a tenth of the usual smallest eigenvalue, so that the negative side has its decade."""
+    """Return a tenth of the geometric mean of the smallest eigenvalues, so that the negative side has a decade."""
     sizes = [max(abs(c.eigenvalues.smallest), 1e-3 * abs(c.eigenvalues.largest)) or 1.0 for c in shown]
     return 0.1 * math.exp(float(np.mean(np.log(sizes))))
 
 
-def _u(eigenvalues: np.ndarray, scale: float) -> np.ndarray:
-    moved: np.ndarray = np.arcsinh(eigenvalues / scale) / math.log(10)
-    return moved
+def _to_axis(eigenvalues: np.ndarray, scale: float) -> np.ndarray:
+    """Return the coordinates of :func:`asinh_density`."""
+    coordinates: np.ndarray = np.arcsinh(eigenvalues / scale) / math.log(10)
+    return coordinates
+
+
+def _from_axis(coordinates: np.ndarray, scale: float) -> np.ndarray:
+    eigenvalues: np.ndarray = np.sinh(coordinates * math.log(10)) * scale
+    return eigenvalues
 
 
 def _levels(shown: Mapping[str, Any]) -> tuple[np.ndarray, LogNorm | None]:

@@ -1,9 +1,9 @@
-"""The Hessian of a group's mean loss, as something to multiply with."""
+"""The Hessian of a group's mean loss, known by its products with vectors."""
 
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -20,20 +20,21 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.batches import find_targets, pick_samples
+from lightning_ssesam.curvature.settings import BATCH_NORM, check_dtype
 from lightning_ssesam.errors import NonFiniteError
-from lightning_ssesam.objectives import _check_class_indices
+from lightning_ssesam.split import check_class_indices
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 SampleLosses = Callable[[Any, Any], Tensor]
 
-# Two passes over the same samples differ by rounding alone.
+# Relative difference between the losses of two passes. Over the same samples they differ by rounding alone.
 _SAME_LOSS = 1e-3
 
 
 class _Sums(NamedTuple):
-    """What a pass over the data adds up."""
+    """Sums over the samples of a group, from one pass over the data."""
 
     weight: float
     loss: Tensor
@@ -44,29 +45,45 @@ class _Sums(NamedTuple):
 class Hessian:
     r"""The Hessian of the mean loss over a group of classes, :math:`H = \nabla^2 \sum_i a_i l_i(w) / \sum_i a_i`.
 
-    ``hessian @ v`` goes through the batches once, at the cost of a forward and two backwards for each (reverse over
-    reverse, which every differentiable layer supports), and another backward for every further column of ``v``. Only
-    the group's samples are forwarded, and memory does not grow with the number of batches. The model is evaluated in
-    evaluation mode, in full precision, on copies of its weights; it is left as it is, its ``.grad`` and the random
-    state included.
+    ``hessian @ v`` goes through the batches once. It costs a forward and two backwards for each batch, and another
+    backward for every further column of ``v``. (It is reverse over reverse, which every twice differentiable layer
+    supports.) Only the group's samples are forwarded, and memory does not grow with the number of batches.
+
+    Passes run on copies of the weights, in evaluation mode and in full precision. The model, its ``.grad`` and the
+    random state are left as they are.
 
     Args:
-        model: The model, with the weights :math:`w`. Parameters that require a gradient span the space, of dimension P.
-        batches: Any iterable of batches, such as a ``DataLoader``, that can be gone through again and again and gives
-            the same samples every time (random numbers are seeded alike for every pass).
-        sample_losses: Called with ``(model, batch)``, returns the losses ``(N,)``, or dense ``(N, ...)`` like the
-            targets; ``model.sample_losses(batch)`` by default.
-        classes: The classes of the group, a boolean mask ``(C,)``; every sample by default. :math:`a_i` is 1 for a
-            sample of these classes and 0 for others; a sample with class probabilities counts with its mass on them.
-        dtype: Floating type to compute in, such as ``torch.float64``; that of the weights by default, float32 at least.
-        batch_norm: ``"eval"`` (default) normalizes by the running statistics; ``"batch"`` by those of each batch, all
-            of which is then forwarded.
+        model: Model with the weights :math:`w`. Its P parameters that require a gradient span the space.
+        batches: Any iterable of batches, such as a ``DataLoader``, that can be iterated again and again and yields the
+            same samples every time. Every pass starts with the same random seed.
+        sample_losses: Function of ``(model, batch)`` that returns the losses ``(N,)``, or dense ``(N, ...)`` like the
+            targets. By default ``model.sample_losses(batch)``.
+        classes: Classes of the group, a boolean mask ``(C,)``; every sample by default. :math:`a_i` is 1 for a sample
+            of these classes and 0 for others. A sample with class probabilities counts with its mass on them.
+        dtype: Floating type to compute in, such as ``torch.float64`` or its name. None takes the type of the weights,
+            but at least float32.
+        batch_norm: Statistics that batch norm uses. ``"eval"`` (default) takes the running ones. ``"batch"`` takes
+            those of each batch, all samples of which are then forwarded.
 
     Raises:
-        ValueError: If an argument is out of range; at the first pass, if the group has no samples, the losses are not
-            one for each target, or a later pass sees other samples.
+        ArgumentError: If an argument is out of range. At the first pass, if the group has no samples or the losses are
+            not one for each target. At a later pass, if it sees other samples.
         NonFiniteError: At the first pass, if the loss or its gradient is infinite or not a number.
 
+    Example:
+        The loss :math:`2 w_0^2 - w_1^2` has a saddle at 0.
+
+        >>> class Saddle(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = torch.nn.Parameter(torch.zeros(2))
+        ...
+        ...     def sample_losses(self, batch):
+        ...         return (2 * self.w[0] ** 2 - self.w[1] ** 2).expand(len(batch))
+        >>> hessian = Hessian(Saddle(), batches=[torch.zeros(3, 1)])
+        >>> hessian @ torch.eye(2)
+        tensor([[ 4.,  0.],
+                [ 0., -2.]])
     """
 
     def __init__(
@@ -75,26 +92,24 @@ class Hessian:
         batches: Iterable[Any],
         sample_losses: SampleLosses | None = None,
         classes: Tensor | Sequence[bool] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         batch_norm: Literal["eval", "batch"] = "eval",
     ) -> None:
         if sample_losses is None and not callable(getattr(model, "sample_losses", None)):
-            expected = "a function of the model and a batch, as the model has no `sample_losses` of its own"
+            expected = "a function of the model and a batch, because the model has no method `sample_losses`"
             raise bad_argument("sample_losses", expected, sample_losses)
         if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
-            raise bad_argument("batches", "an iterable that can be gone through again and again", batches)
+            raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.model, self.batches = model, batches
-        self.sample_losses = sample_losses or _own_sample_losses
+        self.sample_losses = sample_losses or _call_sample_losses
         self.classes = None if classes is None else torch.as_tensor(classes).cpu()
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
-        self.batch_norm = check_choice("batch_norm", batch_norm, ("eval", "batch"))
+        self.batch_norm = check_choice("batch_norm", batch_norm, BATCH_NORM)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
-        if dtype is not None and not dtype.is_floating_point:
-            raise bad_argument("dtype", "a floating type", dtype)
-        self.dtype = dtype or torch.promote_types(trained[0].dtype, torch.float32)
+        self.dtype = check_dtype(dtype) or torch.promote_types(trained[0].dtype, torch.float32)
         self.device = trained[0].device
         self._sizes = [p.shape for p in trained]
         self._first: _Sums | None = None
@@ -114,8 +129,7 @@ class Hessian:
         """Return the mean loss of the group.
 
         Args:
-            at: Added to the weights, ``(P,)``.
-
+            at: Offset from the weights, ``(P,)``; 0 by default.
         """
         sums = self._survey() if at is None else self._pass(at)
         return float(sums.loss) / sums.weight
@@ -139,7 +153,7 @@ class Hessian:
         return (sums.products.T / sums.weight).reshape(vectors.shape)
 
     def linear_operator(self) -> "LinearOperator":
-        """Return it for SciPy, such as ``scipy.sparse.linalg.eigsh``, with products in ``dtype`` on its device."""
+        """Return an operator for SciPy, such as for ``scipy.sparse.linalg.eigsh``. Products are made in ``dtype``."""
         from scipy.sparse.linalg import LinearOperator
 
         def product(vectors: np.ndarray) -> np.ndarray:
@@ -150,7 +164,7 @@ class Hessian:
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=dtype)
 
     def _survey(self) -> _Sums:
-        """Return the sums at the weights themselves, found in the first pass."""
+        """Return the sums at the weights themselves, from the first pass."""
         if self._first is None:
             first = self._pass(gradient=True)
             assert first.gradient is not None
@@ -159,20 +173,19 @@ class Hessian:
             self._first = first
         return self._first
 
-    def _pass(self, at: Tensor | None = None, gradient: bool = False, vectors: Tensor | None = None) -> _Sums:
+    def _pass(self, offset: Tensor | None = None, gradient: bool = False, vectors: Tensor | None = None) -> _Sums:
         """Go through the data once.
 
         Args:
-            at: Added to the weights, ``(P,)``.
+            offset: Offset from the weights, ``(P,)``.
             gradient: Whether to add up the gradients.
-            vectors: Add up the products with these, ``(K, P)``.
-
+            vectors: Vectors ``(K, P)`` to add up the products with.
         """
         wrapped = _Losses(self.model, self.sample_losses)
         with self._evaluating(), torch.set_grad_enabled(gradient or vectors is not None):
-            values, trained = self._copies(wrapped, at)
+            values, trained = self._copies(wrapped, offset)
             add_up = partial(self._add_up, trained=trained, gradient=gradient, vectors=vectors)
-            # Around the backward passes too, as they may forward again (activation checkpointing).
+            # The copies also stand in during the backward passes, which may forward again (activation checkpointing).
             sums: _Sums = functional_call(wrapped, values, (add_up,))
         return sums
 
@@ -180,7 +193,9 @@ class Hessian:
         self, call: Callable[[Any], Tensor], trained: list[Tensor], gradient: bool, vectors: Tensor | None
     ) -> _Sums:
         weight = 0.0
-        loss = torch.zeros((), dtype=torch.float64, device=self._exact_device)
+        # "mps" has no float64.
+        exact_device = torch.device("cpu") if self.device.type == "mps" else self.device
+        loss = torch.zeros((), dtype=torch.float64, device=exact_device)
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device) if gradient else None
         products = None if vectors is None else torch.zeros_like(vectors)
         for batch in self.batches:
@@ -190,21 +205,17 @@ class Hessian:
                 continue
             loss += weighted.detach().to(loss)
             if total is not None:
-                total += _flat(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
+                total += _flatten(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
             if vectors is not None and products is not None:
                 _add_products(products, weighted, trained, vectors)
-            # Else the next batch would be forwarded beside this one's graph.
+            # Free this batch's graph before the next forward pass.
             del weighted
         if weight == 0:
             raise bad_argument("batches", "data with samples of the group's classes", got_text="none of them")
         return _Sums(weight, loss, total, products)
 
-    @property
-    def _exact_device(self) -> torch.device:
-        return torch.device("cpu") if self.device.type == "mps" else self.device
-
     def _weighted_loss(self, call: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor | None, float]:
-        """Return the sum of the group's losses in a batch, and their weight; None where it has none of them."""
+        """Return the sum of the group's losses in a batch, and their weight. The sum is None if there are none."""
         targets, mass = self._mass(batch)
         if targets is not None and mass is not None:
             rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
@@ -222,59 +233,60 @@ class Hessian:
         return (losses * mass.to(losses)).sum(), float(mass.sum())
 
     def _mass(self, batch: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return the targets and how much of each sample is the group's."""
+        """Return the targets, and the mass of each sample on the classes of the group."""
         if self.classes is None:
             return None, None
         find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
         targets = find(batch).detach().cpu()
         if targets.is_floating_point():
             return targets, targets.double().movedim(1, -1) @ self.classes.double()
-        _check_class_indices(targets, len(self.classes))
+        check_class_indices(targets, len(self.classes))
         return targets, self.classes[targets.long()].double()
 
     @property
     def _mixes_samples(self) -> bool:
-        return any(isinstance(layer, _BatchNorm) and _is_of_batch(layer) for layer in self.model.modules())
+        return any(isinstance(layer, _BatchNorm) and _uses_batch_statistics(layer) for layer in self.model.modules())
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Put the model into evaluation mode and whatever else a pass needs; put everything back."""
+        """Prepare the model and the settings of torch for a pass, and put everything back after it."""
         modes = {layer: layer.training for layer in self.model.modules()}
         with ExitStack() as stack:
-            # Modes are put back one by one: a module may have been in evaluation mode in part.
+            # Modes are put back layer by layer, because some layers may have been in evaluation mode.
             stack.callback(_set_modes, modes)
-            stack.enter_context(getattr(self.model, "measuring", nullcontext)())
+            stack.enter_context(_without_logging(self.model))
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            # Neither fused attention nor compiled code has second derivatives; passes without derivatives do as others.
+            # Fused attention and compiled code have no second derivatives. They are switched off in all passes, so that
+            # passes with and without derivatives give the same losses.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_TwiceDifferentiable())
-            # What a forward makes anew, such as an initial state, goes with the copies.
+            # Tensors that a forward creates, such as an initial state, get the dtype of the copies.
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(self.dtype)
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(0)
-            # Without `eval()`, which may be overridden to change weights (LoRA merges them).
+            # `eval()` is not called, because an override may change weights (LoRA merges them).
             for layer in modes:
                 layer.training = self.batch_norm == "batch" and isinstance(layer, _BatchNorm)
             yield
 
     @torch.no_grad()
-    def _copies(self, wrapped: nn.Module, at: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+    def _copies(self, wrapped: nn.Module, offset: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
         values = {name: _cast(buffer.clone(), self.dtype) for name, buffer in wrapped.named_buffers()}
         trained = []
         for name, parameter in wrapped.named_parameters():
             values[name] = _cast(parameter.detach().clone(), self.dtype)
-            # `sample_losses` may be a module with parameters of its own.
+            # `sample_losses` may be a module too, and its parameters are not the model's.
             if parameter.requires_grad and name.startswith("model."):
                 trained.append(values[name])
-        if at is not None:
-            parts = torch.split(at.to(trained[0]), [t.numel() for t in trained])
+        if offset is not None:
+            parts = torch.split(offset.to(trained[0]), [t.numel() for t in trained])
             for copy, part in zip(trained, parts, strict=True):
                 copy += part.view_as(copy)
         for copy in trained:
@@ -283,7 +295,7 @@ class Hessian:
 
 
 class _Losses(nn.Module):
-    """A module of a function that uses a model, so that the model's weights can be exchanged while something runs."""
+    """Makes one module of a model and its losses, so that ``functional_call`` can exchange the weights of both."""
 
     def __init__(self, model: nn.Module, sample_losses: SampleLosses) -> None:
         super().__init__()
@@ -294,7 +306,7 @@ class _Losses(nn.Module):
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Takes weight norm by its definition, as the second derivatives of PyTorch's fused operation are wrong."""
+    """Computes weight norm by its definition. The second derivatives of PyTorch's fused operation are wrong."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
@@ -308,12 +320,18 @@ def _set_modes(modes: dict[nn.Module, bool]) -> None:
         layer.training = mode
 
 
-def _own_sample_losses(model: Any, batch: Any) -> Tensor:
+def _call_sample_losses(model: Any, batch: Any) -> Tensor:
     losses: Tensor = model.sample_losses(batch)
     return losses
 
 
-def _is_of_batch(layer: _BatchNorm) -> bool:
+def _without_logging(model: Any) -> AbstractContextManager[None]:
+    """Let a module with :class:`~lightning_ssesam.SharpnessAwareMixin` log nothing; other models need no such thing."""
+    # Asked by name, because a module wrapped by `torch.compile` hands its attributes on but has another type.
+    return model.measuring() if callable(getattr(model, "measuring", None)) else nullcontext()
+
+
+def _uses_batch_statistics(layer: _BatchNorm) -> bool:
     return layer.training or layer.running_mean is None
 
 
@@ -321,15 +339,16 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
     return apply_to_collection(values, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _flat(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+def _flatten(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     return torch.cat(
         [(torch.zeros_like(p) if part is None else part).reshape(-1) for part, p in zip(parts, like, strict=True)]
     )
 
 
 def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors: Tensor) -> None:
-    """Add to the rows of ``products`` those of the Hessian of ``loss`` with the rows of ``vectors``."""
+    """Add to each row of ``products`` the product of the Hessian of ``loss`` with that row of ``vectors``."""
     gradient = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+    # Of a parameter in which the loss is linear, or which it does not use, the gradient has no derivative.
     curved = [position for position, part in enumerate(gradient) if part is not None and part.requires_grad]
     if not curved:
         return
@@ -343,10 +362,10 @@ def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors
             retain_graph=number + 1 < len(vectors),
             allow_unused=True,
         )
-        products[number] += _flat(rows, trained)
+        products[number] += _flatten(rows, trained)
 
 
 def _are_close(sums: _Sums, first: _Sums) -> bool:
-    """Whether two passes may have seen the same samples, in any order."""
+    """Return whether two passes can have seen the same samples, in any order."""
     slack = _SAME_LOSS * first.loss.abs() + 1e-12
     return math.isclose(sums.weight, first.weight) and bool((sums.loss - first.loss).abs() <= slack)

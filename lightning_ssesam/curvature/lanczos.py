@@ -1,4 +1,4 @@
-"""The Lanczos iteration, and what it tells of a symmetric matrix that can only be multiplied with."""
+"""Eigenvalues, trace and spectral density of a symmetric matrix that is known by its products with vectors."""
 
 import math
 from dataclasses import dataclass
@@ -13,19 +13,20 @@ from tqdm.auto import tqdm
 from lightning_ssesam._validation import check_integer, check_positive
 from lightning_ssesam.errors import NonFiniteError
 
-# An eigenvalue smaller than this, relative to the largest absolute one, is found as exactly as one of this size.
+# All relative to the largest absolute eigenvalue. The error of a smaller eigenvalue is measured against this size ...
 _SMALLEST = 1e-3
-
-# By how much products may fail to be symmetric, relative to the largest absolute eigenvalue.
+# ... and products that are less symmetric than this cause a warning.
 _SYMMETRIC = 1e-3
 
+# Vectors of the basis that are stored together. Larger blocks make fewer calls, and waste more memory in the last one.
 _BLOCK = 8
 
-_APART = 1_000_003
+# Keeps the seeds of random signs apart from those of start vectors.
+_SEED_OFFSET_OF_SIGNS = 1_000_003
 
 
 class SymmetricMatrix(Protocol):
-    """A symmetric matrix ``(P, P)`` of which only products are known: a :class:`Hessian`, or a tensor."""
+    """A symmetric matrix ``(P, P)`` that is known by its products: a :class:`Hessian`, or a tensor."""
 
     @property
     def shape(self) -> Any:
@@ -33,11 +34,11 @@ class SymmetricMatrix(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors."""
+        """Data type of the vectors."""
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors."""
+        """Device of the vectors."""
 
     def __matmul__(self, vectors: Tensor, /) -> Tensor:
         """Return the product with ``(P,)`` or ``(P, K)``."""
@@ -46,77 +47,75 @@ class SymmetricMatrix(Protocol):
 class Lanczos:
     """The symmetric Lanczos iteration with full reorthogonalization (Golub and Van Loan, section 10.3).
 
-    After m steps there is an orthonormal basis Q of ``(P, m)`` in which the matrix is tridiagonal. SciPy's ``eigsh``
-    restarts to save memory; here every product counts for both ends of the spectrum and for its density, and the
-    iteration can stop as soon as both ends are known. Memory: m vectors.
+    After m steps it has an orthonormal basis Q ``(P, m)`` in which the matrix is tridiagonal. It keeps all m vectors,
+    where SciPy's ``eigsh`` restarts to save memory. In return, every product serves both ends of the spectrum and its
+    density, and the iteration can stop as soon as both ends are known.
 
     Args:
         matrix: The symmetric matrix.
         start: First vector ``(P,)``, normalized here.
 
     Attributes:
-        asymmetry: The largest abs(u . Hv - v . Hu) of two successive vectors of the basis, rounding if the matrix is
-            what it should be.
-
+        asymmetry: Largest abs(u . Hv - v . Hu) of two successive vectors of the basis. If the matrix is symmetric, it
+            is rounding alone.
     """
 
     def __init__(self, matrix: SymmetricMatrix, start: Tensor) -> None:
         self._matrix = matrix
         self._blocks: list[Tensor] = []
         self._diagonal: list[float] = []
-        self._beside: list[float] = []
+        self._off_diagonal: list[float] = []
         self._next: Tensor | None = start / norm(start)
         self.asymmetry = 0.0
 
     @property
     def steps(self) -> int:
-        """How many products were made."""
+        """Number of products that were made."""
         return len(self._diagonal)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the basis holds all that the start vector can reach: its Ritz values are eigenvalues."""
+        """Whether the basis spans all that the start vector can reach. The Ritz values are then eigenvalues."""
         return self._next is None
 
     def step(self) -> None:
-        """Make one product.
+        """Make one product, and extend the basis.
 
         Raises:
-            NonFiniteError: If it is infinite or not a number.
-
+            NonFiniteError: If the product is infinite or not a number.
         """
         assert self._next is not None
         last = self._filled()[-1][-1] if self.steps else None
         self._keep(self._next)
         product = self._matrix @ self._next
         self._diagonal.append(dot(product, self._next))
-        before = norm(product)
-        if not math.isfinite(before):
-            raise NonFiniteError("A product with the matrix is infinite or not a number.", product.new_tensor(before))
+        length = norm(product)
+        if not math.isfinite(length):
+            raise NonFiniteError("A product with the matrix is infinite or not a number.", product.new_tensor(length))
         if last is not None:
-            self.asymmetry = max(self.asymmetry, abs(dot(product, last) - self._beside[-1]))
-        # Twice is enough (Parlett).
+            self.asymmetry = max(self.asymmetry, abs(dot(product, last) - self._off_diagonal[-1]))
+        # Rounding leaves parts of the basis in the product; removing them twice is enough (Parlett).
         for _ in range(2):
             for block in self._filled():
                 product = product - block.T @ (block @ product)
-        left = norm(product)
-        self._beside.append(left)
-        scale = max(map(abs, self._diagonal + self._beside))
-        full = self.steps == self._matrix.shape[0] or left <= 10 * torch.finfo(product.dtype).eps * scale
-        self._next = None if full else product / left
+        remainder = norm(product)
+        self._off_diagonal.append(remainder)
+        scale = max(map(abs, self._diagonal + self._off_diagonal))
+        is_full = self.steps == self._matrix.shape[0] or remainder <= 10 * torch.finfo(product.dtype).eps * scale
+        self._next = None if is_full else product / remainder
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return Ritz values ascending ``(m,)``, their vectors in the basis ``(m, m)``, and the norms of the residuals.
+        """Return the Ritz values ascending ``(m,)``, their vectors in the basis ``(m, m)`` and their residual norms.
 
-        Within the norm of its residual of each Ritz value there is an eigenvalue.
+        The distance from a Ritz value to the nearest eigenvalue is at most its residual norm.
         """
         from scipy.linalg import eigh_tridiagonal
 
-        values, vectors = eigh_tridiagonal(self._diagonal, self._beside[:-1])
-        return values, vectors, self._beside[-1] * np.abs(vectors[-1])
+        values, vectors = eigh_tridiagonal(self._diagonal, self._off_diagonal[:-1])
+        return values, vectors, self._off_diagonal[-1] * np.abs(vectors[-1])
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
-        """Return the vector ``(P,)`` with these coefficients ``(m,)`` in the basis."""
+        """Return the vector ``(P,)`` that has these coefficients ``(m,)`` in the basis."""
         vector, start = torch.zeros_like(self._blocks[0][0]), 0
         for block in self._filled():
             part = torch.from_numpy(coefficients[start : start + len(block)]).to(block)
@@ -125,14 +124,14 @@ class Lanczos:
         return vector
 
     def project_out(self, vectors: Tensor) -> Tensor:
-        """Return the vectors ``(P, K)`` without their parts in the basis."""
+        """Return the vectors ``(P, K)`` without their components in the space of the basis."""
         for block in self._filled():
             vectors = vectors - block.T @ (block @ vectors)
         return vectors
 
     @property
     def basis_trace(self) -> float:
-        """The trace of the matrix within the basis."""
+        """Trace of the matrix within the space of the basis."""
         return math.fsum(self._diagonal)
 
     def _keep(self, vector: Tensor) -> None:
@@ -151,14 +150,13 @@ class Eigenvalues:
     """The two ends of a spectrum.
 
     Attributes:
-        largest: The largest eigenvalue.
-        smallest: The smallest eigenvalue, negative where the function has a direction of negative curvature.
-        errors: Bounds on the errors of ``smallest`` and ``largest``: the norms of their residuals, within which there
-            is an eigenvalue. Rounding of the products is not in them.
-        iterations: How many products it took.
-        converged: Whether both are within the tolerance.
-        vectors: Their eigenvectors of unit length, of ``smallest`` and ``largest``, each ``(P,)``.
-
+        largest: Largest eigenvalue.
+        smallest: Smallest eigenvalue. It is negative if the function has a direction of negative curvature.
+        errors: Bounds on the errors of ``smallest`` and ``largest``: the norms of their residuals, without the rounding
+            of the products.
+        iterations: Number of products that the search took.
+        converged: Whether both errors are within the tolerance.
+        vectors: Eigenvectors of ``smallest`` and ``largest``, of unit length, each ``(P,)``.
     """
 
     largest: float
@@ -170,28 +168,27 @@ class Eigenvalues:
 
     @property
     def ratio(self) -> float:
-        """abs(smallest) / largest, by which Rangwani et al. (NeurIPS 2022, arXiv:2212.13827) tell saddles from minima.
+        """abs(smallest) / largest. Rangwani et al. (NeurIPS 2022, arXiv:2212.13827) tell saddles from minima by it.
 
-        Large at a saddle, where ``smallest`` is negative. Infinite where ``largest`` is not positive.
+        It is large at a saddle, where ``smallest`` is negative. It is infinite if ``largest`` is not positive.
         """
         return abs(self.smallest) / self.largest if self.largest > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Eigenvalues as a distribution, by stochastic Lanczos quadrature (Ghorbani et al., ICML 2019, section 2).
+    """Distribution of the eigenvalues, by stochastic Lanczos quadrature (Ghorbani et al., ICML 2019, section 2).
 
     Attributes:
-        nodes: Of each probe its Ritz values, ``(m,)``.
-        weights: Of each probe how much of the distribution each stands for, ``(m,)``, summing to 1.
-
+        nodes: Ritz values of each probe, ``(m,)``.
+        weights: Shares of the distribution that the nodes of each probe stand for, ``(m,)``, with sum 1.
     """
 
     nodes: list[np.ndarray]
     weights: list[np.ndarray]
 
     def __call__(self, grid: np.ndarray, width: float) -> np.ndarray:
-        """Return the density at the points of a grid ``(G,)``, smoothed with a Gaussian of this standard deviation."""
+        """Return the density at the points of a grid ``(G,)``, smoothed by a Gaussian of this standard deviation."""
         check_positive("width", width)
         total = np.zeros(len(grid))
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
@@ -208,12 +205,11 @@ class SpectralDensity:
 
 @dataclass(frozen=True)
 class Trace:
-    """The trace of a matrix, estimated.
+    """Estimate of the trace of a matrix.
 
     Attributes:
         value: The estimate, without bias.
-        standard_error: Its standard error, 0 where it is exact; NaN from a single sample.
-
+        standard_error: Standard error of the estimate: 0 if it is exact, NaN from a single sample.
     """
 
     value: float
@@ -221,9 +217,9 @@ class Trace:
 
 
 def dot(first: Tensor, second: Tensor) -> float:
-    """Return the inner product of two vectors ``(P,)``, as exact for millions of entries as for few.
+    """Return the inner product of two vectors ``(P,)``, as exactly for millions of entries as for few.
 
-    ``torch.dot`` and ``norm`` add up one after the other on a CPU, which in float32 is off by 0.04 % at 11 million.
+    On a CPU, ``torch.dot`` and ``norm`` add up entry after entry. In float32 that is off by 0.04 % at 11 million.
     """
     return float((first * second).sum())
 
@@ -235,8 +231,8 @@ def norm(vector: Tensor) -> float:
 
 def random_vectors(matrix: SymmetricMatrix, number: int, seed: int, signs: bool = False) -> Tensor:
     """Return independent vectors ``(number, P)``, Gaussian or of random signs, the same on every device."""
-    # Signs that depend on an iteration's start vector, whose seed is the same, would bias what it leaves to estimate.
-    generator = torch.Generator().manual_seed(seed + _APART if signs else seed)
+    # Signs must not depend on the start vector of an iteration with the same seed: the estimate would be biased.
+    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET_OF_SIGNS if signs else seed)
     size = (number, matrix.shape[0])
     if signs:
         values = torch.randint(2, size, generator=generator, dtype=torch.int8) * 2 - 1
@@ -252,7 +248,7 @@ def find_ends(
     seed: int = 0,
     progress: str | None = None,
 ) -> tuple[Eigenvalues, Lanczos]:
-    """Find the ends of the spectrum, see :func:`extreme_eigenvalues`; return the iteration as well, for other uses."""
+    """Find the ends of the spectrum as :func:`extreme_eigenvalues` does. Return the iteration too, for other uses."""
     check_positive("tolerance", tolerance)
     check_integer("max_iterations", max_iterations, minimum=1)
     iteration = Lanczos(matrix, random_vectors(matrix, 1, seed)[0])
@@ -261,24 +257,24 @@ def find_ends(
             iteration.step()
             values, vectors, residuals = iteration.ritz()
             floor = _SMALLEST * np.abs(values).max()
-            good = bool((residuals[[0, -1]] <= tolerance * np.maximum(np.abs(values[[0, -1]]), floor)).all())
+            is_accurate = bool((residuals[[0, -1]] <= tolerance * np.maximum(np.abs(values[[0, -1]]), floor)).all())
             bar.update()
             bar.set_postfix_str(f"{values[0]:.4g} ± {residuals[0]:.1g} to {values[-1]:.4g} ± {residuals[-1]:.1g}")
-            # At first a small residual may mean that the start vector has not got anywhere yet.
-            if iteration.is_exhausted or (good and iteration.steps > 4) or iteration.steps >= max_iterations:
+            # In the first steps, residuals are also small if the start vector is nearly an eigenvector of the bulk.
+            if iteration.is_exhausted or (is_accurate and iteration.steps > 4) or iteration.steps >= max_iterations:
                 break
     if iteration.asymmetry > _SYMMETRIC * np.abs(values).max():
         rank_zero_warn(
-            f"The products are not those of a symmetric matrix, by {iteration.asymmetry:.2g} where the largest absolute"
-            f" eigenvalue is {np.abs(values).max():.2g}: rounding at a loss of nearly 0 (take float64), data that is"
-            " another in every pass, or a layer whose second derivatives are wrong."
+            f"The products are not those of a symmetric matrix: they differ by {iteration.asymmetry:.2g}, and the"
+            f" largest absolute eigenvalue is {np.abs(values).max():.2g}. The cause is rounding at a loss near 0 (use"
+            " float64), data that changes from pass to pass, or a layer with wrong second derivatives."
         )
     ends = Eigenvalues(
         largest=float(values[-1]),
         smallest=float(values[0]),
         errors=(float(residuals[0]), float(residuals[-1])),
         iterations=iteration.steps,
-        converged=good,
+        converged=is_accurate,
         vectors=(iteration.combine(vectors[:, 0]), iteration.combine(vectors[:, -1])),
     )
     return ends, iteration
@@ -295,21 +291,21 @@ def extreme_eigenvalues(
 
     Args:
         matrix: A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
-        tolerance: Goes on until the bound on the error of each of the two is at most this, a number > 0, relative to
-            its absolute value; where that is less than a thousandth of the larger one's, relative to this thousandth.
-        max_iterations: Most products, an integer >= 1; as many vectors ``(P,)`` are held in memory.
-        seed: Of the start vector.
-        progress: What the progress display is called; none by default.
+        tolerance: Relative error at which the search stops, a finite number > 0. It bounds the error of each of the two
+            eigenvalues relative to its absolute value. If one end is smaller than a thousandth of the other, its error
+            is measured relative to that thousandth, because a relative error means little near 0.
+        max_iterations: Maximum number of products, an integer >= 1; as many vectors ``(P,)`` are held in memory.
+        seed: Seed of the start vector.
+        progress: Title of a progress display; no display by default.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ArgumentError: If an argument is out of range.
         NonFiniteError: If a product is infinite or not a number.
 
     Example:
         >>> ends = extreme_eigenvalues(torch.diag(torch.tensor([4.0, 1.0, 0.5, -1.0])), tolerance=1e-6)
         >>> round(ends.largest, 4), round(ends.smallest, 4), round(ends.ratio, 4)
         (4.0, -1.0, 0.25)
-
     """
     return find_ends(matrix, tolerance, max_iterations, seed, progress)[0]
 
@@ -321,11 +317,15 @@ def spectral_density(
 
     Args:
         matrix: A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
-        probes: Random start vectors, an integer >= 1; the error falls with the square root of their number.
-        steps: Products for each, an integer >= 1: the quadrature is exact for polynomials of degree ``2 * steps - 1``.
-        seed: Of the start vectors.
-        progress: What the progress display is called; none by default.
+        probes: Number of random start vectors, an integer >= 1. The error falls with its square root.
+        steps: Number of products for each, an integer >= 1. The quadrature is exact for polynomials of degree
+            ``2 * steps - 1``.
+        seed: Seed of the start vectors.
+        progress: Title of a progress display; no display by default.
 
+    Raises:
+        ArgumentError: If an argument is out of range.
+        NonFiniteError: If a product is infinite or not a number.
     """
     check_integer("probes", probes, minimum=1)
     check_integer("steps", steps, minimum=1)
@@ -347,22 +347,25 @@ def quadrature(iteration: Lanczos) -> tuple[np.ndarray, np.ndarray]:
 
 
 def estimate_trace(matrix: SymmetricMatrix, samples: int = 10, seed: int = 0, known: Lanczos | None = None) -> Trace:
-    r"""Estimate the trace by Hutchinson's method, exactly within the space that an iteration has explored.
+    r"""Estimate the trace by Hutchinson's method; it is exact within the space that an iteration has explored.
 
-    With the basis Q of the iteration, :math:`\mathrm{tr} H = \mathrm{tr}(Q^T H Q) + \mathrm{tr}((I-QQ^T) H (I-QQ^T))`;
-    the first part is known, the second is estimated with vectors of random signs, and has far smaller variance, as the
-    large eigenvalues are gone (Meyer et al., "Hutch++", SOSA 2021, on a Krylov basis).
+    With the basis Q of the iteration, :math:`\mathrm{tr} H = \mathrm{tr}(Q^T H Q) + \mathrm{tr}((I-QQ^T) H (I-QQ^T))`.
+    The first part is known. The second is estimated with vectors of random signs. It has far smaller variance, because
+    the large eigenvalues are gone (Meyer et al., "Hutch++", SOSA 2021; here on a Krylov basis).
 
     Args:
         matrix: A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
-        samples: Random vectors, an integer >= 1. They share the passes over the data.
-        seed: Of the vectors.
-        known: The iteration; Hutchinson's method alone by default.
+        samples: Number of random vectors, an integer >= 1. They share the passes over the data.
+        seed: Seed of the vectors.
+        known: Iteration on the same matrix; Hutchinson's method alone by default.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        NonFiniteError: If a product is infinite or not a number.
 
     Example:
         >>> estimate_trace(torch.diag(torch.tensor([4.0, 1.0, -1.0])))
         Trace(value=4.0, standard_error=0.0)
-
     """
     check_integer("samples", samples, minimum=1)
     vectors = random_vectors(matrix, samples, seed, signs=True).T

@@ -13,7 +13,7 @@ from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.curvature.hessian import Hessian
 from lightning_ssesam.curvature.lanczos import Eigenvalues
 
-# A line does not go further than this share of the norm of the weights.
+# Largest distance that a line goes from the weights, as a share of their norm.
 _FURTHEST = 0.5
 
 
@@ -22,12 +22,11 @@ class EigenLine:
     """A group's loss along an eigenvector of its Hessian.
 
     Attributes:
-        eigenvalue: Of this eigenvector v.
-        slope: Of the loss along it, g . v; never positive, as v points downhill.
-        loss: The loss at the weights.
-        offsets: The distances t from the weights, ``(A,)``.
-        losses: The losses at ``w + t v``, ``(A,)``.
-
+        eigenvalue: Eigenvalue of the eigenvector v.
+        slope: Slope of the loss along v, g . v; never positive, because v points downhill.
+        loss: Loss at the weights w.
+        offsets: Distances t from the weights, ``(A,)``.
+        losses: Losses at ``w + t v``, ``(A,)``.
     """
 
     eigenvalue: float
@@ -38,9 +37,9 @@ class EigenLine:
 
     @property
     def quadratic(self) -> np.ndarray:
-        """The losses ``(A,)`` that slope and eigenvalue foretell, L + t g . v + eigenvalue t^2 / 2."""
-        foretold: np.ndarray = self.loss + self.slope * self.offsets + 0.5 * self.eigenvalue * self.offsets**2
-        return foretold
+        """Losses ``(A,)`` that slope and eigenvalue predict, L + t g . v + eigenvalue t^2 / 2."""
+        predicted: np.ndarray = self.loss + self.slope * self.offsets + 0.5 * self.eigenvalue * self.offsets**2
+        return predicted
 
 
 def eigen_lines(
@@ -48,19 +47,18 @@ def eigen_lines(
 ) -> tuple[EigenLine, EigenLine]:
     """Return a group's loss along the eigenvectors of the smallest and of the largest eigenvalue.
 
-    To both sides as far as the quadratic term is as large as the loss itself, t = sqrt(2 L / abs(eigenvalue)), but no
-    further than half of the norm of the weights.
+    A line goes to both sides until the quadratic term is as large as the loss, t = sqrt(2 L / abs(eigenvalue)). It goes
+    no further than half of the norm of the weights.
 
     Args:
-        hessian: Of the group.
-        ends: What :func:`extreme_eigenvalues` has found for it.
-        points: Points of each line, an integer >= 3; an odd number has one at the weights themselves.
-        progress: What the progress display is called; none by default.
-
+        hessian: Hessian of the group's loss.
+        ends: Result of :func:`extreme_eigenvalues` for it.
+        points: Number of points of each line, an integer >= 3. An odd number includes the weights themselves.
+        progress: Title of a progress display; no display by default.
     """
     check_integer("points", points, minimum=3)
-    weights = [p.detach().double().norm() for p in hessian.model.parameters() if p.requires_grad]
-    furthest = _FURTHEST * math.hypot(*map(float, weights))
+    norms = [p.detach().double().norm() for p in hessian.model.parameters() if p.requires_grad]
+    furthest = _FURTHEST * math.hypot(*map(float, norms))
     lines = []
     for name, eigenvalue, vector in zip(
         ("smallest", "largest"), (ends.smallest, ends.largest), ends.vectors, strict=True
@@ -79,17 +77,16 @@ def line(
     """Return a group's mean loss along a direction, at ``w + t * direction`` for every offset t.
 
     Args:
-        hessian: Of the group, whose loss is used; each offset takes a pass over its data, without derivatives.
-        direction: ``(P,)``, of any length, such as an eigenvector of :func:`extreme_eigenvalues`.
-        offsets: The values of t, ``(A,)``, finite.
-        progress: What the progress display is called; none by default.
+        hessian: Hessian of the group's loss. Each offset takes a pass over its data, without derivatives.
+        direction: Direction ``(P,)`` of any length, such as an eigenvector of :func:`extreme_eigenvalues`.
+        offsets: Values of t, ``(A,)``, finite.
+        progress: Title of a progress display; no display by default.
 
     Returns:
-        The losses ``(A,)``; infinite or NaN where the model is.
+        The losses ``(A,)``, infinite or NaN where the model's are.
 
     Raises:
-        ValueError: If the direction has another shape, or it or an offset is not finite.
-
+        ArgumentError: If the direction has another shape, or it or an offset is not finite.
     """
     _check_direction("direction", direction, hessian)
     return plane(hessian, direction, torch.zeros_like(direction), offsets, [0.0], progress)[:, 0]
@@ -106,29 +103,28 @@ def plane(
     """Return a group's mean loss over a plane, at ``w + a * first + b * second``.
 
     Args:
-        hessian: Of the group, whose loss is used; each point takes a pass over its data, without derivatives.
-        first: ``(P,)``, of any length, such as one of :func:`filter_normalized`.
-        second: ``(P,)``.
-        offsets: The values of a, ``(A,)``, finite.
-        second_offsets: The values of b, ``(B,)``, finite; those of a by default.
-        progress: What the progress display is called; none by default.
+        hessian: Hessian of the group's loss. Each point takes a pass over its data, without derivatives.
+        first: Direction ``(P,)`` of any length, such as one of :func:`filter_normalized`.
+        second: Another direction ``(P,)``.
+        offsets: Values of a, ``(A,)``, finite.
+        second_offsets: Values of b, ``(B,)``, finite; those of a by default.
+        progress: Title of a progress display; no display by default.
 
     Returns:
-        The losses ``(A, B)``; infinite or NaN where the model is.
+        The losses ``(A, B)``, infinite or NaN where the model's are.
 
     Raises:
-        ValueError: If a direction has another shape, or it or an offset is not finite.
-
+        ArgumentError: If a direction has another shape, or it or an offset is not finite.
     """
     _check_direction("first", first, hessian)
     _check_direction("second", second, hessian)
-    rows = _offsets("offsets", offsets)
-    columns = rows if second_offsets is None else _offsets("second_offsets", second_offsets)
+    rows = _check_offsets("offsets", offsets)
+    columns = rows if second_offsets is None else _check_offsets("second_offsets", second_offsets)
     first, second = (v.to(hessian.device, hessian.dtype) for v in (first, second))
     losses = np.empty((len(rows), len(columns)))
     with tqdm(total=losses.size, desc=progress, unit="point", leave=False, disable=progress is None) as bar:
-        for place in np.ndindex(losses.shape):
-            losses[place] = hessian.loss(at=float(rows[place[0]]) * first + float(columns[place[1]]) * second)
+        for row, column in np.ndindex(losses.shape):
+            losses[row, column] = hessian.loss(at=float(rows[row]) * first + float(columns[column]) * second)
             bar.update()
     return losses
 
@@ -136,21 +132,20 @@ def plane(
 def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
     """Return a random direction in which each filter is as long as that of the weights.
 
-    Li et al., "Visualizing the Loss Landscape of Neural Nets" (NeurIPS 2018, arXiv:1712.09913, section 4): Gaussian,
-    then scaled filter by filter, which takes away that a network with larger weights and normalization after them
-    looks flatter. A filter is what makes one output channel, or one output of a linear layer: an entry of the first
-    dimension. Parameters of one dimension (biases, those of normalizations) are not moved, as in their code.
+    The direction is Gaussian, then scaled filter by filter (Li et al., "Visualizing the Loss Landscape of Neural Nets",
+    NeurIPS 2018, arXiv:1712.09913, section 4). Without this scaling, a network with normalization looks flatter if its
+    weights are larger. A filter is the weights of one output channel, or of one output of a linear layer: an entry of
+    the first dimension. Parameters of one dimension (biases, scales of normalizations) are not moved, as in their code.
 
     Args:
-        model: The model, whose parameters that require a gradient span the space, of dimension P.
-        seed: Of the direction, an integer >= 0, the same one on every device.
+        model: Model whose P parameters that require a gradient span the space.
+        seed: Seed of the direction, an integer >= 0. A seed gives the same direction on every device.
 
     Returns:
-        The direction ``(P,)``, in the type of the weights, float32 at least.
+        The direction ``(P,)``, in the type of the weights, but at least float32.
 
     Raises:
-        ValueError: If no parameter that requires a gradient has two dimensions or more.
-
+        ArgumentError: If no parameter that requires a gradient has two dimensions or more.
     """
     generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -176,7 +171,7 @@ def _check_direction(name: str, direction: Tensor, hessian: Hessian) -> None:
         raise bad_argument(name, f"a finite vector of shape {hessian.shape[:1]}", got_text=got)
 
 
-def _offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:
+def _check_offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(offsets, dtype=float)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise bad_argument(name, "finite numbers (A,)", offsets)

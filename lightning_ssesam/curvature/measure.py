@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ssesam._validation import bad_argument, check_integer, check_radius
+from lightning_ssesam._validation import bad_argument, check_radius
 from lightning_ssesam.curvature.hessian import Hessian, SampleLosses
 from lightning_ssesam.curvature.lanczos import (
     Eigenvalues,
@@ -20,28 +20,28 @@ from lightning_ssesam.curvature.lanczos import (
     quadrature,
     spectral_density,
 )
+from lightning_ssesam.curvature.settings import CurvatureSettings
 from lightning_ssesam.split import ClassSplit
 
 GROUPS = ("head", "tail", "all")
 
-# Relative to the largest absolute eigenvalue.
+# Size up to which an eigenvalue may be 0, relative to the largest absolute one.
 _ZERO = 1e-2
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What was measured of a group's mean loss at a model's weights.
+    """Curvature of a group's mean loss at a model's weights.
 
     Attributes:
-        samples: How many samples the group has in the data.
-        loss: Their mean loss.
+        samples: Number of samples that the group has in the data.
+        loss: Mean loss of the group.
         gradient_norm: Norm of its gradient.
-        eigenvalues: The ends of the spectrum of its Hessian.
-        trace: The trace, None if it was not asked for.
-        density: The spectral density, None if it was not asked for.
-        sharpness: By how much the loss rises at distance ``rho`` along its gradient.
-        rho: That distance.
-
+        eigenvalues: Ends of the spectrum of its Hessian.
+        trace: Trace of its Hessian; None if it was not measured.
+        density: Spectral density of its Hessian; None if it was not measured.
+        sharpness: Rise of the loss at distance ``rho`` along its gradient.
+        rho: Distance at which the sharpness was measured.
     """
 
     samples: float
@@ -54,10 +54,10 @@ class Curvature:
     rho: float
 
     def numbers(self) -> dict[str, float]:
-        """Return what was measured as numbers, for tables and loggers.
+        """Return the measured numbers by name, for tables and loggers.
 
-        ``negative_share`` is the share of the eigenvalues below 0 by more than a hundredth of the largest absolute
-        one. Most eigenvalues of a network are nearly 0, and on which side is beyond what the density tells.
+        ``negative_share`` is the share of the eigenvalues that lie below 0 by more than a hundredth of the largest
+        absolute one. Most eigenvalues of a network are nearly 0, and the density cannot tell their signs.
         """
         ends = self.eigenvalues
         numbers = {
@@ -83,58 +83,52 @@ def measure_curvature(
     split: ClassSplit,
     groups: Sequence[str] = GROUPS,
     sample_losses: SampleLosses | None = None,
-    rho: float = 0.05,
-    tolerance: float = 0.01,
-    max_iterations: int = 200,
-    trace_samples: int = 10,
-    probes: int = 1,
-    dtype: torch.dtype | None = None,
-    batch_norm: Literal["eval", "batch"] = "eval",
-    seed: int = 0,
     progress: bool = False,
+    **settings: Any,
 ) -> dict[str, Curvature]:
-    """Measure the curvature of the mean loss of each of several groups of classes, at a model's weights.
+    """Measure the curvature of the mean loss of several groups of classes, at a model's weights.
 
     The groups are measured one after the other; only their own samples are forwarded. The model is left as it is.
 
     Args:
-        model: The model: one with :class:`~lightning_ssesam.SharpnessAwareMixin`, or any with ``sample_losses``.
-        batches: The data, see :class:`Hessian`; or of each group its own.
-        split: Which classes are head, tail, many, medium and few.
-        groups: Any of ``"head"``, ``"tail"``, ``"many"``, ``"medium"``, ``"few"``, ``"all"``, ``"class_3"`` for a
-            single class, and ``"classes"`` for each of them.
-        sample_losses: Called with ``(model, batch)``, returns the losses ``(N,)``; ``model.sample_losses(batch)`` by
-            default.
-        rho: Distance for the sharpness, a finite number >= 0.
-        tolerance: Of the eigenvalues, see :func:`extreme_eigenvalues`.
-        max_iterations: Most products with a Hessian for the eigenvalues, an integer >= 1.
-        trace_samples: Random vectors for the trace, an integer >= 0; 0 leaves it out.
-        probes: Start vectors for the density, an integer >= 0; 0 leaves it out. The first one costs nothing, as it is
-            what the eigenvalues are found with.
-        dtype: Floating type to compute in, such as ``torch.float64``; that of the weights by default, float32 at least.
-        batch_norm: ``"eval"`` (default) or ``"batch"``, see :class:`Hessian`.
-        seed: Of all random vectors.
-        progress: Whether to show how far it is.
+        model: Model with :class:`~lightning_ssesam.SharpnessAwareMixin`, or any other with ``sample_losses``.
+        batches: Data for all groups, or a dictionary with the data of each group; see :class:`Hessian`.
+        split: Classes of head, tail, many, medium and few.
+        groups: Names of groups: ``"head"``, ``"tail"``, ``"many"``, ``"medium"``, ``"few"``, ``"all"``, ``"class_3"``
+            for a single class, and ``"classes"`` for each of them.
+        sample_losses: Function of ``(model, batch)`` that returns the losses ``(N,)``; ``model.sample_losses(batch)``
+            by default.
+        progress: Whether to show a progress display.
+        **settings: Fields of :class:`CurvatureSettings`, such as ``tolerance``.
 
     Returns:
-        What was measured of each group, in their order.
+        The curvature of each group, in their order.
 
     Raises:
-        ValueError: If an argument is out of range, or the data has no sample of a group.
+        ArgumentError: If an argument is out of range, or the data has no sample of a group.
         NonFiniteError: If a loss or its gradient is infinite or not a number.
 
+    Example:
+        A bowl for the head, and a saddle for the tail, both with their stationary point at 0.
+
+        >>> def sample_losses(model, batch):
+        ...     inputs, targets = batch
+        ...     x, y = model.weight[0]
+        ...     return torch.where(targets == 1, x**2 - y**2, x**2 + y**2)
+        >>> model, batch = nn.Linear(2, 1, bias=False), (torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
+        >>> _ = nn.init.zeros_(model.weight)
+        >>> split = ClassSplit([3, 1], tail=[1])
+        >>> measured = measure_curvature(model, [batch], split, ["head", "tail"], sample_losses)
+        >>> {group: round(curvature.eigenvalues.smallest, 3) for group, curvature in measured.items()}
+        {'head': 2.0, 'tail': -2.0}
     """
-    check_integer("trace_samples", trace_samples, minimum=0)
-    check_integer("probes", probes, minimum=0)
-    rho = check_radius("rho", rho)
+    chosen = CurvatureSettings(**settings)
     measured, masks = {}, group_masks(split, groups)
     check_batches(batches, masks)
     for name, classes in masks.items():
-        own = batches[name] if isinstance(batches, Mapping) else batches
-        hessian = Hessian(model, own, sample_losses, classes, dtype, batch_norm)
-        ends, trace, density = _spectrum(
-            hessian, tolerance, max_iterations, trace_samples, probes, seed, name if progress else None
-        )
+        data = batches[name] if isinstance(batches, Mapping) else batches
+        hessian = Hessian(model, data, sample_losses, classes, chosen.dtype, chosen.batch_norm)
+        ends, trace, density = _spectrum(hessian, chosen, name if progress else None)
         measured[name] = Curvature(
             samples=hessian.weight,
             loss=hessian.loss(),
@@ -142,43 +136,38 @@ def measure_curvature(
             eigenvalues=ends,
             trace=trace,
             density=density,
-            sharpness=sharpness(hessian, rho),
-            rho=rho,
+            sharpness=sharpness(hessian, chosen.rho),
+            rho=float(chosen.rho),
         )
     return measured
 
 
 def _spectrum(
-    hessian: Hessian,
-    tolerance: float,
-    max_iterations: int,
-    trace_samples: int,
-    probes: int,
-    seed: int,
-    progress: str | None,
+    hessian: Hessian, settings: CurvatureSettings, title: str | None
 ) -> tuple[Eigenvalues, Trace | None, SpectralDensity | None]:
-    ends, iteration = find_ends(hessian, tolerance, max_iterations, seed, progress and f"{progress}: eigenvalues")
-    trace = estimate_trace(hessian, trace_samples, seed, iteration) if trace_samples else None
-    nodes, weights = quadrature(iteration)
-    # Its vectors take the most memory of all, and the next iteration has vectors of its own.
-    del iteration
-    if probes == 0:
+    seed = settings.seed
+    title_of_search, title_of_density = (f"{title}: {part}" if title else None for part in ("eigenvalues", "density"))
+    ends, iteration = find_ends(hessian, settings.tolerance, settings.max_iterations, seed, title_of_search)
+    trace = estimate_trace(hessian, settings.trace_samples, seed, iteration) if settings.trace_samples else None
+    if settings.probes == 0:
         return ends, trace, None
-    if probes == 1:
+    nodes, weights = quadrature(iteration)
+    # The vectors of an iteration take the most memory. Free them before the next iteration collects its own.
+    del iteration
+    if settings.probes == 1:
         return ends, trace, SpectralDensity([nodes], [weights])
-    rest = spectral_density(hessian, probes - 1, ends.iterations, seed + 1, progress and f"{progress}: density")
-    return ends, trace, SpectralDensity([nodes, *rest.nodes], [weights, *rest.weights])
+    others = spectral_density(hessian, settings.probes - 1, ends.iterations, seed + 1, title_of_density)
+    return ends, trace, SpectralDensity([nodes, *others.nodes], [weights, *others.weights])
 
 
 def sharpness(hessian: Hessian, rho: float) -> float:
-    r"""Return how far the group's loss rises within distance rho, to first order: L(w + rho g / ||g||) - L(w).
+    r"""Return the rise of the group's loss at distance rho along its gradient, L(w + rho g / ||g||) - L(w).
 
-    The point is the one that SAM evaluates the gradient at (Foret et al., ICLR 2021, eq. 2).
+    SAM evaluates its gradient at the same point (Foret et al., ICLR 2021, eq. 2).
 
     Args:
-        hessian: Of the group, whose loss and gradient are used.
+        hessian: Hessian of the group's loss.
         rho: Distance, a finite number >= 0.
-
     """
     gradient = hessian.gradient()
     length = norm(gradient)
@@ -188,21 +177,21 @@ def sharpness(hessian: Hessian, rho: float) -> float:
 
 
 def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
-    """Return the classes of each group as a boolean mask ``(C,)``, see :func:`measure_curvature`.
+    """Return the classes of each group as a boolean mask ``(C,)``. See :func:`measure_curvature` for the names.
 
     Raises:
-        ValueError: If a group is unknown, or has no classes.
-
+        ArgumentError: If a group is unknown, or has no classes.
     """
     known = {name: getattr(split, name) for name in ("head", "tail", "many", "medium", "few")}
     known["all"] = torch.ones(split.num_classes, dtype=torch.bool)
     masks: dict[str, Tensor] = {}
+    numbers = torch.arange(split.num_classes)
     for group in [groups] if isinstance(groups, str) else groups:
-        single = re.fullmatch(r"class_(\d+)", group)
+        single_class = re.fullmatch(r"class_(\d+)", group)
         if group == "classes":
-            masks |= {f"class_{k}": _only(k, split.num_classes) for k in range(split.num_classes)}
-        elif single and int(single[1]) < split.num_classes:
-            masks[group] = _only(int(single[1]), split.num_classes)
+            masks |= {f"class_{k}": numbers == k for k in range(split.num_classes)}
+        elif single_class and int(single_class[1]) < split.num_classes:
+            masks[group] = numbers == int(single_class[1])
         elif group in known and known[group].any():
             masks[group] = known[group]
         else:
@@ -216,10 +205,6 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
 
 
 def check_batches(batches: Any, masks: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` if the batches of each group are given, but not of all of these."""
+    """Raise ``ArgumentError`` if batches are given by group, and a group has none."""
     if isinstance(batches, Mapping) and (missing := masks.keys() - batches.keys()):
         raise bad_argument("batches", "data of every group", got_text=f"none of {', '.join(sorted(missing))}")
-
-
-def _only(number: int, size: int) -> Tensor:
-    return torch.arange(size) == number

@@ -1,4 +1,4 @@
-"""Some samples of each group, kept in batches."""
+"""A random choice of samples from each group, in batches."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -26,30 +26,29 @@ def choose_samples(
     seed: int = 0,
     labels: Tensor | None = None,
 ) -> dict[str, list[Any]]:
-    """Choose some samples of each group at random, and load them once, for :func:`measure_curvature`.
+    """Choose samples of each group at random, and load them once, for :func:`measure_curvature`.
 
-    A sample that the data set augments at random is kept as it came. The random state is left as it is.
+    If the data set augments samples at random, each is augmented once. The random state is left as it is.
 
     Args:
-        dataset: A map-style data set.
-        collate: Makes a batch of a list of samples, such as ``DataLoader.collate_fn``.
-        split: Which classes are head, tail, many, medium and few.
-        groups: As in :func:`measure_curvature`.
-        samples: How many of each group, an integer >= 1; all of them if there are fewer.
-        batch_size: Samples in a batch, an integer >= 1; the last one may have fewer.
-        seed: Of the choice and of augmentations, an integer >= 0.
-        labels: The label of every sample, ``(N,)``; by default the data set's ``targets``, ``labels`` or ``samples``,
+        dataset: Map-style data set.
+        collate: Function that makes a batch of a list of samples, such as ``DataLoader.collate_fn``.
+        split: Classes of head, tail, many, medium and few.
+        groups: Names of groups, see :func:`measure_curvature`.
+        samples: Number of samples of each group, an integer >= 1; all of them if there are fewer.
+        batch_size: Number of samples in a batch, an integer >= 1; the last batch may have fewer.
+        seed: Seed of the choice and of augmentations, an integer >= 0.
+        labels: Label of every sample, ``(N,)``. By default the ``targets``, ``labels`` or ``samples`` of the data set,
             or the second tensor of a ``TensorDataset``.
 
     Returns:
         The batches of each group, in the order of the data set.
 
     Raises:
-        ValueError: If an argument is out of range, the labels are not known, or a label is no class of the split.
-
+        ArgumentError: If an argument is out of range, the labels are not known, or a label is no class of the split.
     """
-    for name, value in {"samples": samples, "batch_size": batch_size}.items():
-        check_integer(name, value, minimum=1)
+    check_integer("samples", samples, minimum=1)
+    check_integer("batch_size", batch_size, minimum=1)
     masks = group_masks(split, groups)
     labels = as_labels(labels_of(dataset) if labels is None else labels, num_classes=split.num_classes)
     chosen = {}
@@ -58,6 +57,7 @@ def choose_samples(
         for group, classes in masks.items():
             members = classes[labels].nonzero().flatten()
             order = torch.randperm(len(members), generator=generator)[:samples]
+            # NumPy takes seeds of 32 bits only.
             for set_seed in (random.seed, np.random.seed, torch.manual_seed):
                 set_seed(seed % 2**32)
             subset = Subset(dataset, members[order].sort().values.tolist())

@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
-from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.models import LongTailClassifier
 
 
@@ -20,41 +20,41 @@ def find_config(checkpoint: Path) -> Path:
     """Return the config.yaml that ``fit`` has saved for a checkpoint: in the folder above its own, or in its own.
 
     Raises:
-        ValueError: If there is neither a checkpoint nor a config.yaml.
-
+        ArgumentError: If there is no such checkpoint, or no config.yaml.
     """
     if checkpoint.is_dir():
-        expected = (
-            "files; `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER` makes one of the folder of a"
-            " model that was divided among processes"
+        raise ArgumentError(
+            f"The checkpoint {str(checkpoint)!r} is a folder. If a sharded model was saved in it, make one file of it:"
+            " `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`."
         )
-        raise bad_argument("checkpoints", expected, str(checkpoint))
     if not checkpoint.is_file():
-        raise bad_argument("checkpoints", "files that are there", str(checkpoint))
+        raise ArgumentError(f"No such checkpoint: {str(checkpoint)!r}.")
     for folder in checkpoint.absolute().parents[1::-1]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
-    expected = f"the configuration of the training, as there is no config.yaml next to {str(checkpoint)!r} or above"
-    raise bad_argument("config", expected, None)
+    raise ArgumentError(
+        f"No config.yaml in the folder of {str(checkpoint)!r} or in the one above. Give the configuration of its"
+        " training as `config`."
+    )
 
 
 def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
     """Return the model of a checkpoint, with its weights, and the data module that it was trained on.
 
     Args:
-        checkpoint: What ``lightning-ssesam fit`` has saved.
-        config: The configuration of that training, of which ``model`` and ``data`` are used.
+        checkpoint: File that ``lightning-ssesam fit`` has saved.
+        config: Configuration of that training. Its ``model`` and ``data`` are used.
 
     Raises:
-        ValueError: If they are not what they should be, or do not go together.
-
+        ArgumentError: If one of them cannot be read, or they do not belong together.
     """
     state = _load_state(checkpoint)
     model, data = _build(config)
     if differences := _differences(state, model):
-        expected = f"weights of the model in {str(config)!r}"
-        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise bad_argument("checkpoints", expected, got_text=f"{str(checkpoint)!r}, {differences[0]}{more}")
+        more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise ArgumentError(
+            f"The checkpoint {str(checkpoint)!r} does not fit the model in {str(config)!r}: {differences[0]}{more}."
+        )
     model.load_state_dict(state)
     return model, data
 
@@ -64,44 +64,43 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
     parser.add_lightning_class_args(LongTailClassifier, "model")
     parser.add_lightning_class_args(LongTailDataModule, "data", subclass_mode=True)
     parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-    expected = "a configuration of `lightning-ssesam fit`, with `model` and `data`"
+    refusal = f"{str(config)!r} is no configuration of `lightning-ssesam fit`, with `model` and `data`"
     try:
         content = yaml.safe_load(config.read_text())
         parts = {name: content[name] for name in ("model", "data")}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise bad_argument("config", expected, str(config)) from error
+        raise ArgumentError(f"{refusal}.") from error
     try:
         chosen = parser.parse_object(parts)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise bad_argument("config", expected, got_text=f"{str(config)!r} ({reason})") from error
-    # The later name; versions that have it warn of the earlier one.
+        raise ArgumentError(f"{refusal}: {' '.join(str(error).split())}") from error
+    # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
     return built.model, built.data
 
 
 def _load_state(checkpoint: Path) -> dict[str, Any]:
-    expected = "checkpoints of `lightning-ssesam fit`"
+    refusal = f"{str(checkpoint)!r} is no checkpoint of `lightning-ssesam fit`"
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         state = content["state_dict"]
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise bad_argument("checkpoints", expected, str(checkpoint)) from error
+        raise ArgumentError(f"{refusal}.") from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
-        reason = f", which holds a {refused[1]} that may not be safe to load" if refused else ""
-        raise bad_argument("checkpoints", expected, got_text=repr(str(checkpoint)) + reason) from error
+        reason = f": it holds a {refused[1]}, which may not be safe to load" if refused else ""
+        raise ArgumentError(f"{refusal}{reason}.") from error
     return dict(state)
 
 
 def _differences(state: dict[str, Any], model: nn.Module) -> list[str]:
-    own = model.state_dict()
+    expected = model.state_dict()
     return [
-        *(f"which lacks `{name}`" for name in own if name not in state),
-        *(f"which has `{name}` besides" for name in state if name not in own),
+        *(f"it lacks `{name}`" for name in expected if name not in state),
+        *(f"the model has no `{name}`" for name in state if name not in expected),
         *(
-            f"where `{name}` has shape {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in state and getattr(own[name], "shape", None) != getattr(state[name], "shape", None)
+            f"`{name}` has shape {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in expected
+            if name in state and getattr(expected[name], "shape", None) != getattr(state[name], "shape", None)
         ),
     ]
