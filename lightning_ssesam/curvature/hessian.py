@@ -60,10 +60,8 @@ class Hessian:
             targets. By default ``model.sample_losses(batch)``.
         classes: Classes of the group, a boolean mask ``(C,)``; every sample by default. :math:`a_i` is 1 for a sample
             of these classes and 0 for others. A sample with class probabilities counts with its mass on them.
-        dtype: Floating type to compute in, such as ``torch.float64`` or its name. None takes the type of the weights,
-            but at least float32.
-        batch_norm: Statistics that batch norm uses. ``"eval"`` (default) takes the running ones. ``"batch"`` takes
-            those of each batch, all samples of which are then forwarded.
+        dtype: Floating type to compute in, see :class:`CurvatureSettings`.
+        batch_norm: Statistics that batch norm uses, see :class:`CurvatureSettings`.
 
     Raises:
         ArgumentError: If an argument is out of range. At the first pass, if the group has no samples or the losses are
@@ -101,7 +99,7 @@ class Hessian:
         if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
             raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.model, self.batches = model, batches
-        self.sample_losses = sample_losses or _call_sample_losses
+        self.sample_losses = sample_losses or (lambda model, batch: model.sample_losses(batch))
         self.classes = None if classes is None else torch.as_tensor(classes).cpu()
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
@@ -146,7 +144,9 @@ class Hessian:
         columns = vectors.to(self.device, self.dtype).reshape(self.shape[0], -1)
         sums = self._pass(vectors=columns.T)
         assert sums.products is not None
-        if not _are_close(sums, first):
+        # The samples may come in another order.
+        is_close = (sums.loss - first.loss).abs() <= _SAME_LOSS * first.loss.abs() + 1e-12
+        if not (is_close and math.isclose(sums.weight, first.weight)):
             expected = "an iterable that gives the same samples every time"
             got = f"a loss of {float(sums.loss) / sums.weight:.6g} after {float(first.loss) / first.weight:.6g}"
             raise bad_argument("batches", expected, got_text=got)
@@ -245,7 +245,8 @@ class Hessian:
 
     @property
     def _mixes_samples(self) -> bool:
-        return any(isinstance(layer, _BatchNorm) and _uses_batch_statistics(layer) for layer in self.model.modules())
+        norms = (layer for layer in self.model.modules() if isinstance(layer, _BatchNorm))
+        return any(norm.training or norm.running_mean is None for norm in norms)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -320,19 +321,10 @@ def _set_modes(modes: dict[nn.Module, bool]) -> None:
         layer.training = mode
 
 
-def _call_sample_losses(model: Any, batch: Any) -> Tensor:
-    losses: Tensor = model.sample_losses(batch)
-    return losses
-
-
 def _without_logging(model: Any) -> AbstractContextManager[None]:
     """Let a module with :class:`~lightning_ssesam.SharpnessAwareMixin` log nothing; other models need no such thing."""
     # Asked by name, because a module wrapped by `torch.compile` hands its attributes on but has another type.
     return model.measuring() if callable(getattr(model, "measuring", None)) else nullcontext()
-
-
-def _uses_batch_statistics(layer: _BatchNorm) -> bool:
-    return layer.training or layer.running_mean is None
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
@@ -363,9 +355,3 @@ def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors
             allow_unused=True,
         )
         products[number] += _flatten(rows, trained)
-
-
-def _are_close(sums: _Sums, first: _Sums) -> bool:
-    """Return whether two passes can have seen the same samples, in any order."""
-    slack = _SAME_LOSS * first.loss.abs() + 1e-12
-    return math.isclose(sums.weight, first.weight) and bool((sums.loss - first.loss).abs() <= slack)

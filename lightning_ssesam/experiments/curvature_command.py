@@ -113,7 +113,8 @@ def curvature(
                     group: Hessian(model, batches[group], None, mask, chosen.dtype, chosen.batch_norm)
                     for group, mask in group_masks(model.split, names).items()
                 }
-                suffix = f"-{_as_file_name(labels[path])}" if len(checkpoints) > 1 else ""
+                name_of_file = re.sub(r"[^\w=.+-]+", "-", labels[path])
+                suffix = f"-{name_of_file}" if len(checkpoints) > 1 else ""
                 written += landscapes.draw(hessians, measured[path], labels[path], suffix)
     by_label = {labels[path]: curvatures for path, curvatures in measured.items()}
     if chosen.probes:
@@ -263,7 +264,3 @@ def _table_row(group: str, curvature: Curvature) -> list[str]:
         "" if share is None else f"{100 * share:.1f} %",
         str(ends.iterations),
     ]
-
-
-def _as_file_name(label: str) -> str:
-    return re.sub(r"[^\w=.+-]+", "-", label)
