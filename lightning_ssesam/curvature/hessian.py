@@ -109,14 +109,13 @@ class Hessian:
             raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
         self.dtype = check_dtype(dtype) or torch.promote_types(trained[0].dtype, torch.float32)
         self.device = trained[0].device
-        self._sizes = [p.shape for p in trained]
+        self._size = sum(p.numel() for p in trained)
         self._first: _Sums | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(P, P)``, where P is the number of trained parameters."""
-        size = sum(shape.numel() for shape in self._sizes)
-        return size, size
+        return self._size, self._size
 
     @property
     def weight(self) -> float:
@@ -174,13 +173,7 @@ class Hessian:
         return self._first
 
     def _pass(self, offset: Tensor | None = None, gradient: bool = False, vectors: Tensor | None = None) -> _Sums:
-        """Go through the data once.
-
-        Args:
-            offset: Offset from the weights, ``(P,)``.
-            gradient: Whether to add up the gradients.
-            vectors: Vectors ``(K, P)`` to add up the products with.
-        """
+        """Go through the data once, at an offset ``(P,)`` from the weights. Vectors to multiply with are ``(K, P)``."""
         wrapped = _Losses(self.model, self.sample_losses)
         with self._evaluating(), torch.set_grad_enabled(gradient or vectors is not None):
             values, trained = self._copies(wrapped, offset)
@@ -253,8 +246,6 @@ class Hessian:
         """Prepare the model and the settings of torch for a pass, and put everything back after it."""
         modes = {layer: layer.training for layer in self.model.modules()}
         with ExitStack() as stack:
-            # Modes are put back layer by layer, because some layers may have been in evaluation mode.
-            stack.callback(_set_modes, modes)
             stack.enter_context(_without_logging(self.model))
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
@@ -275,7 +266,12 @@ class Hessian:
             # `eval()` is not called, because an override may change weights (LoRA merges them).
             for layer in modes:
                 layer.training = self.batch_norm == "batch" and isinstance(layer, _BatchNorm)
-            yield
+            try:
+                yield
+            finally:
+                # Layer by layer, because some layers may have been in evaluation mode.
+                for layer, mode in modes.items():
+                    layer.training = mode
 
     @torch.no_grad()
     def _copies(self, wrapped: nn.Module, offset: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -314,11 +310,6 @@ class _TwiceDifferentiable(TorchFunctionMode):
             direction, length, dim = args
             return direction * (length / torch.norm_except_dim(direction, 2, dim))
         return func(*args, **(kwargs or {}))
-
-
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for layer, mode in modes.items():
-        layer.training = mode
 
 
 def _without_logging(model: Any) -> AbstractContextManager[None]:
