@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import batches_loader, classification_batch, convbn, mlp, planned_runs
+from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
 from PIL import Image
 
 from lightning_ssesam import ClassSplit, objectives
@@ -30,17 +30,25 @@ def code_of(name):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_readme():
+def test_readme(monkeypatch, capsys):
+    """The code trains, in a sixth of its epochs, and prints the accuracy of head and tail."""
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet())
     names = {}
-    exec(code_of("README.md"), names)
-    model = names["Evaluated"](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
-    trainer = names["trainer"]
-    trainer.fit_loop.max_epochs = 10
-    trainer.fit(model, batches_loader([classification_batch()]), batches_loader([classification_batch()]))
-    assert 0 <= trainer.callback_metrics["val/acc_tail"] <= 1
-    assert trainer.global_step == 10
-    assert model.objective.stage == 2
-    assert len(torch.where(model.objective.split.tail)[0]) == 2
+    exec(code_of("README.md").replace("max_epochs=60", "max_epochs=10"), names)
+    assert names["trainer"].global_step == 10 * len(names["data"].train_dataloader()) == 90
+    assert names["model"].objective.stage == 2
+    assert len(torch.where(names["split"].tail)[0]) == 6
+    accuracy = names["accuracy"].compute()
+    assert capsys.readouterr().out.splitlines() == [str(accuracy)]
+    assert accuracy["head"] > 0.9
+    assert accuracy["tail"] > 0.2
+
+
+def readme_names():
+    """The names that the README's code defines, without the training."""
+    names = {}
+    exec(code_of("README.md").partition("trainer.fit")[0], names)
+    return names
 
 
 @pytest.mark.usefixtures("float64")
@@ -62,11 +70,25 @@ def test_method(capsys):
     assert printed == re.findall(r"^# (\[.*)$", code, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("passes", ["full", "split"])
+@pytest.mark.parametrize("objective", ["ERM", "SAM", "ImbSAM", "SSESAM 1", "SSESAM 2"])
+def test_whole_method_in_25_lines(objective, passes):
+    """The function of the page, run with the rest of it, gives the gradient of the engine."""
+    names, code = {}, code_of("docs/method.md")
+    exec(code, names)
+    net, (x, y) = mlp(), classification_batch()
+    terms = OBJECTIVES[objective]().terms(y)
+    expected = names["naive_gradient"](net, terms, x, y)
+    torch.testing.assert_close(engine_gradient(net, terms, x, y, passes), expected, rtol=0, atol=1e-14)
+    (function,) = re.findall(r"^def naive_gradient.*?return total$", code, re.MULTILINE | re.DOTALL)
+    assert len(function.replace("\n\n", "\n").splitlines()) <= 25
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_performance(capsys):
-    names = {}
-    code = code_of("docs/performance.md")
-    exec(code_of("README.md") + code, names)
+    names, code = readme_names(), code_of("docs/performance.md")
+    exec(code, names)
     assert capsys.readouterr().out.splitlines() == re.findall(r"^ *# (.*)$", code, re.MULTILINE)
     model = names["Fast"](convbn(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
     trainer = names["trainer"]
@@ -151,8 +173,8 @@ def test_trainer_table_names_tests_that_are_there():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["Local", "Careful", "Curious"])
 def test_trainer_page(name):
-    names = {}
-    exec(code_of("README.md") + code_of("docs/trainer.md"), names)
+    names = readme_names()
+    exec(code_of("docs/trainer.md"), names)
     model = names[name](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
     trainer = names["trainer"]
     trainer.fit_loop.max_epochs = 10
