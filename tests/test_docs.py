@@ -157,7 +157,7 @@ def test_links_lead_somewhere():
 
 
 def test_each_row_of_the_trainer_table_has_a_test():
-    """trainer_features.yaml names a test, or a class or file of tests, for each row of the page and for nothing else."""
+    """trainer_features.yaml names a test, or a class or file of tests, for each row of the page, and nothing else."""
     text = (ROOT / "docs" / "trainer.md").read_text()
     table = text.partition("| feature |")[2].partition("\n\n")[0]
     features = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
