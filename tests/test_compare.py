@@ -28,7 +28,7 @@ from lightning_ssesam.cli import main
 from lightning_ssesam.compare import METHODS, Method, compare
 from lightning_ssesam.experiments.figures import draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.jobs import Task, make_runs
-from lightning_ssesam.experiments.report import Comparison, write_report
+from lightning_ssesam.experiments.report import FIGURES, Comparison, write_report
 from lightning_ssesam.experiments.tables import (
     differences,
     format_table,
@@ -626,7 +626,7 @@ def test_report_holds_all_that_it_shows():
     text = report_of(runs, SPLIT).read_text()
     page = _Page()
     page.feed(text)
-    assert len(page.sources) == 3
+    assert len(page.sources) == len(FIGURES)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "url(" not in text
     assert "@import" not in text

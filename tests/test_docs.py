@@ -1,8 +1,12 @@
 """The code in the README and the documentation runs, and does what it says beside it."""
 
+import __future__
+
 import ast
 import contextlib
+import copy
 import functools
+import inspect
 import re
 import shlex
 import sys
@@ -12,13 +16,21 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
+import test_compare
+import test_data
+import test_losses
+import test_metrics
+import test_objectives
 import torch
 import yaml
 from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
 from PIL import Image
 
-from lightning_ssesam import ClassSplit, objectives
+from lightning_ssesam import ClassSplit, losses, metrics, objectives
 from lightning_ssesam.cli import main
+from lightning_ssesam.data import digits
+from lightning_ssesam.experiments import figures, report
+from lightning_ssesam.losses import functional
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,16 +64,54 @@ def readme_names():
     return names
 
 
+# For each recipe: the modules that its blocks of code belong to, and what breaks it.
+RECIPES = {
+    "A method": (
+        [objectives, test_objectives],
+        {"(head), self.rho)": "(head), 0.0)", "(tail), 0.0)": "(tail), self.rho)"},
+    ),
+    "A data set": ([digits, test_data], {"remaining = remaining[others]": "pass"}),
+    "A loss": ([functional, losses, test_losses], {"mean() / class_counts": "mean() * class_counts"}),
+    "A metric": ([metrics, test_metrics], {"counts.min()": "counts.max()"}),
+    "A figure": ([figures, report, test_compare], {"np.mean": "np.max"}),
+}
+
+
+def try_recipe(name, changes, monkeypatch):
+    """Run a recipe of CONTRIBUTING.md, and its test, with some of its text replaced."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    blocks, new = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
+    for module, code in zip(RECIPES[name][0], blocks, strict=True):
+        for before, after in changes.items():
+            code = code.replace(before, after)
+        names = {**vars(helpers), "copy": copy, **vars(module), **new}
+        if module is report:
+            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, names)))
+            continue
+        known = set(names)
+        # Annotations as strings, since some of the modules write them so.
+        exec(compile(code, name, "exec", __future__.annotations.compiler_flag), names)
+        for added in set(names) - known:
+            new[added] = names[added]
+            monkeypatch.setattr(module, added, names[added], raising=False)
+    (test,) = [value for added, value in new.items() if added.startswith("test_")]
+    with monkeypatch.context() as patch:
+        test(*[patch] * len(inspect.signature(test).parameters))
+
+
 @pytest.mark.usefixtures("float64")
-def test_contributing():
-    """The objective of the example passes its test, and fails it with the radii swapped."""
-    code = code_of("CONTRIBUTING.md")
-    swapped = code.replace("(head), self.rho)", "(head), 0.0)").replace("(tail), 0.0)", "(tail), self.rho)")
-    for text, holds in ((code, True), (swapped, False)):
-        names = {**vars(helpers), **vars(objectives)}
-        exec(text, names)
-        with contextlib.nullcontext() if holds else pytest.raises(AssertionError, match="not close"):
-            names["test_head_sam_equals_its_naive_twin"]()
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, monkeypatch):
+    """A recipe passes its test, and fails it when it is broken."""
+    changes = RECIPES[name][1]
+    assert all((ROOT / "CONTRIBUTING.md").read_text().count(text) == 1 for text in changes)
+    with monkeypatch.context() as patch:
+        try_recipe(name, {}, patch)
+        if name == "A figure":
+            test_compare.report_of([test_compare.made_up("ERM", 0)], test_compare.SPLIT)
+            assert Path("seconds.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(AssertionError):
+        try_recipe(name, changes, monkeypatch)
 
 
 def test_method(capsys):
