@@ -483,11 +483,20 @@ def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
             " but got 'max_epochs', 'precison'",
         ),
         (["--trainer={devices: 2}"], "`trainer` to be settings with a single device (`jobs` makes several"),
+        (
+            ['--model={"step_options": {"intervall": 2, "pases": 1}}'],
+            "`step_options` to be any of passes, batch_norm_statistics, interval, processes, on_nonfinite,"
+            " log_sharpness, exact_resume, but got 'intervall', 'pases'.",
+        ),
+        (["--model={step_options: {interval: 0}}"], "`interval` to be an integer >= 1, but got 0."),
+        (["--model={step_options: split}"], "`step_options` to be a StepOptions"),
+        (["--config=own.yaml"], "`interval` to be an integer >= 1, but got 'two'."),
     ],
 )
 def test_refuses_before_it_trains(arguments, message, monkeypatch):
     monkeypatch.setattr(Experiment, "run", lambda *args: pytest.fail("trained"))
     Path("file").touch()
+    Path("own.yaml").write_text("methods: {own: {objective: ERM, model: {step_options: {interval: two}}}}")
     with pytest.raises(SystemExit) as stop:
         main(["compare", *arguments])
     assert str(stop.value).startswith(f"error: Expected argument {message}")
