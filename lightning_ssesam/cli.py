@@ -35,7 +35,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: Command and options. By default those with which the program was started.
-
     """
     name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
