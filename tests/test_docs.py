@@ -99,10 +99,10 @@ def try_recipe(name, changes, monkeypatch):
     for module, code in zip(RECIPES[name][0], blocks, strict=True):
         for before, after in changes.items():
             code = code.replace(before, after)
-        names = {**vars(helpers), "copy": copy, **vars(module), **new}
         if module is report:
-            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, names)))
+            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, {**vars(figures), **new})))
             continue
+        names = {**vars(helpers), "copy": copy, **vars(module), **new}
         known = set(names)
         # Annotations as strings, since some of the modules write them so.
         exec(compile(code, name, "exec", __future__.annotations.compiler_flag), names)
