@@ -18,7 +18,6 @@ def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | N
         expected: Completes "Expected argument `name` to be ...".
         got: The value, shown by its ``repr``.
         got_text: Text to show instead of the value, where the value itself would say little.
-
     """
     return ArgumentError(
         f"Expected argument `{name}` to be {expected}, but got {repr(got) if got_text is None else got_text}."

@@ -27,7 +27,6 @@ def gradient_norm(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None
     Example:
         >>> gradient_norm([torch.zeros(2), torch.zeros(1)], [torch.tensor([3.0, 0.0]), torch.tensor([4.0])])
         tensor(5.)
-
     """
     is_double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
     dtype = torch.float64 if is_double else torch.float32
@@ -60,7 +59,6 @@ def ascend(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], norm
         >>> ascend([weights], [torch.tensor([3.0, 4.0])], torch.tensor(5.0), rho=0.1)
         >>> weights
         tensor([0.0600, 0.0800])
-
     """
     pairs = [(local_part(p), dense(local_part(g))) for p, g in zip(parameters, gradient, strict=True) if g is not None]
     if not pairs:

@@ -24,7 +24,6 @@ class Part:
     Args:
         batch: The batch.
         targets: Its targets, as :meth:`SharpnessAwareMixin.sample_targets` returns them.
-
     """
 
     batch: Any
@@ -88,7 +87,6 @@ def find_targets(batch: Any, owner: str) -> Tensor:
 
     Raises:
         MisconfigurationException: If there is none; names the class ``owner`` as the place to say where they are.
-
     """
     if isinstance(batch, Mapping):
         for key in ("target", "label", "labels"):
@@ -120,7 +118,6 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
         targets: Targets of every batch, in the forms that :meth:`Objective.terms` takes.
         gather: Called with the flattened targets of this process. Returns those of all processes, and the number of
             this one. The weights are then multiplied by the number of processes, whose gradients are averaged.
-
     """
     if gather is None and len(targets) == 1:
         return [list(objective.terms(targets[0]))]

@@ -33,7 +33,6 @@ class Outcome(NamedTuple):
         sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
             None for a term of radius 0.
         is_difference: Whether the passes were those of ``"difference"``.
-
     """
 
     loss: Tensor
@@ -69,7 +68,6 @@ class SharpnessEngine:
         >>> outcome = SharpnessEngine().compute(batch, net.parameters(), modules=net)
         >>> bool(outcome.sharpness[0] > 0), net.weight.grad.shape
         (True, torch.Size([2, 3]))
-
     """
 
     def __init__(self) -> None:
@@ -144,7 +142,6 @@ class SharpnessEngine:
         Raises:
             ArgumentError: If an argument is out of range, or the losses do not have the shape of the weights.
             NonFiniteError: If ``check_finite`` returns False.
-
         """
         check_choice("passes", passes, ("auto", "full", "split", "difference"))
         check_choice("processes", processes, ("global", "local"))
@@ -163,7 +160,7 @@ class SharpnessEngine:
             if synchronize is not None:
                 synchronize()
             norm = gradient_norm(params, gradients_of(params)) if report or check_finite else None
-            if check_finite is not None and not check_finite(_are_finite(loss, norm)):
+            if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
             self._weights.restore()
@@ -249,10 +246,6 @@ class SharpnessEngine:
             summand.sharpness = summand.sharpness + loss.detach()
             self._clean_buffers.restore()
         self._weights.restore()
-
-
-def _are_finite(loss: Tensor, norm: Tensor | None) -> bool:
-    return bool(loss.isfinite()) and (norm is None or bool(norm.isfinite()))
 
 
 def _outcome(step: GradientSum, loss: Tensor, norm: Tensor | None) -> Outcome:

@@ -16,7 +16,6 @@ class NonFiniteError(FloatingPointError):
     Args:
         message: The text of the error.
         loss: The mean loss of the step, a detached scalar.
-
     """
 
     def __init__(self, message: str, loss: Tensor) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
@@ -48,7 +49,6 @@ class ExactResume(Callback):
 
     Raises:
         MisconfigurationException: When a run starts, if Lightning is too new for it.
-
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -75,9 +75,13 @@ class ExactResume(Callback):
         self._reset()
         if pl_module is self.module:
             internals.preflight(trainer, internals.EXACT_RESUME, _WITHOUT)
-            internals.follow_step(self._replacements, trainer, lambda: self._after_step(trainer))
+            loops = trainer.fit_loop.epoch_loop
+            self._replacements.follow(loops.manual_optimization, "run", lambda: self._after_step(trainer))
             internals.precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
-            internals.isolate_skipped_validation(self._replacements, trainer)
+            # To skip a validation that the checkpoint has behind it, Lightning may make an iterator over its data. An
+            # unbroken run has not made it, and an iterator draws random numbers.
+            name = "increment_progress_to_evaluation_end"
+            self._replacements.replace(loops.val_loop, name, isolate_rng()(getattr(loops.val_loop, name)))
 
     def _on_iterator(self, trainer: pl.Trainer) -> None:
         """Called before the run's first iterator over the data is made, which may draw random numbers."""

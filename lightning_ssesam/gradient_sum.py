@@ -62,7 +62,6 @@ class GradientSum:
         summands: Summands of the gradient.
         synchronize: Sums the ``.grad`` over the processes that share a perturbation, if there are several.
         is_difference: Whether the passes are those of ``"difference"``.
-
     """
 
     batch: Sequence[MicroBatch]
@@ -106,7 +105,6 @@ class GradientSum:
             plan: Forward passes of every part of the batch.
             buffers: Buffers to restore after each pass. With them the samples have had their clean pass before, and
                 these passes leave nothing but gradients.
-
         """
         sums, count = [], 0
         for part, forwards in zip(self.batch, plan, strict=True):

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.overrides import distributed
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 
 _TESTED = "2.5 to 2.6"
 _BELOW = "2.7"
@@ -70,7 +69,6 @@ def preflight(trainer: pl.Trainer, names: Mapping[str, str], way_out: str = "") 
 
     Raises:
         MisconfigurationException: If a name is missing.
-
     """
     roots = {"trainer": trainer, "CombinedLoader": CombinedLoader, "data": fabric_data, "distributed": distributed}
     for path, file in names.items():
@@ -138,7 +136,6 @@ def replace_step(replacements: Replacements, trainer: pl.Trainer, by_hand: Calla
         replacements: Keeps what is replaced.
         trainer: The Trainer of the run.
         by_hand: Returns a context in which the module's ``automatic_optimization`` is False.
-
     """
     loops = trainer.fit_loop.epoch_loop
 
@@ -185,24 +182,9 @@ def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
 # Exact resume.
 
 
-def follow_step(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
-    """Call a function after every training step that runs in the loop for manual optimization."""
-    replacements.follow(trainer.fit_loop.epoch_loop.manual_optimization, "run", function)
-
-
 def precede_iterator(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call a function when the loaders have their states, right before the run's first iterator is made."""
     replacements.follow(trainer.fit_loop, "_load_combined_loader_states", function)
-
-
-def isolate_skipped_validation(replacements: Replacements, trainer: pl.Trainer) -> None:
-    """Keep the random state when Lightning skips a validation that a checkpoint has behind it.
-
-    To count it, Lightning may make an iterator over the validation data, which an unbroken run has not made.
-    """
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    skip = loop.increment_progress_to_evaluation_end
-    replacements.replace(loop, "increment_progress_to_evaluation_end", isolate_rng()(skip))
 
 
 def loaders(trainer: pl.Trainer) -> list[Any]:

@@ -1,6 +1,5 @@
 """The training step: batch to terms to gradient to optimizer."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -69,7 +68,6 @@ class SharpnessAwareMixin(pl.LightningModule):
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
             lacks its split, ``step_options`` is no StepOptions, ``configure_optimizers`` returns several optimizers,
             or the mixin cannot work with the Trainer's strategy. At once, if ``automatic_optimization`` is assigned.
-
     """
 
     objective: Objective
@@ -122,7 +120,7 @@ class SharpnessAwareMixin(pl.LightningModule):
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Let :meth:`sample_losses` be called between steps, to measure: it logs nothing."""
-        with self._step.passing(is_clean=False):
+        with self._step.having(is_clean=False):
             yield
 
     # The training step.
@@ -152,7 +150,6 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         Returns:
             The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept.
-
         """
         self._check_supported()
         step = self._step
@@ -175,7 +172,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
         share, layers = len(parts) / self.trainer.accumulate_grad_batches, survey(self)
         try:
-            with self._step.passing(None):
+            with self._step.having(is_clean=None):
                 outcome = self._find_gradient(parts, share, layers)
         except NonFiniteError as error:
             self._skip_or_raise(error)
@@ -183,7 +180,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         steps = self.trainer.global_step
-        with self._step.by_hand(False):
+        with self._step.having(is_by_hand=False):
             self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
         if self.trainer.global_step == steps:
             # An override may leave the optimizer alone; Lightning counts its call.
@@ -203,10 +200,12 @@ class SharpnessAwareMixin(pl.LightningModule):
         terms = terms_of_union(self.objective, [part.targets for part in parts], gather)
         if (self.trainer.global_step + 1) % options.interval:
             terms = [[term._replace(rho=0.0) for term in terms_of_part] for terms_of_part in terms]
+        # An optimizer may train parameters that are not the module's.
+        others = [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._step.engine.compute(
             [MicroBatch(self._losses_of(part), terms[number]) for number, part in enumerate(parts)],
-            self._trained_parameters(layers),
+            list({id(p): p for p in (*layers.parameters, *others)}.values()),
             layers.buffered,
             processes.backward(partial(self._backward, share=share)),
             choose_passes(self, layers, options, processes),
@@ -215,12 +214,6 @@ class SharpnessAwareMixin(pl.LightningModule):
             check_finite=processes.all_agree if checks else None,
             report=options.log_sharpness,
         )
-
-    def _trained_parameters(self, layers: Survey) -> list[Tensor]:
-        # An optimizer may train some that are not the module's.
-        groups = self.trainer.optimizers[0].param_groups
-        others = (p for group in groups for p in group["params"])
-        return list({id(p): p for p in itertools.chain(layers.parameters, others)}.values())
 
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may know no arguments, and need none for a single term.
@@ -254,7 +247,7 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def _forward_only(self, batch: Any) -> Tensor:
         part = Part(batch, self.sample_targets(batch))
-        with torch.no_grad(), self._step.passing(None):
+        with torch.no_grad(), self._step.having(is_clean=None):
             loss = self._losses_of(part)(None, True).mean()
         self._log_outcome(Outcome(loss), len(part))
         return loss
@@ -303,16 +296,14 @@ class SharpnessAwareMixin(pl.LightningModule):
         if not options.log_sharpness or outcome.gradient_norm is None:
             return
         values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
-        for term, norm, rise in zip(self._term_names(outcome), outcome.gradient_norms, outcome.sharpness, strict=True):
+        terms, number = self.objective.term_names, len(outcome.sharpness)
+        terms = terms if len(terms) == number else tuple(map(str, range(number)))
+        for term, norm, rise in zip(terms, outcome.gradient_norms, outcome.sharpness, strict=True):
             if norm is not None:
                 values[f"train/grad_norm_{term}"] = unscaled(self.trainer, norm) / share
             if rise is not None:
                 values[f"train/sharpness_{term}"] = rise
         self.log_dict(values, batch_size=size, sync_dist=self.trainer.world_size > 1)
-
-    def _term_names(self, outcome: Outcome) -> Sequence[str]:
-        names, number = self.objective.term_names, len(outcome.sharpness)
-        return names if len(names) == number else [str(term) for term in range(number)]
 
     # When a run starts.
 
@@ -343,7 +334,8 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`{name}.training_step` makes an update and needs `Trainer.fit` around it. Call"
                 " `sample_losses(batch)` for the losses of a batch."
             )
-        if not self._step.is_supported:
+        # Trainer support runs the step by hand.
+        if not self._step.is_by_hand:
             raise MisconfigurationException(
                 f"`{name}.configure_callbacks` overrides SharpnessAwareMixin's and drops what it attaches. Return"
                 " `[*super().configure_callbacks(), ...]` from it."

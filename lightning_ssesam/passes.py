@@ -22,7 +22,6 @@ class Survey(NamedTuple):
         batch_norms: The batch norm layers that normalize by statistics of the batch.
         has_unknown_buffers: Whether a layer that is no batch norm has buffers.
         is_compiled: Whether a layer is compiled.
-
     """
 
     parameters: list[Tensor]
@@ -38,8 +37,8 @@ def survey(module: nn.Module) -> Survey:
     buffered: list[nn.Module] = []
     batch_norms: list[nn.Module] = []
     has_unknown_buffers = has_compiled = False
-    # By hand, since `modules()` and the `parameters()` of each layer would take several times as long. The order is
-    # that of `module.parameters()`.
+    # By hand and from the layers' dictionaries: `modules()` and each layer's `parameters()` would take several times as
+    # long, in every step. The order is that of `module.parameters()`.
     seen: set[nn.Module] = set()
     stack: list[nn.Module | None] = [module]
     while stack:
@@ -47,15 +46,17 @@ def survey(module: nn.Module) -> Survey:
         if layer is None or layer in seen:
             continue
         seen.add(layer)
-        if layer._modules:
-            stack.extend(reversed(layer._modules.values()))
-        parameters.update((id(p), p) for p in layer._parameters.values() if p is not None)
-        is_batch_norm = isinstance(layer, _BatchNorm)
-        if layer._buffers:
+        attributes = vars(layer)
+        if children := attributes["_modules"]:
+            stack.extend(reversed(children.values()))
+        parameters.update((id(p), p) for p in attributes["_parameters"].values() if p is not None)
+        if buffers := attributes["_buffers"]:
             buffered.append(layer)
+            is_batch_norm = isinstance(layer, _BatchNorm)
             has_unknown_buffers = has_unknown_buffers or not is_batch_norm
-        if is_batch_norm and (layer.training or layer.running_mean is None):
-            batch_norms.append(layer)
+            # In evaluation mode it uses the statistics of the batch only if it has no others.
+            if is_batch_norm and (attributes["training"] or buffers["running_mean"] is None):
+                batch_norms.append(layer)
         has_compiled = has_compiled or is_compiled(layer)
     return Survey(list(parameters.values()), buffered, batch_norms, has_unknown_buffers, has_compiled)
 
@@ -72,7 +73,6 @@ def choose_passes(
 
     Raises:
         MisconfigurationException: If ``passes="split"`` cannot work with the module or the strategy.
-
     """
     if options.passes == "full":
         return "full"

@@ -23,7 +23,6 @@ class MicroBatch(NamedTuple):
             logs and metrics.
         terms: The objective's terms, each with weights of the shape of this part's losses. Every part of a batch has
             the same number of terms, with the same radii.
-
     """
 
     sample_losses: SampleLosses
@@ -36,7 +35,6 @@ class Forward(NamedTuple):
     Attributes:
         samples: Indices ``(M,)`` of the samples to forward, on the CPU; None for all.
         shares: Sample weights of each summand that the pass serves, by the number of the summand.
-
     """
 
     samples: Tensor | None
@@ -54,7 +52,6 @@ def group_terms(batch: Sequence[MicroBatch]) -> list[tuple[float, list[int]]]:
 
     Raises:
         ArgumentError: If there is no part or no term, a radius is out of range, or the parts' radii differ.
-
     """
     if not batch:
         raise bad_argument("batch", "at least one part", batch)
@@ -76,7 +73,6 @@ def plan_forwards(weights: Sequence[Tensor], splits: bool) -> list[Forward]:
         weights: Sample weights of each summand, ``(N, ...)``.
         splits: Whether to forward the samples of each summand by themselves. That is possible if each sample has
             weight in exactly one summand; otherwise one pass forwards the whole part.
-
     """
     whole = Forward(None, dict(enumerate(weights)))
     if not splits or len(weights) == 1 or weights[0].numel() == 0:

@@ -23,7 +23,6 @@ class Processes:
 
     Args:
         strategy: The Trainer's.
-
     """
 
     def __init__(self, strategy: Strategy) -> None:

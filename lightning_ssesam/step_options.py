@@ -53,7 +53,6 @@ class StepOptions:
     Example:
         >>> StepOptions(passes="split", interval=2).interval
         2
-
     """
 
     passes: Literal["auto", "full", "split"] = "auto"

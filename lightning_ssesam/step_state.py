@@ -24,11 +24,9 @@ class StepState:
         is_clean: Whether the current pass is a clean one; None outside of the passes.
         is_fitting: Whether a fit is under way.
         is_by_hand: Whether a training step is making its passes, and Lightning must not optimize.
-        is_supported: Whether Trainer support is set up.
         has_stepped: Whether the run has made a training step.
         loss_on_bar: Loss that the progress bar shows next.
         outer_dtype: Default dtype outside of the training step.
-
     """
 
     def __init__(self) -> None:
@@ -37,37 +35,27 @@ class StepState:
         self.host_targets = HostTargets()
         self.pending: list[Part] = []
         self.is_clean: bool | None = None
-        self.is_fitting = self.is_by_hand = self.is_supported = self.has_stepped = False
+        self.is_fitting = self.is_by_hand = self.has_stepped = False
         self.loss_on_bar: Tensor | None = None
         self.outer_dtype = torch.get_default_dtype()
 
     @contextmanager
-    def by_hand(self, is_by_hand: bool = True) -> Iterator[None]:
-        """Let ``automatic_optimization`` be False, or True again, for a while."""
-        before, self.is_by_hand = self.is_by_hand, is_by_hand
+    def having(self, **values: bool | None) -> Iterator[None]:
+        """Set attributes for a while."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
         try:
             yield
         finally:
-            self.is_by_hand = before
-
-    @contextmanager
-    def passing(self, is_clean: bool | None) -> Iterator[None]:
-        """Let what runs now be a pass, clean or not."""
-        before, self.is_clean = self.is_clean, is_clean
-        try:
-            yield
-        finally:
-            self.is_clean = before
+            vars(self).update(before)
 
     def begin(self) -> None:
         """Called when a fit begins."""
-        self.is_fitting, self.has_stepped = True, False
-        self.pending = []
+        self.is_fitting, self.has_stepped, self.pending = True, False, []
 
     def end(self) -> None:
         """Called when a fit has ended, or was interrupted: keep no data of it."""
-        self.is_fitting = self.is_supported = False
-        self.pending = []
+        self.is_fitting, self.pending = False, []
         self.host_targets.forget()
         self.loss_on_bar = None
         self.engine.release()

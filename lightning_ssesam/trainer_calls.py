@@ -51,7 +51,6 @@ def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
     Args:
         trainer: The Trainer.
         dtype: The default dtype outside of the step.
-
     """
     inside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

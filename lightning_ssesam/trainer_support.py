@@ -16,15 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ssesam.lightning_internals import (
-    STEP,
-    Replacements,
-    preflight,
-    replace_step,
-    share_saved_step_count,
-    share_step_count,
-    show_on_bar,
-)
+from lightning_ssesam import lightning_internals as internals
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
@@ -40,13 +32,12 @@ class TrainerSupport(Callback):
         module: The module. Its ``objective``, ``step_options``, ``skipped_updates`` and ``sample_targets`` are used.
             Other modules that the same Trainer trains are left alone.
         step: The module's working memory.
-
     """
 
     def __init__(self, module: Any, step: StepState) -> None:
         self.module: Any = module
         self._step = step
-        self._replacements = Replacements()
+        self._replacements = internals.Replacements()
 
     # When a run starts.
 
@@ -58,10 +49,10 @@ class TrainerSupport(Callback):
         self._replacements.undo()
         if pl_module is not self.module:
             return
-        preflight(trainer, STEP)
+        internals.preflight(trainer, internals.STEP)
         replace = self._replacements.replace
-        replace_step(self._replacements, trainer, self._step.by_hand)
-        share_step_count(trainer)
+        internals.replace_step(self._replacements, trainer, lambda: self._step.having(is_by_hand=True))
+        internals.share_step_count(trainer)
         replace(pl_module, "configure_optimizers", _with_one_optimizer(pl_module))
         state_dict = trainer.strategy.lightning_module_state_dict
         replace(trainer.strategy, "lightning_module_state_dict", lambda: self._step.engine.restored(state_dict()))
@@ -75,7 +66,6 @@ class TrainerSupport(Callback):
         if any(is_compiled(module) for module in pl_module.modules()):
             # One step may make one backward from a forward, and the next step two; compiled code must bear both.
             replace(torch._functorch.config, "donated_buffer", False)
-        self._step.is_supported = True
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,7 +142,7 @@ class TrainerSupport(Callback):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if (loss := self._step.loss_on_bar) is not None:
-                show_on_bar(trainer, "train/loss", loss.item())
+                internals.show_on_bar(trainer, "train/loss", loss.item())
             return get_metrics(*args, **kwargs)
 
         return call
@@ -176,7 +166,7 @@ class TrainerSupport(Callback):
     ) -> None:
         """Called before a checkpoint's counters are restored: count the steps that were made without the mixin."""
         if is_fitting(self.module):
-            share_saved_step_count(checkpoint)
+            internals.share_saved_step_count(checkpoint)
 
     # When a run ends.
 

@@ -100,30 +100,16 @@ def engine_gradient(net, terms, inputs, targets, passes="full"):
     return [p.grad for p in net.parameters()]
 
 
-def naive_gradient(net, terms, inputs, targets):
-    """The definition, one term after the other, with nothing shared."""
-    params = [p for p in net.parameters() if p.requires_grad]
-    clean = [p.detach().clone() for p in params]
-    total = [torch.zeros_like(p) for p in params]
+def _from_method_page():
+    """The plain version that docs/method.md shows: the definition, one term after the other, with nothing shared."""
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
+    (code,) = re.findall(r"```python\n((?:(?!```).)*def naive_gradient.*?)```", page, re.DOTALL)
+    names = {"torch": torch}
+    exec(code, names)
+    return names["naive_gradient"]
 
-    def gradient(weights):
-        losses = F.cross_entropy(net(inputs), targets, reduction="none")
-        return torch.autograd.grad((weights.to(losses.dtype) * losses).sum(), params)
 
-    def put(values):
-        with torch.no_grad():
-            for p, value in zip(params, values, strict=True):
-                p.copy_(value)
-
-    for weights, rho in terms:
-        g = gradient(weights)
-        norm = torch.sqrt(sum((part**2).sum() for part in g))
-        if rho > 0 and norm > 0:
-            put([w + rho * part / norm for w, part in zip(clean, g, strict=True)])
-            g = gradient(weights)
-            put(clean)
-        total = [t + part for t, part in zip(total, g, strict=True)]
-    return total
+naive_gradient = _from_method_page()
 
 
 class Model(SharpnessAwareMixin, L.LightningModule):

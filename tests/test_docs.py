@@ -1,8 +1,12 @@
 """The code in the README and the documentation runs, and does what it says beside it."""
 
+import __future__
+
 import ast
 import contextlib
+import copy
 import functools
+import inspect
 import re
 import shlex
 import sys
@@ -12,12 +16,21 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
+import test_compare
+import test_data
+import test_losses
+import test_metrics
+import test_objectives
 import torch
-from helpers import batches_loader, classification_batch, convbn, mlp, planned_runs
+import yaml
+from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
 from PIL import Image
 
-from lightning_ssesam import ClassSplit, objectives
+from lightning_ssesam import ClassSplit, losses, metrics, objectives
 from lightning_ssesam.cli import main
+from lightning_ssesam.data import digits
+from lightning_ssesam.experiments import figures, report
+from lightning_ssesam.losses import functional
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,29 +43,75 @@ def code_of(name):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_readme():
+def test_readme(monkeypatch, capsys):
+    """The code trains, in a sixth of its epochs, and prints the accuracy of head and tail."""
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet())
     names = {}
-    exec(code_of("README.md"), names)
-    model = names["Evaluated"](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
-    trainer = names["trainer"]
-    trainer.fit_loop.max_epochs = 10
-    trainer.fit(model, batches_loader([classification_batch()]), batches_loader([classification_batch()]))
-    assert 0 <= trainer.callback_metrics["val/acc_tail"] <= 1
-    assert trainer.global_step == 10
-    assert model.objective.stage == 2
-    assert len(torch.where(model.objective.split.tail)[0]) == 2
+    exec(code_of("README.md").replace("max_epochs=60", "max_epochs=10"), names)
+    assert names["trainer"].global_step == 10 * len(names["data"].train_dataloader()) == 90
+    assert names["model"].objective.stage == 2
+    assert len(torch.where(names["split"].tail)[0]) == 6
+    accuracy = names["accuracy"].compute()
+    assert capsys.readouterr().out.splitlines() == [str(accuracy)]
+    assert accuracy["head"] > 0.9
+    assert accuracy["tail"] > 0.2
+
+
+def readme_names():
+    """The names that the README's code defines, without the training."""
+    names = {}
+    exec(code_of("README.md").partition("trainer.fit")[0], names)
+    return names
+
+
+# For each recipe: the modules that its blocks of code belong to, and what breaks it.
+RECIPES = {
+    "A method": (
+        [objectives, test_objectives],
+        {"(head), self.rho)": "(head), 0.0)", "(tail), 0.0)": "(tail), self.rho)"},
+    ),
+    "A data set": ([digits, test_data], {"remaining = remaining[others]": "pass"}),
+    "A loss": ([functional, losses, test_losses], {"mean() / class_counts": "mean() * class_counts"}),
+    "A metric": ([metrics, test_metrics], {"counts.min()": "counts.max()"}),
+    "A figure": ([figures, figures, test_compare], {"np.mean": "np.max"}),
+}
+
+
+def try_recipe(name, changes, monkeypatch):
+    """Run a recipe of CONTRIBUTING.md, and its test, with some of its text replaced."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+    blocks, new = re.findall(r"```python\n(.*?)```", text, re.DOTALL), {}
+    for module, code in zip(RECIPES[name][0], blocks, strict=True):
+        for before, after in changes.items():
+            code = code.replace(before, after)
+        names = {**vars(helpers), "copy": copy, **vars(module), **new}
+        if code.startswith("Figure("):
+            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, names)))
+            continue
+        known = set(names)
+        # Annotations as strings, since some of the modules write them so.
+        exec(compile(code, name, "exec", __future__.annotations.compiler_flag), names)
+        for added in set(names) - known:
+            new[added] = names[added]
+            monkeypatch.setattr(module, added, names[added], raising=False)
+    (test,) = [value for added, value in new.items() if added.startswith("test_")]
+    with monkeypatch.context() as patch:
+        test(*[patch] * len(inspect.signature(test).parameters))
 
 
 @pytest.mark.usefixtures("float64")
-def test_contributing():
-    """The objective of the example passes its test, and fails it with the radii swapped."""
-    code = code_of("CONTRIBUTING.md")
-    swapped = code.replace("(head), self.rho)", "(head), 0.0)").replace("(tail), 0.0)", "(tail), self.rho)")
-    for text, holds in ((code, True), (swapped, False)):
-        names = {**vars(helpers), **vars(objectives)}
-        exec(text, names)
-        with contextlib.nullcontext() if holds else pytest.raises(AssertionError, match="not close"):
-            names["test_head_sam_equals_its_naive_twin"]()
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, monkeypatch):
+    """A recipe passes its test, and fails it when it is broken."""
+    changes = RECIPES[name][1]
+    assert all((ROOT / "CONTRIBUTING.md").read_text().count(text) == 1 for text in changes)
+    with monkeypatch.context() as patch:
+        try_recipe(name, {}, patch)
+        if name == "A figure":
+            test_compare.report_of([test_compare.made_up("ERM", 0)], test_compare.SPLIT)
+            assert Path("seconds.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(AssertionError):
+        try_recipe(name, changes, monkeypatch)
 
 
 def test_method(capsys):
@@ -62,11 +121,25 @@ def test_method(capsys):
     assert printed == re.findall(r"^# (\[.*)$", code, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("passes", ["full", "split"])
+@pytest.mark.parametrize("objective", ["ERM", "SAM", "ImbSAM", "SSESAM 1", "SSESAM 2"])
+def test_whole_method_in_25_lines(objective, passes):
+    """The function of the page, run with the rest of it, gives the gradient of the engine."""
+    names, code = {}, code_of("docs/method.md")
+    exec(code, names)
+    net, (x, y) = mlp(), classification_batch()
+    terms = OBJECTIVES[objective]().terms(y)
+    expected = names["naive_gradient"](net, terms, x, y)
+    torch.testing.assert_close(engine_gradient(net, terms, x, y, passes), expected, rtol=0, atol=1e-14)
+    (function,) = re.findall(r"^def naive_gradient.*?return total$", code, re.MULTILINE | re.DOTALL)
+    assert len(function.replace("\n\n", "\n").splitlines()) <= 25
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_performance(capsys):
-    names = {}
-    code = code_of("docs/performance.md")
-    exec(code_of("README.md") + code, names)
+    names, code = readme_names(), code_of("docs/performance.md")
+    exec(code, names)
     assert capsys.readouterr().out.splitlines() == re.findall(r"^ *# (.*)$", code, re.MULTILINE)
     model = names["Fast"](convbn(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
     trainer = names["trainer"]
@@ -133,14 +206,16 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), target
 
 
-def test_trainer_table_names_tests_that_are_there():
-    """Every row that promises something names a test, or a class or file of them."""
+def test_each_row_of_the_trainer_table_has_a_test():
+    """trainer_features.yaml names a test, or a class or file of tests, for each row of the page, and nothing else."""
     text = (ROOT / "docs" / "trainer.md").read_text()
+    table = text.partition("| feature |")[2].partition("\n\n")[0]
+    features = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    tests = yaml.safe_load((ROOT / "tests" / "trainer_features.yaml").read_text())
+    assert len(features) > 30
+    assert features == list(tests)
     tree = functools.cache(lambda file: ast.parse((ROOT / "tests" / file).read_text()))
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")][2:]
-    assert len(rows) > 30
-    for _, _, _, held_by in rows:
-        (name,) = re.findall(r"^`(.*)`$", held_by.strip())
+    for name in tests.values():
         file, *path = name.split("::")
         nodes = tree(file).body
         for part in path:
@@ -151,8 +226,8 @@ def test_trainer_table_names_tests_that_are_there():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["Local", "Careful", "Curious"])
 def test_trainer_page(name):
-    names = {}
-    exec(code_of("README.md") + code_of("docs/trainer.md"), names)
+    names = readme_names()
+    exec(code_of("docs/trainer.md"), names)
     model = names[name](mlp(), ClassSplit.from_counts([500, 300, 200, 50, 20], tail_below=100))
     trainer = names["trainer"]
     trainer.fit_loop.max_epochs = 10

@@ -71,7 +71,6 @@ class CurvatureMonitor(Callback):
         ArgumentError: If an argument is out of range.
         MisconfigurationException: When training starts, if there is no split or no ``sample_losses``, the model is
             sharded, or the labels of the training set are unknown and ``batches`` is not given.
-
     """
 
     def __init__(

@@ -36,7 +36,6 @@ class DeferredReweighting(Switch):
         ArgumentError: If an argument is out of range, or more than one of ``at``, ``epoch`` and ``step`` is given.
         MisconfigurationException: When training starts, if the module has no ``split``, or no ``loss`` with a
             ``weight``, or ``at`` is used and the number of steps cannot be known.
-
     """
 
     default_at: ClassVar[float] = 0.8

@@ -27,7 +27,6 @@ class StageSwitch(Switch):
         ArgumentError: If an argument is out of range, or more than one is given.
         MisconfigurationException: When training starts, if the module has no objective, or ``at`` is used and the
             number of steps cannot be known.
-
     """
 
     switches_stages: ClassVar[bool] = True

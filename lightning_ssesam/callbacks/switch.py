@@ -47,7 +47,6 @@ class Switch(Callback, ABC):
         >>> switch.apply(module, switched=True)
         >>> module.backbone.weight.requires_grad
         False
-
     """
 
     log: Callable[..., None]  # attached by the Trainer
@@ -87,7 +86,6 @@ class Switch(Callback, ABC):
         Args:
             pl_module: The module.
             switched: Whether the switch has happened.
-
         """
 
     def concerns(self, pl_module: pl.LightningModule) -> bool:
@@ -95,7 +93,6 @@ class Switch(Callback, ABC):
 
         Raises:
             MisconfigurationException: If it should apply but cannot.
-
         """
         return True
 
@@ -107,7 +104,6 @@ class Switch(Callback, ABC):
         Args:
             step_idx: Number of optimizer steps so far in the whole training.
             epoch_idx: Current epoch, counted from 0.
-
         """
         if self.epoch is not None:
             return epoch_idx >= self.epoch

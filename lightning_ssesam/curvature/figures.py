@@ -45,7 +45,6 @@ def asinh_density(
 
     Returns:
         Eigenvalues ``(G,)``, ascending and evenly spaced in u, and the density there, ``(G,)``.
-
     """
     on_axis = SpectralDensity([_to_axis(nodes, scale) for nodes in density.nodes], density.weights)
     coordinates = np.concatenate(on_axis.nodes)
@@ -63,11 +62,7 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
     Args:
         measured: Result of :func:`measure_curvature`, with densities, by the title of the checkpoint. The first six
             groups are shown.
-        path: PNG file to write.
-
-    Returns:
-        ``path``.
-
+        path: PNG file to write; it is returned.
     """
     columns = {title: dict(islice(groups.items(), _MAX_GROUPS)) for title, groups in measured.items()}
     names = list(next(iter(columns.values())))
@@ -99,11 +94,7 @@ def draw_lines(lines: Mapping[str, tuple[EigenLine, EigenLine]], title: str, pat
     Args:
         lines: The two lines of :func:`eigen_lines` by group. The first six groups are shown.
         title: Heading of the picture.
-        path: PNG file to write.
-
-    Returns:
-        ``path``.
-
+        path: PNG file to write; it is returned.
     """
     shown = dict(islice(lines.items(), _MAX_GROUPS))
     figure = Figure(figsize=(0.6 + 3.6 * len(shown), 6.2), layout="constrained")
@@ -132,11 +123,7 @@ def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: st
         losses: Losses ``(A, A)`` of :func:`plane` by group. The first six groups are shown.
         offsets: Offsets ``(A,)`` in both directions.
         title: Heading of the picture.
-        path: PNG file to write.
-
-    Returns:
-        ``path``.
-
+        path: PNG file to write; it is returned.
     """
     shown = {group: np.ma.masked_invalid(values) for group, values in islice(losses.items(), _MAX_GROUPS)}
     levels, norm = _levels(shown)

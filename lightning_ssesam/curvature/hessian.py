@@ -60,10 +60,8 @@ class Hessian:
             targets. By default ``model.sample_losses(batch)``.
         classes: Classes of the group, a boolean mask ``(C,)``; every sample by default. :math:`a_i` is 1 for a sample
             of these classes and 0 for others. A sample with class probabilities counts with its mass on them.
-        dtype: Floating type to compute in, such as ``torch.float64`` or its name. None takes the type of the weights,
-            but at least float32.
-        batch_norm: Statistics that batch norm uses. ``"eval"`` (default) takes the running ones. ``"batch"`` takes
-            those of each batch, all samples of which are then forwarded.
+        dtype: Floating type to compute in, see :class:`CurvatureSettings`.
+        batch_norm: Statistics that batch norm uses, see :class:`CurvatureSettings`.
 
     Raises:
         ArgumentError: If an argument is out of range. At the first pass, if the group has no samples or the losses are
@@ -84,7 +82,6 @@ class Hessian:
         >>> hessian @ torch.eye(2)
         tensor([[ 4.,  0.],
                 [ 0., -2.]])
-
     """
 
     def __init__(
@@ -102,7 +99,7 @@ class Hessian:
         if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
             raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.model, self.batches = model, batches
-        self.sample_losses = sample_losses or _call_sample_losses
+        self.sample_losses = sample_losses or (lambda model, batch: model.sample_losses(batch))
         self.classes = None if classes is None else torch.as_tensor(classes).cpu()
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
@@ -112,14 +109,13 @@ class Hessian:
             raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
         self.dtype = check_dtype(dtype) or torch.promote_types(trained[0].dtype, torch.float32)
         self.device = trained[0].device
-        self._sizes = [p.shape for p in trained]
+        self._size = sum(p.numel() for p in trained)
         self._first: _Sums | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(P, P)``, where P is the number of trained parameters."""
-        size = sum(shape.numel() for shape in self._sizes)
-        return size, size
+        return self._size, self._size
 
     @property
     def weight(self) -> float:
@@ -131,7 +127,6 @@ class Hessian:
 
         Args:
             at: Offset from the weights, ``(P,)``; 0 by default.
-
         """
         sums = self._survey() if at is None else self._pass(at)
         return float(sums.loss) / sums.weight
@@ -148,7 +143,9 @@ class Hessian:
         columns = vectors.to(self.device, self.dtype).reshape(self.shape[0], -1)
         sums = self._pass(vectors=columns.T)
         assert sums.products is not None
-        if not _are_close(sums, first):
+        # The samples may come in another order.
+        is_close = (sums.loss - first.loss).abs() <= _SAME_LOSS * first.loss.abs() + 1e-12
+        if not (is_close and math.isclose(sums.weight, first.weight)):
             expected = "an iterable that gives the same samples every time"
             got = f"a loss of {float(sums.loss) / sums.weight:.6g} after {float(first.loss) / first.weight:.6g}"
             raise bad_argument("batches", expected, got_text=got)
@@ -176,14 +173,7 @@ class Hessian:
         return self._first
 
     def _pass(self, offset: Tensor | None = None, gradient: bool = False, vectors: Tensor | None = None) -> _Sums:
-        """Go through the data once.
-
-        Args:
-            offset: Offset from the weights, ``(P,)``.
-            gradient: Whether to add up the gradients.
-            vectors: Vectors ``(K, P)`` to add up the products with.
-
-        """
+        """Go through the data once, at an offset ``(P,)`` from the weights. Vectors to multiply with are ``(K, P)``."""
         wrapped = _Losses(self.model, self.sample_losses)
         with self._evaluating(), torch.set_grad_enabled(gradient or vectors is not None):
             values, trained = self._copies(wrapped, offset)
@@ -248,15 +238,14 @@ class Hessian:
 
     @property
     def _mixes_samples(self) -> bool:
-        return any(isinstance(layer, _BatchNorm) and _uses_batch_statistics(layer) for layer in self.model.modules())
+        norms = (layer for layer in self.model.modules() if isinstance(layer, _BatchNorm))
+        return any(norm.training or norm.running_mean is None for norm in norms)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Prepare the model and the settings of torch for a pass, and put everything back after it."""
         modes = {layer: layer.training for layer in self.model.modules()}
         with ExitStack() as stack:
-            # Modes are put back layer by layer, because some layers may have been in evaluation mode.
-            stack.callback(_set_modes, modes)
             stack.enter_context(_without_logging(self.model))
             stack.enter_context(isolate_rng())
             stack.enter_context(torch.inference_mode(False))
@@ -277,7 +266,12 @@ class Hessian:
             # `eval()` is not called, because an override may change weights (LoRA merges them).
             for layer in modes:
                 layer.training = self.batch_norm == "batch" and isinstance(layer, _BatchNorm)
-            yield
+            try:
+                yield
+            finally:
+                # Layer by layer, because some layers may have been in evaluation mode.
+                for layer, mode in modes.items():
+                    layer.training = mode
 
     @torch.no_grad()
     def _copies(self, wrapped: nn.Module, offset: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -318,24 +312,10 @@ class _TwiceDifferentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for layer, mode in modes.items():
-        layer.training = mode
-
-
-def _call_sample_losses(model: Any, batch: Any) -> Tensor:
-    losses: Tensor = model.sample_losses(batch)
-    return losses
-
-
 def _without_logging(model: Any) -> AbstractContextManager[None]:
     """Let a module with :class:`~lightning_ssesam.SharpnessAwareMixin` log nothing; other models need no such thing."""
     # Asked by name, because a module wrapped by `torch.compile` hands its attributes on but has another type.
     return model.measuring() if callable(getattr(model, "measuring", None)) else nullcontext()
-
-
-def _uses_batch_statistics(layer: _BatchNorm) -> bool:
-    return layer.training or layer.running_mean is None
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
@@ -366,9 +346,3 @@ def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors
             allow_unused=True,
         )
         products[number] += _flatten(rows, trained)
-
-
-def _are_close(sums: _Sums, first: _Sums) -> bool:
-    """Return whether two passes can have seen the same samples, in any order."""
-    slack = _SAME_LOSS * first.loss.abs() + 1e-12
-    return math.isclose(sums.weight, first.weight) and bool((sums.loss - first.loss).abs() <= slack)

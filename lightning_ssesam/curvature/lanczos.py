@@ -50,15 +50,6 @@ class Lanczos:
     After m steps it has an orthonormal basis Q ``(P, m)`` in which the matrix is tridiagonal. It keeps all m vectors,
     where SciPy's ``eigsh`` restarts to save memory. In return, every product serves both ends of the spectrum and its
     density, and the iteration can stop as soon as both ends are known.
-
-    Args:
-        matrix: The symmetric matrix.
-        start: First vector ``(P,)``, normalized here.
-
-    Attributes:
-        asymmetry: Largest abs(u . Hv - v . Hu) of two successive vectors of the basis. If the matrix is symmetric, it
-            is rounding alone.
-
     """
 
     def __init__(self, matrix: SymmetricMatrix, start: Tensor) -> None:
@@ -67,6 +58,7 @@ class Lanczos:
         self._diagonal: list[float] = []
         self._off_diagonal: list[float] = []
         self._next: Tensor | None = start / norm(start)
+        # Largest abs(u . Hv - v . Hu) of two successive vectors of the basis; of a symmetric matrix, rounding alone.
         self.asymmetry = 0.0
 
     @property
@@ -80,15 +72,13 @@ class Lanczos:
         return self._next is None
 
     def step(self) -> None:
-        """Make one product, and extend the basis.
-
-        Raises:
-            NonFiniteError: If the product is infinite or not a number.
-
-        """
+        """Make one product, and extend the basis. Raise ``NonFiniteError`` if the product is not finite."""
         assert self._next is not None
         last = self._filled()[-1][-1] if self.steps else None
-        self._keep(self._next)
+        row = self.steps % _BLOCK
+        if row == 0:
+            self._blocks.append(self._next.new_empty(_BLOCK, len(self._next)))
+        self._blocks[-1][row] = self._next
         product = self._matrix @ self._next
         self._diagonal.append(dot(product, self._next))
         length = norm(product)
@@ -136,13 +126,8 @@ class Lanczos:
         """Trace of the matrix within the space of the basis."""
         return math.fsum(self._diagonal)
 
-    def _keep(self, vector: Tensor) -> None:
-        place = self.steps % _BLOCK
-        if place == 0:
-            self._blocks.append(vector.new_empty(_BLOCK, len(vector)))
-        self._blocks[-1][place] = vector
-
     def _filled(self) -> list[Tensor]:
+        """Return the vectors of the basis in blocks ``(K, P)``."""
         last = (self.steps - 1) % _BLOCK + 1
         return [*self._blocks[:-1], self._blocks[-1][:last]]
 
@@ -159,7 +144,6 @@ class Eigenvalues:
         iterations: Number of products that the search took.
         converged: Whether both errors are within the tolerance.
         vectors: Eigenvectors of ``smallest`` and ``largest``, of unit length, each ``(P,)``.
-
     """
 
     largest: float
@@ -185,7 +169,6 @@ class SpectralDensity:
     Attributes:
         nodes: Ritz values of each probe, ``(m,)``.
         weights: Shares of the distribution that the nodes of each probe stand for, ``(m,)``, with sum 1.
-
     """
 
     nodes: list[np.ndarray]
@@ -214,7 +197,6 @@ class Trace:
     Attributes:
         value: The estimate, without bias.
         standard_error: Standard error of the estimate: 0 if it is exact, NaN from a single sample.
-
     """
 
     value: float
@@ -311,7 +293,6 @@ def extreme_eigenvalues(
         >>> ends = extreme_eigenvalues(torch.diag(torch.tensor([4.0, 1.0, 0.5, -1.0])), tolerance=1e-6)
         >>> round(ends.largest, 4), round(ends.smallest, 4), round(ends.ratio, 4)
         (4.0, -1.0, 0.25)
-
     """
     return find_ends(matrix, tolerance, max_iterations, seed, progress)[0]
 
@@ -332,7 +313,6 @@ def spectral_density(
     Raises:
         ArgumentError: If an argument is out of range.
         NonFiniteError: If a product is infinite or not a number.
-
     """
     check_integer("probes", probes, minimum=1)
     check_integer("steps", steps, minimum=1)
@@ -373,7 +353,6 @@ def estimate_trace(matrix: SymmetricMatrix, samples: int = 10, seed: int = 0, kn
     Example:
         >>> estimate_trace(torch.diag(torch.tensor([4.0, 1.0, -1.0])))
         Trace(value=4.0, standard_error=0.0)
-
     """
     check_integer("samples", samples, minimum=1)
     vectors = random_vectors(matrix, samples, seed, signs=True).T

@@ -27,7 +27,6 @@ class EigenLine:
         loss: Loss at the weights w.
         offsets: Distances t from the weights, ``(A,)``.
         losses: Losses at ``w + t v``, ``(A,)``.
-
     """
 
     eigenvalue: float
@@ -56,7 +55,6 @@ def eigen_lines(
         ends: Result of :func:`extreme_eigenvalues` for it.
         points: Number of points of each line, an integer >= 3. An odd number includes the weights themselves.
         progress: Title of a progress display; no display by default.
-
     """
     check_integer("points", points, minimum=3)
     norms = [p.detach().double().norm() for p in hessian.model.parameters() if p.requires_grad]
@@ -89,7 +87,6 @@ def line(
 
     Raises:
         ArgumentError: If the direction has another shape, or it or an offset is not finite.
-
     """
     _check_direction("direction", direction, hessian)
     return plane(hessian, direction, torch.zeros_like(direction), offsets, [0.0], progress)[:, 0]
@@ -118,7 +115,6 @@ def plane(
 
     Raises:
         ArgumentError: If a direction has another shape, or it or an offset is not finite.
-
     """
     _check_direction("first", first, hessian)
     _check_direction("second", second, hessian)
@@ -150,7 +146,6 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
 
     Raises:
         ArgumentError: If no parameter that requires a gradient has two dimensions or more.
-
     """
     generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     trained = [p.detach() for p in model.parameters() if p.requires_grad]

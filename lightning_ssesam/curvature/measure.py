@@ -9,17 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssesam._validation import bad_argument, check_radius
+from lightning_ssesam.curvature import lanczos
 from lightning_ssesam.curvature.hessian import Hessian, SampleLosses
-from lightning_ssesam.curvature.lanczos import (
-    Eigenvalues,
-    SpectralDensity,
-    Trace,
-    estimate_trace,
-    find_ends,
-    norm,
-    quadrature,
-    spectral_density,
-)
 from lightning_ssesam.curvature.settings import CurvatureSettings
 from lightning_ssesam.split import ClassSplit
 
@@ -42,15 +33,14 @@ class Curvature:
         density: Spectral density of its Hessian; None if it was not measured.
         sharpness: Rise of the loss at distance ``rho`` along its gradient.
         rho: Distance at which the sharpness was measured.
-
     """
 
     samples: float
     loss: float
     gradient_norm: float
-    eigenvalues: Eigenvalues
-    trace: Trace | None
-    density: SpectralDensity | None
+    eigenvalues: lanczos.Eigenvalues
+    trace: lanczos.Trace | None
+    density: lanczos.SpectralDensity | None
     sharpness: float
     rho: float
 
@@ -122,7 +112,6 @@ def measure_curvature(
         >>> measured = measure_curvature(model, [batch], split, ["head", "tail"], sample_losses)
         >>> {group: round(curvature.eigenvalues.smallest, 3) for group, curvature in measured.items()}
         {'head': 2.0, 'tail': -2.0}
-
     """
     chosen = CurvatureSettings(**settings)
     measured, masks = {}, group_masks(split, groups)
@@ -134,7 +123,7 @@ def measure_curvature(
         measured[name] = Curvature(
             samples=hessian.weight,
             loss=hessian.loss(),
-            gradient_norm=norm(hessian.gradient()),
+            gradient_norm=lanczos.norm(hessian.gradient()),
             eigenvalues=ends,
             trace=trace,
             density=density,
@@ -146,20 +135,20 @@ def measure_curvature(
 
 def _spectrum(
     hessian: Hessian, settings: CurvatureSettings, title: str | None
-) -> tuple[Eigenvalues, Trace | None, SpectralDensity | None]:
+) -> tuple[lanczos.Eigenvalues, lanczos.Trace | None, lanczos.SpectralDensity | None]:
     seed = settings.seed
     title_of_search, title_of_density = (f"{title}: {part}" if title else None for part in ("eigenvalues", "density"))
-    ends, iteration = find_ends(hessian, settings.tolerance, settings.max_iterations, seed, title_of_search)
-    trace = estimate_trace(hessian, settings.trace_samples, seed, iteration) if settings.trace_samples else None
+    ends, iteration = lanczos.find_ends(hessian, settings.tolerance, settings.max_iterations, seed, title_of_search)
+    trace = lanczos.estimate_trace(hessian, settings.trace_samples, seed, iteration) if settings.trace_samples else None
     if settings.probes == 0:
         return ends, trace, None
-    nodes, weights = quadrature(iteration)
+    nodes, weights = lanczos.quadrature(iteration)
     # The vectors of an iteration take the most memory. Free them before the next iteration collects its own.
     del iteration
     if settings.probes == 1:
-        return ends, trace, SpectralDensity([nodes], [weights])
-    others = spectral_density(hessian, settings.probes - 1, ends.iterations, seed + 1, title_of_density)
-    return ends, trace, SpectralDensity([nodes, *others.nodes], [weights, *others.weights])
+        return ends, trace, lanczos.SpectralDensity([nodes], [weights])
+    others = lanczos.spectral_density(hessian, settings.probes - 1, ends.iterations, seed + 1, title_of_density)
+    return ends, trace, lanczos.SpectralDensity([nodes, *others.nodes], [weights, *others.weights])
 
 
 def sharpness(hessian: Hessian, rho: float) -> float:
@@ -170,10 +159,9 @@ def sharpness(hessian: Hessian, rho: float) -> float:
     Args:
         hessian: Hessian of the group's loss.
         rho: Distance, a finite number >= 0.
-
     """
     gradient = hessian.gradient()
-    length = norm(gradient)
+    length = lanczos.norm(gradient)
     if check_radius("rho", rho) == 0 or length == 0:
         return 0.0
     return hessian.loss(at=rho * gradient / length) - hessian.loss()
@@ -184,7 +172,6 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
 
     Raises:
         ArgumentError: If a group is unknown, or has no classes.
-
     """
     known = {name: getattr(split, name) for name in ("head", "tail", "many", "medium", "few")}
     known["all"] = torch.ones(split.num_classes, dtype=torch.bool)

@@ -46,7 +46,6 @@ def choose_samples(
 
     Raises:
         ArgumentError: If an argument is out of range, the labels are not known, or a label is no class of the split.
-
     """
     check_integer("samples", samples, minimum=1)
     check_integer("batch_size", batch_size, minimum=1)

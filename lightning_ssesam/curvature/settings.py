@@ -32,11 +32,6 @@ class CurvatureSettings:
 
     Raises:
         ArgumentError: If a value is out of range.
-
-    Example:
-        >>> CurvatureSettings(tolerance=0.001).max_iterations
-        200
-
     """
 
     rho: float = 0.05

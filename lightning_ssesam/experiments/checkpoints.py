@@ -21,7 +21,6 @@ def find_config(checkpoint: Path) -> Path:
 
     Raises:
         ArgumentError: If there is no such checkpoint, or no config.yaml.
-
     """
     if checkpoint.is_dir():
         raise ArgumentError(
@@ -48,7 +47,6 @@ def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier,
 
     Raises:
         ArgumentError: If one of them cannot be read, or they do not belong together.
-
     """
     state = _load_state(checkpoint)
     model, data = _build(config)

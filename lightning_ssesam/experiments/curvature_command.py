@@ -86,7 +86,6 @@ def curvature(
     Raises:
         ArgumentError: If an argument is out of range, or a checkpoint or its configuration cannot be used.
         ModuleNotFoundError: If matplotlib, scipy or jsonargparse is not installed.
-
     """
     chosen = _CommandSettings(seed=seed, **settings)
     landscapes = _Landscapes(points, plane_points, extent, seed, output)
@@ -114,7 +113,8 @@ def curvature(
                     group: Hessian(model, batches[group], None, mask, chosen.dtype, chosen.batch_norm)
                     for group, mask in group_masks(model.split, names).items()
                 }
-                suffix = f"-{_as_file_name(labels[path])}" if len(checkpoints) > 1 else ""
+                name_of_file = re.sub(r"[^\w=.+-]+", "-", labels[path])
+                suffix = f"-{name_of_file}" if len(checkpoints) > 1 else ""
                 written += landscapes.draw(hessians, measured[path], labels[path], suffix)
     by_label = {labels[path]: curvatures for path, curvatures in measured.items()}
     if chosen.probes:
@@ -176,13 +176,7 @@ def write_rows(measured: Mapping[Path, Mapping[str, Curvature]], path: Path) -> 
 
 
 def format_curvature(measured: Mapping[str, Mapping[str, Curvature]], tolerance: float) -> str:
-    """Return a table as text, with a line for each group. Below it stand the groups that missed the tolerance.
-
-    Args:
-        measured: Curvature by the name of the checkpoint, which is shown if there are several, and by group.
-        tolerance: Relative error of the eigenvalues that was asked for.
-
-    """
+    """Return a table as text, with a line for each group. Below it stand the groups that missed the tolerance."""
     several = len(measured) > 1
     header = ["group", "samples", "loss", "||gradient||", "largest", "smallest", "ratio", "trace", "sharpness"]
     rows = [[*(["checkpoint"] if several else []), *header, "negative", "products"]]
@@ -208,12 +202,7 @@ def format_curvature(measured: Mapping[str, Mapping[str, Curvature]], tolerance:
 
 
 def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
-    """Return a short name for each checkpoint: its path without the parts that all paths begin and end with.
-
-    Raises:
-        ArgumentError: If there is no checkpoint, or one is given twice.
-
-    """
+    """Return a short name for each checkpoint: its path without the parts that all paths begin and end with."""
     if not checkpoints or len(set(checkpoints)) < len(checkpoints):
         raise bad_argument("checkpoints", "one or more, each once", [str(path) for path in checkpoints])
     parts = [(*path.parts[:-1], path.stem) for path in checkpoints]
@@ -228,7 +217,7 @@ def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
 
 
 def _common(parts: Sequence[tuple[str, ...]]) -> int:
-    """Return how many entries all of them begin with in common."""
+    """Return the number of entries that all of them begin with in common."""
     return len(list(takewhile(lambda entries: len(set(entries)) == 1, zip(*parts, strict=False))))
 
 
@@ -266,7 +255,3 @@ def _table_row(group: str, curvature: Curvature) -> list[str]:
         "" if share is None else f"{100 * share:.1f} %",
         str(ends.iterations),
     ]
-
-
-def _as_file_name(label: str) -> str:
-    return re.sub(r"[^\w=.+-]+", "-", label)
