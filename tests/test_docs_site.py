@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 # Modules without `__all__` whose classes and functions are for users, but for what the project's own files share.
 OPEN = ("losses", "metrics", "objectives", "split", "engine", "compare", "sweep", "runs")
 SHARED = {
+    "as_counts",
     "as_labels",
     "check_beta",
     "check_class_indices",
