@@ -19,9 +19,9 @@ class ClassSampler(DistributedSampler[int]):
     """Draws a class by :meth:`class_probabilities`, then one of its samples, with replacement and equal chances.
 
     The draws depend on the seed and the epoch alone. With several processes, every process makes the same draws and
-    takes every ``num_replicas``-th. Together they see what a single process would, and the first draws once more if
-    the number of draws is no multiple of that of processes. A Trainer calls ``set_epoch``. It leaves the sampler in
-    place, because it is a ``DistributedSampler``.
+    takes every ``num_replicas``-th. Together they see what a single process would. The first draws are repeated if the
+    processes could not take equally many otherwise. A Trainer calls ``set_epoch``, and does not replace the sampler,
+    because it is a ``DistributedSampler``.
 
     Args:
         labels: Label of every training sample, shape ``(N,)``, integers >= 0.
@@ -30,7 +30,6 @@ class ClassSampler(DistributedSampler[int]):
 
     Raises:
         ArgumentError: If an argument is out of range.
-
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_samples: int | None = None, seed: int = 0) -> None:
@@ -47,7 +46,6 @@ class ClassSampler(DistributedSampler[int]):
         Args:
             class_counts: Samples of each class, shape ``(C,)``, float64.
             epoch: Epoch, counted from 0.
-
         """
         raise NotImplementedError(f"{type(self).__name__} has no `class_probabilities`.")
 
@@ -55,7 +53,6 @@ class ClassSampler(DistributedSampler[int]):
         """Set the number of processes that share the draws, and the rank of this one.
 
         By default both are those of ``torch.distributed``.
-
         """
         self._shared = (num_replicas, rank)
 
@@ -101,7 +98,6 @@ class ClassBalancedSampler(ClassSampler):
         >>> sampler = ClassBalancedSampler([0, 0, 0, 0, 0, 0, 0, 1], num_samples=1000)
         >>> 450 < sum(index == 7 for index in sampler) < 550
         True
-
     """
 
     @override
@@ -115,7 +111,6 @@ class SquareRootSampler(ClassSampler):
     """Draws classes in proportion to the square root of their size (Kang et al., ICLR 2020, with q = 1/2).
 
     The arguments are those of :class:`ClassSampler`.
-
     """
 
     @override
@@ -136,7 +131,6 @@ class ProgressivelyBalancedSampler(ClassSampler):
 
     Raises:
         ArgumentError: If an argument is out of range.
-
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_epochs: int, **kwargs: Any) -> None:

@@ -48,7 +48,6 @@ class LDAMLoss(LongTailLoss):
         tensor([0.2500, 0.5000])
         >>> loss(torch.tensor([[0.25, 0.0], [0.25, 0.0]]), torch.tensor([0, 1]))
         tensor([0.6931, 1.1369])
-
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class LogitAdjustedLoss(LongTailLoss):
     Example:
         >>> LogitAdjustedLoss([9, 1])(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor([0.1054, 2.3026])
-
     """
 
     def __init__(self, counts: Counts | None = None, tau: float = 1.0, **kwargs: Any) -> None:
@@ -108,7 +106,6 @@ class BalancedSoftmaxLoss(LongTailLoss):
     Example:
         >>> BalancedSoftmaxLoss([9, 1])(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor([0.1054, 2.3026])
-
     """
 
     @override
@@ -133,7 +130,6 @@ class VSLoss(LongTailLoss):
     Example:
         >>> VSLoss([16, 1], gamma=0.25, tau=0.0)(torch.ones(2, 2), torch.tensor([0, 1]))
         tensor([0.4741, 0.9741])
-
     """
 
     def __init__(self, counts: Counts | None = None, gamma: float = 0.15, tau: float = 1.25, **kwargs: Any) -> None:
@@ -160,7 +156,6 @@ class ClassBalancedLoss(LongTailLoss):
     Example:
         >>> ClassBalancedLoss([2, 1], beta=0.5)(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor([0.5545, 0.8318])
-
     """
 
     def __init__(self, counts: Counts | None = None, beta: float = 0.9999, reduction: Reduction = "none") -> None:
@@ -205,7 +200,6 @@ class FocalLoss(LongTailLoss):
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(1, 2), torch.tensor([0]))
         tensor([0.1733])
-
     """
 
     _needs_counts = False

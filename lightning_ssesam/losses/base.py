@@ -35,7 +35,6 @@ class LongTailLoss(nn.Module):
         ...         return functional.adjusted(logits, targets, self.counts_like(logits).log(), weight)
         >>> PriorLoss([9, 1], reduction="sum")(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor(2.4079)
-
     """
 
     weight: Tensor | None
@@ -60,7 +59,6 @@ class LongTailLoss(nn.Module):
         Raises:
             ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`, has other class counts than the
                 loss, or does not have one class for each weight.
-
         """
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
@@ -86,7 +84,6 @@ class LongTailLoss(nn.Module):
         Raises:
             ArgumentError: If shapes or dtypes do not fit.
             RuntimeError: If the loss needs class counts and has none.
-
         """
         if self._needs_counts and self.class_counts is None:
             name = type(self).__name__
@@ -111,7 +108,6 @@ class LongTailLoss(nn.Module):
 
         Returns:
             The loss of every sample, ``(N, ...)``.
-
         """
         raise NotImplementedError(f"{type(self).__name__} has no `losses`.")
 

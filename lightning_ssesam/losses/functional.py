@@ -1,9 +1,6 @@
-"""The losses as functions of tensors. Each is the formula of its paper.
+"""The losses as functions of tensors. Each is the formula of its paper, and returns one loss for each sample.
 
-Logits are ``(N, C)`` or ``(N, C, ...)``, float32 or float64. Targets are class indices ``(N, ...)``, int64, or class
-probabilities of the shape and dtype of the logits. Class weights ``(C,)`` have the logits' dtype: the loss of a sample
-is multiplied by the weight of its class; for probabilities t it is the sum over the classes of t_j w_j l_j. Each
-function returns one loss for each sample, ``(N, ...)``. The classes of :mod:`lightning_ssesam.losses` check arguments.
+Nothing is checked here: the classes of :mod:`lightning_ssesam.losses` do that.
 """
 
 from collections.abc import Sequence
@@ -48,7 +45,6 @@ def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
     Example:
         >>> class_balanced_weights([2, 1], beta=0.5)
         tensor([0.8000, 1.2000], dtype=torch.float64)
-
     """
     exponents = counts_of(counts).double() * torch.tensor(check_beta(beta), dtype=torch.float64).log()
     weights = -1 / torch.expm1(exponents)
@@ -58,6 +54,23 @@ def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
 def counts_of(counts: Counts) -> Tensor:
     """Return class counts ``(C,)``, int64, given as such or as a split."""
     return counts.class_counts if isinstance(counts, ClassSplit) else as_counts(counts)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the cross-entropies ``(N, ...)``. No class index is ignored: -100 is out of range, as in the other losses.
+
+    Args:
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
+        targets: Class indices y, ``(N, ...)``, int64, or class probabilities t of the shape and dtype of the logits.
+        weight: Class weights w, ``(C,)``, of the logits' dtype; none by default. The loss of a sample is multiplied by
+            the weight of its class. For class probabilities it is the sum of t_j w_j l_j over the classes j, where l_j
+            is the loss for class index j.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]), weight=torch.tensor([1.0, 2.0]))
+        tensor([1.3863])
+    """
+    return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
 def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
@@ -72,7 +85,6 @@ def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
     Example:
         >>> ldam_margins(torch.tensor([16.0, 1.0]), max_margin=0.5)
         tensor([0.2500, 0.5000])
-
     """
     return max_margin * (class_counts.min() / class_counts) ** 0.25
 
@@ -83,17 +95,15 @@ def ldam(logits: Tensor, targets: Tensor, margins: Tensor, scale: float = 30.0, 
     .. math:: l_y(z) = -\log \frac{e^{s (z_y - m_y)}}{e^{s (z_y - m_y)} + \sum_{k \ne y} e^{s z_k}}
 
     Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``, such as the cosines of a normalized classifier.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``. For
-            probabilities, the loss of class j has the margin on j.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         margins: Margins m, ``(C,)``, see :func:`ldam_margins`.
         scale: Factor s on the logits.
-        weight: Class weights ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> ldam(torch.tensor([[0.25, 0.0]]), torch.tensor([0]), torch.tensor([0.25, 0.5]), scale=1.0)
         tensor([0.6931])
-
     """
     margins, logits = scale * margins, scale * _centred(logits)
     if not targets.is_floating_point():
@@ -128,12 +138,11 @@ def vector_scaling(
         class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
         gamma: Exponent of the factors.
         tau: Factor on the offsets.
-        weight: Class weights ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> vector_scaling(torch.ones(1, 2), torch.tensor([0]), torch.tensor([16.0, 1.0]), gamma=0.25, tau=0.0)
         tensor([0.4741])
-
     """
     factors = _along_classes((class_counts / class_counts.max()) ** gamma, logits)
     return logit_adjusted(factors * logits, targets, class_counts, tau, weight)
@@ -151,12 +160,11 @@ def logit_adjusted(
         targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
         tau: Factor on the offsets; 0 is plain cross-entropy.
-        weight: Class weights ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> logit_adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]))
         tensor([2.3026])
-
     """
     return adjusted(logits, targets, tau * (class_counts / class_counts.sum()).log(), weight)
 
@@ -167,15 +175,14 @@ def adjusted(logits: Tensor, targets: Tensor, offsets: Tensor, weight: Tensor | 
     With ``offsets = class_counts.log()`` it is balanced softmax (Ren et al., NeurIPS 2020, arXiv:2007.10740).
 
     Args:
-        logits: Logits, ``(N, C)`` or ``(N, C, ...)``.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
         targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         offsets: Offsets of the logits, ``(C,)``.
-        weight: Class weights ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]).log())
         tensor([2.3026])
-
     """
     # Centred first: a float32 near 10,000 keeps only three digits of an offset.
     return cross_entropy(_centred(logits) + _along_classes(offsets, logits), targets, weight)
@@ -187,15 +194,14 @@ def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | 
     .. math:: l = \sum_j t_j (1 - p_j)^\gamma (-\log p_j)
 
     Args:
-        logits: Logits, ``(N, C)`` or ``(N, C, ...)``, whose softmax is p.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)`` t.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         gamma: Exponent; 0 is cross-entropy.
-        weight: Class weights ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> focal(torch.zeros(1, 2), torch.tensor([0]), gamma=2.0)
         tensor([0.1733])
-
     """
     log_p = logits.log_softmax(1)
     if targets.is_floating_point():
@@ -212,16 +218,15 @@ def sigmoid_focal(
     Each class is a question with the answer yes or no (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 5).
 
     Args:
-        logits: Logits, ``(N, C)`` or ``(N, C, ...)``.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
         targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         gamma: Exponent, 0 or >= 1.
-        alpha: Weight in [0, 1] of yes; that of no is 1 - alpha. None weighs both by 1.
-        weight: Class weights ``(C,)``.
+        alpha: Weight in [0, 1] of yes; the weight of no is 1 - alpha. None weighs both by 1.
+        weight: Class weights ``(C,)``. For class probabilities t the loss is multiplied by the sum of t_j w_j.
 
     Example:
         >>> sigmoid_focal(torch.zeros(1, 2), torch.tensor([0]), gamma=0.0)
         tensor([1.3863])
-
     """
     from torchvision.ops import sigmoid_focal_loss
 
@@ -229,18 +234,6 @@ def sigmoid_focal(
         targets = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), 1.0)
     losses: Tensor = sigmoid_focal_loss(logits, targets, alpha=-1.0 if alpha is None else alpha, gamma=gamma).sum(1)
     return losses if weight is None else losses * (targets * _along_classes(weight, targets)).sum(1)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropies ``(N, ...)``. No class index is ignored: -100 is out of range, as in the other losses.
-
-    Args:
-        logits: Logits, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        weight: Class weights ``(C,)``.
-
-    """
-    return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
 def _modulated(losses: Tensor, gamma: float) -> Tensor:
