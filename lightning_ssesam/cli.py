@@ -19,7 +19,7 @@ commands:
 {commands}
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
-line. Give options one by one or in a YAML file with `--config`, where a name without a suffix is a shipped file: for
+line. Give options one by one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
 `fit` {fit}; for `compare` {compare}.
 
 examples:
@@ -34,8 +34,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: Command and options; those the program was started with by default.
-
+        args: Command and options. By default those with which the program was started.
     """
     name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
@@ -65,7 +64,7 @@ def _lightning(command: str, options: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {name: names for name, names in LightningCLI.subcommands().items() if name in COMMANDS}
 
-    # Lightning warns of arguments that are not the program's own.
+    # Lightning warns about arguments that differ from those of the program.
     sys.argv = [sys.argv[0], command, *options]
     CLI(
         LongTailClassifier,
@@ -108,22 +107,22 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "fit": _Command(partial(_lightning, "fit"), "train a LongTailClassifier"),
-    "validate": _Command(partial(_lightning, "validate"), "evaluate it on the validation data"),
-    "test": _Command(partial(_lightning, "test"), "evaluate it on the test data"),
+    "validate": _Command(partial(_lightning, "validate"), "evaluate a classifier on the validation data"),
+    "test": _Command(partial(_lightning, "test"), "evaluate a classifier on the test data"),
     "compare": _Command(
         _compare,
-        "train ERM, SAM, ImbSAM and SSESAM, or your own methods, side by side; tables, pictures, an HTML report",
+        "train ERM, SAM, ImbSAM and SSESAM, or your own methods, and write tables, pictures and an HTML report",
     ),
-    "sweep": _Command(_sweep, "search for the radii of SSESAM and its switch, on validation data"),
+    "sweep": _Command(_sweep, "search for the radii and the switch of SSESAM, on validation data"),
     "curvature": _Command(
-        _curvature, "measure and draw the curvature of the losses of head and tail, at checkpoints of fit"
+        _curvature, "measure and draw the curvature of head loss and tail loss, at checkpoints of fit"
     ),
 }
-"""The commands, with the line of help of each. To add one, add an entry."""
+"""The commands by name. Usage text, dispatch and the error for unknown commands come from here."""
 
 
 def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
-    """Call a function with the arguments from the command line, and with all of them as ``config``, in YAML."""
+    """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML."""
     from jsonargparse import ArgumentParser
 
     from lightning_ssesam.experiments.recipe import DEFAULT_SGD
@@ -147,7 +146,7 @@ def _description(function: Callable[..., Any]) -> str:
 
 
 def _names_given(options: list[str]) -> set[str]:
-    """Return the options that are given as such (not ``--data.seed``, for ``data``), in files too."""
+    """Return the options that are given, on the command line or in a file. ``--data.seed`` does not give ``data``."""
     import yaml
 
     names = {arg.removeprefix("--").partition("=")[0] for arg in options if arg.startswith("--")}
@@ -170,21 +169,22 @@ def _quiet_interrupt() -> Iterator[None]:
 
 @contextmanager
 def _short_errors() -> Iterator[None]:
-    """End the program with one line if an argument is refused, wherever that was noticed."""
+    """End the program with the message of an ArgumentError or a MisconfigurationException, without a traceback."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
         yield
+    except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
     except Exception as error:
-        refused = _refusal(error)
-        if refused is None and not isinstance(error, MisconfigurationException):
+        if (argument_error := _find_argument_error(error)) is None:
             raise
-        # A loader's process puts its traceback before the message.
-        sys.exit(f"error: {str(refused or error).rpartition('ArgumentError: ')[2].strip()}")
+        # A process of a DataLoader raises the same type again, with its traceback before the message.
+        sys.exit(f"error: {str(argument_error).rpartition('ArgumentError: ')[2].strip()}")
 
 
-def _refusal(error: BaseException | None) -> ArgumentError | None:
-    """Return the ArgumentError behind an error: jsonargparse wraps those of the classes that it makes."""
+def _find_argument_error(error: BaseException | None) -> ArgumentError | None:
+    """Return the ArgumentError that an error is or was raised from. jsonargparse wraps those of classes."""
     while error is not None and not isinstance(error, ArgumentError):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error

@@ -9,6 +9,7 @@ import torch
 import yaml
 from helpers import STRICT, planned_runs
 from lightning.pytorch import Trainer
+from PIL import Image
 
 from lightning_ssesam import StageSwitch
 from lightning_ssesam.cli import main
@@ -160,6 +161,57 @@ def test_misuse_gets_one_line(arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert str(stop.value).startswith(message)
+
+
+def write_image_list(last_line):
+    """Four images in a list file, and a last line of it."""
+    for number in range(4):
+        Image.new("RGB", (8, 8)).save(f"{number}.png")
+    Path("train.txt").write_text("".join(f"{number}.png {number % 2}\n" for number in range(4)) + last_line)
+    Path("test.txt").write_text("0.png 0\n1.png 1\n")
+
+
+LISTS = ["--data=ImageListLT", "--data.train=train.txt", "--data.test=test.txt", "--data.image_size=8"]
+NETWORK = ["--backbone=SmallConvNet", "--backbone.in_channels=3"]
+COMPARISON = ["compare", *NETWORK, "--methods=ERM", "--seeds=1", "--epochs=1", "--jobs=1"]
+FIT = ["fit", "--model.objective=ERM", "--model.backbone=SmallConvNet", "--model.backbone.in_channels=3", *QUICK]
+
+
+@pytest.mark.parametrize("command", [COMPARISON, ["sweep", *NETWORK, "--trials=1", "--epochs=1"], FIT])
+def test_a_wrong_line_in_a_file_of_data_gets_one_line(command):
+    write_image_list("0.png cat\n")
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *LISTS, "--data.num_workers=0"])
+    assert str(stop.value).startswith("error: train.txt, line 5: Expected a label")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*smaller than the logging interval")
+@pytest.mark.parametrize(
+    ("command", "workers"),
+    [(COMPARISON, 0), (COMPARISON, 1), (FIT, 1)],
+    ids=["compare", "compare-worker", "fit-worker"],
+)
+def test_an_image_that_fails_during_training_gets_one_line(command, workers):
+    """In the loader's own process too, of which torch hands on the type of the error and a text with its traceback."""
+    write_image_list("4.png 1\n")
+    Path("4.png").write_text("no image")
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *LISTS, f"--data.num_workers={workers}"])
+    assert str(stop.value).startswith("error: train.txt, line 5: Expected ")
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_other_errors_keep_their_traceback(error, monkeypatch):
+    """Whatever their text is."""
+
+    def fail(*args):
+        raise error("Expected argument `x` to be a thing of the user, but got none.")
+
+    monkeypatch.setattr("lightning_ssesam.experiments.runs.Experiment.run", fail)
+    with pytest.raises(error, match="a thing of the user"):
+        main(["compare", "--methods=ERM", "--seeds=1", "--jobs=1"])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -21,14 +21,14 @@ import pytest
 import torch
 from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, planned_runs, show_as
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from matplotlib.figure import Figure
 
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import METHODS, Method, compare
-from lightning_ssesam.experiments.figures import draw_comparison, draw_confusion, draw_trade_off
+from lightning_ssesam.experiments.comparison import Comparison
+from lightning_ssesam.experiments.figures import FIGURES, Figure, draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.jobs import Task, make_runs
-from lightning_ssesam.experiments.report import Comparison, write_report
+from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.tables import (
     differences,
     format_table,
@@ -476,18 +476,27 @@ def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
             "`output` to be a folder that can be made (Not a directory), but got 'file/here/",
         ),
         (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
-        (["--model={nonsense: 1}"], "`model` to be arguments of LongTailClassifier, but for those set elsewhere"),
+        (["--model={nonsense: 1}"], "`model` to be arguments of LongTailClassifier, except those set elsewhere"),
         (
             ["--trainer={precison: 16, max_epochs: 3}"],
-            "`trainer` to be arguments of Trainer, but for those set elsewhere (callbacks, max_epochs),"
+            "`trainer` to be arguments of Trainer, except those set elsewhere (callbacks, max_epochs),"
             " but got 'max_epochs', 'precison'",
         ),
         (["--trainer={devices: 2}"], "`trainer` to be settings with a single device (`jobs` makes several"),
+        (
+            ['--model={"step_options": {"intervall": 2, "pases": 1}}'],
+            "`step_options` to be any of passes, batch_norm_statistics, interval, processes, on_nonfinite,"
+            " log_sharpness, exact_resume, but got 'intervall', 'pases'.",
+        ),
+        (["--model={step_options: {interval: 0}}"], "`interval` to be an integer >= 1, but got 0."),
+        (["--model={step_options: split}"], "`step_options` to be a StepOptions"),
+        (["--config=own.yaml"], "`interval` to be an integer >= 1, but got 'two'."),
     ],
 )
 def test_refuses_before_it_trains(arguments, message, monkeypatch):
     monkeypatch.setattr(Experiment, "run", lambda *args: pytest.fail("trained"))
     Path("file").touch()
+    Path("own.yaml").write_text("methods: {own: {objective: ERM, model: {step_options: {interval: two}}}}")
     with pytest.raises(SystemExit) as stop:
         main(["compare", *arguments])
     assert str(stop.value).startswith(f"error: Expected argument {message}")
@@ -578,18 +587,13 @@ class TestTables:
         assert re.search(r"Python [\d.]+, on chip</dd>", text)
         assert "on the validation set over the epochs" in text
 
-    def test_pictures_get_the_switch_and_the_set(self, monkeypatch):
-        seen = []
-        monkeypatch.setattr(
-            "lightning_ssesam.experiments.report.draw_comparison", lambda *args: seen.append(args) or args[4]
-        )
+    def test_the_report_names_the_set_that_validates(self, monkeypatch):
         monkeypatch.setattr(DigitsLT, "val_is_test", True)
-        Path("comparison.png").touch()
-        text = report_of(self.RUNS, SPLIT, 0.6, 5).read_text()
-        assert seen[0][2] == 3
-        assert seen[0][5] == "test"
+        text = report_of(self.RUNS, SPLIT, None).read_text()
         assert "on the test set over the epochs" in text
         assert "`best epoch`: on the test set" in Path("table.md").read_text()
+        assert "switch to stage 2" not in text
+        assert "switch to stage 2" in report_of(self.RUNS, SPLIT).read_text()
 
     def test_interval_holds_its_promise(self):
         generator = np.random.default_rng(0)
@@ -612,10 +616,14 @@ class _Page(HTMLParser):
         self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
 
-def report_of(runs, split, gamma=0.5, epochs=3):
+def comparison_of(runs, split, gamma=0.5, epochs=3):
     data = DigitsLT()
     data.class_counts = split.class_counts.tolist()
-    return write_report(Comparison(runs, split, data, epochs, gamma, "epochs: 3\nname: <b>&"), Path())[0]
+    return Comparison(runs, split, data, epochs, gamma, "epochs: 3\nname: <b>&")
+
+
+def report_of(*args):
+    return write_report(comparison_of(*args), Path())[0]
 
 
 SPLIT = DigitsLT().split(tail_fraction=0.2)
@@ -626,7 +634,7 @@ def test_report_holds_all_that_it_shows():
     text = report_of(runs, SPLIT).read_text()
     page = _Page()
     page.feed(text)
-    assert len(page.sources) == 3
+    assert len(page.sources) == len(FIGURES)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "url(" not in text
     assert "@import" not in text
@@ -635,38 +643,44 @@ def test_report_holds_all_that_it_shows():
     assert "37.5 ± 17.7" in text
 
 
+def test_a_new_figure_is_one_entry(monkeypatch):
+    new = Figure("new", draw_confusion, lambda comparison: f"Text on {comparison.name}.", is_small=True)
+    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", (*FIGURES, new))
+    written = write_report(comparison_of([made_up("ERM", 0)], SPLIT), Path())
+    assert Path("new.png") in written
+    assert Path("new.png").read_bytes() == Path("confusion.png").read_bytes()
+    *_, last = re.findall('<img( class="small")? .*?<figcaption>(.*?)</figcaption>', written[0].read_text())
+    assert last == (' class="small"', "Text on DigitsLT.")
+
+
 def test_names_are_no_formulas_and_stay_in_the_legend(monkeypatch):
-    seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure))
-    runs = [made_up(name, 0) for name in (r"$\no$", "_own")]
-    draw_comparison(runs, SPLIT, None, "title", Path("a.png"), "test")
-    draw_trade_off(runs, "title", Path("b.png"))
-    for figure in seen:
+    monkeypatch.setattr(DigitsLT, "val_is_test", True)
+    comparison = comparison_of([made_up(name, 0) for name in (r"$\no$", "_own")], SPLIT)
+    figures = [draw_comparison(comparison), draw_trade_off(comparison)]
+    for figure in figures:
         figure.draw_without_rendering()
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert labels[-2:] == [r"\$\no\$", "\u200b_own"]
-    assert seen[0].axes[1].get_title() == "Head classes (test)"
+    assert figures[0].axes[1].get_title() == "Head classes (test)"
 
 
-def test_pictures_show_the_numbers(monkeypatch):
-    seen = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure))
+def test_pictures_show_the_numbers():
     runs = [made_up("ERM", 0), made_up("ERM", 1)]
     for run, value in zip(runs, (0.2, 0.4), strict=True):
         run.class_recalls = [0.1, value, 0.3]
         run.accuracy |= {"head": 0.6, "tail": value}
         run.curves |= {"head": [0.5, 0.6], "tail": [0.1, value]}
         run.confusion = dict(zip(CONFUSIONS, (0.15, 0.25, 0.5, 0.2), strict=True))
-    draw_comparison(runs, ClassSplit([50, 500, 5], tail=[2]), 1.5, "title", Path("a.png"))
-    draw_trade_off(runs, "title", Path("b.png"))
-    draw_confusion(runs, Path("c.png"))
-    (per_class, head, tail), trade_off, confusion = seen[0].axes, seen[1].axes[0], seen[2].axes
+    comparison = comparison_of(runs, ClassSplit([50, 500, 5], tail=[2]), 0.75, 2)
+    figures = [draw(comparison) for draw in (draw_comparison, draw_trade_off, draw_confusion)]
+    (per_class, head, tail), (trade_off,), confusion = (figure.axes for figure in figures)
     # By rank; the deviation of 20 and 40 is sqrt(200).
     assert per_class.lines[0].get_ydata() == pytest.approx([30, 10, 30])
     (bar, *_), *_ = per_class.containers[0].lines[2][0].get_segments()
     assert abs(bar[1] - 30) == pytest.approx(200**0.5)
     assert head.lines[0].get_ydata() == pytest.approx([50, 60])
     assert tail.lines[0].get_ydata() == pytest.approx([10, 30])
+    # The switch after three quarters of two epochs.
     assert list(tail.lines[1].get_xdata()) == [1.5, 1.5]
     assert trade_off.collections[1].get_offsets().tolist() == [pytest.approx([60, 30])]
     widths = [[bars[0].get_width() for bars in ax.containers] for ax in confusion]
@@ -707,8 +721,5 @@ def test_pictures_of_any_number_of_classes_methods_and_epochs(classes):
     runs = [made_up(f"method {k}", 0, k / 11, classes=classes, epochs=1) for k in range(11)]
     for run in runs:
         run.class_recalls[-1] = math.nan  # absent from the test set
-    draw_comparison(runs, split, None, "title", Path("a.png"))
-    draw_trade_off(runs, "title", Path("b.png"))
-    draw_confusion(runs, Path("c.png"))
-    assert all(Path(f"{name}.png").stat().st_size > 10_000 for name in "abc")
     assert report_of(runs, split, None, 1).stat().st_size < 2_000_000
+    assert all(Path(f"{figure.name}.png").stat().st_size > 10_000 for figure in FIGURES)

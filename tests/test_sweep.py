@@ -278,5 +278,5 @@ def test_does_not_choose_by_test_data():
     class OnTest(DigitsLT):
         val_is_test = True
 
-    with pytest.raises(ValueError, match=r"with a validation set of its own .* but got one that validates"):
+    with pytest.raises(ValueError, match=r"with its own validation set .* but got one that validates"):
         sweep(trials=1, data=OnTest)

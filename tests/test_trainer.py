@@ -1,4 +1,4 @@
-"""What the Trainer gives under automatic optimization, with the mixin: docs/trainer.md names these tests."""
+"""The Trainer's features with the mixin, beside automatic optimization; trainer_features.yaml names these tests."""
 
 import copy
 import csv

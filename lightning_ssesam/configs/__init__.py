@@ -1,1 +1,1 @@
-"""Configurations for ``lightning-ssesam fit --config NAME``."""
+"""Configurations for ``lightning-ssesam fit --config NAME`` and ``compare --config NAME``."""

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.comparison import Comparison
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.recipe import Recipe
-from lightning_ssesam.experiments.report import Comparison, write_report
+from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.run_store import RunStore
 from lightning_ssesam.experiments.runs import Experiment, Run
 from lightning_ssesam.experiments.tables import format_table, write_runs
@@ -31,15 +32,14 @@ _GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
 
 @dataclass
 class Method:
-    """How one method of a comparison differs; whatever is not given is that of the comparison.
+    """Options in which one method differs from the others. Those that are not given are the comparison's.
 
     Args:
         objective: Objective by class path, with its arguments.
         loss: Loss by class path, with its arguments.
         backbone: Network by class path, with its arguments.
         optimizer: Optimizer by class path, with its arguments.
-        data: Data module by class path, with its arguments, for example with another sampler. Class counts must be the
-            same.
+        data: Data module by class path, with its arguments, for example another sampler. Class counts must be equal.
         callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
         model: Further arguments of LongTailClassifier, such as step_options.
 
@@ -54,16 +54,14 @@ class Method:
     model: dict[str, Any] = field(default_factory=dict)
 
     def experiment(self, name: str, recipe: Recipe, gamma: float) -> Experiment:
-        """Return how this method is trained in a comparison with this recipe."""
+        """Return the experiment that trains this method with the options of a comparison."""
+        shared, model = recipe.model or {}, self.model
+        if all(isinstance(arguments.get("step_options"), Mapping) for arguments in (shared, model)):
+            # A method may change some step options and keep the others of the comparison.
+            model = {**model, "step_options": {**shared["step_options"], **model["step_options"]}}
         parts = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data")}
-        shared, model = recipe.model or {}, {**(recipe.model or {}), **self.model}
-        # Step options are a mapping in a YAML file, of which a method may change some.
-        if isinstance(options := self.model.get("step_options"), Mapping) and isinstance(
-            shared_options := shared.get("step_options"), Mapping
-        ):
-            model["step_options"] = {**shared_options, **options}
         given = {part: value for part, value in parts.items() if value is not None}
-        options = {**recipe.options, **given, "model": model}
+        options = {**recipe.options, **given, "model": {**shared, **model}}
         return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
 
 
@@ -80,29 +78,28 @@ def compare(
     config: str | None = None,
     **recipe: Any,
 ) -> list[Run]:
-    """Train every method with every seed on one data set; print a table, write a report.
+    """Train every method with every seed on one data set, print a table, and write a report.
 
-    With one seed, every method gets the same initial weights, batch order and number of epochs. Accuracies are on the
+    Methods with the same seed get the same initial weights, batch order and number of epochs. Accuracies are on the
     test set, after the last epoch; the curves are on the validation set. Every run is kept in the output folder as soon
-    as it ends. The same command again, for example after an interruption, makes only runs that are missing or were made
-    with other settings.
+    as it ends. The same command again makes only the runs that are missing or were made with other settings.
 
     Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
     run), summary.csv, table.md, comparison.png, trade_off.png and confusion.png.
 
     Args:
-        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and how
-            each method differs. The first method is the one that the others are compared with.
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and the
+            options of each method. The others are compared with the first method.
         seeds: Number of seeds, counted from 0, for the initial weights and the batch order.
         sam_rho: Radius of SAM.
         imbsam_rho: Radius of ImbSAM, for the tail.
         head_rho: Radius of SSESAM for the head, in stage 1.
         tail_rho: Radius of SSESAM for the tail.
         gamma: Fraction of the training after which SSESAM's stage 2 begins.
-        jobs: Number of trainings at a time, each in its own process. With several GPUs, each takes the next one.
+        jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results.
-        config: Configuration that repeats the comparison, shown in the report. The command line fills it in.
-        **recipe: Further options, see :class:`~lightning_ssesam.experiments.recipe.Recipe`.
+        config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
+        **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
     Returns:
         The runs, method by method.
@@ -119,13 +116,13 @@ def compare(
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
     chosen = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
     experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
-    # Whatever cannot be built is refused before anything is trained or written.
+    # Build every part once: a wrong one is refused before anything is trained or written.
     data = shared.data()
     with quiet():
         split = experiments[0].make_split(data)
         fingerprints = [experiment.fingerprint(split) for experiment in experiments]
         experiments[0].make_trainer([])
-    # Here, and not in several processes at once.
+    # Download the data here, because several processes must not do so at once.
     for module in (data, *(method.data() for method in chosen.values() if method.data)):
         module.prepare_data()
     pairs = list(zip(experiments, fingerprints, strict=True))
@@ -162,26 +159,25 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
 def _finish(tasks: list[Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
     """Make the runs that are missing. Return all of them, method by method.
 
-    The tasks hold the methods one after the other for every seed, so that a comparison that ends early is a fair one.
+    The tasks are in the order of their seeds, so that an interrupted comparison has as many runs of each method.
     """
-    done = {(e.method, seed): store.load(e.method, seed, fingerprint) for e, fingerprint, seed in tasks}
-    missing = [task for task in tasks if done[task.experiment.method, task.seed] is None]
+    runs = {task.key: store.load(*task.key, task.fingerprint) for task in tasks}
+    missing = [task for task in tasks if runs[task.key] is None]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
-    order = list(dict.fromkeys(task.experiment.method for task in tasks))
     fingerprints = {task.experiment.method: task.fingerprint for task in tasks}
+    methods = list(fingerprints)
 
     def finished() -> list[Run]:
-        runs = [run for run in done.values() if run is not None]
-        return sorted(runs, key=lambda run: order.index(run.method))
+        return sorted(filter(None, runs.values()), key=lambda run: methods.index(run.method))
 
     try:
         for run in make_runs(missing, jobs):
             store.save(run, fingerprints[run.method])
-            done[run.method, run.seed] = run
+            runs[run.method, run.seed] = run
             write_runs(finished(), output / "results.csv")
     except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
-        # Lightning turns the first into the second.
+        # Lightning turns a KeyboardInterrupt into a SystemExit.
         print(f"\nInterrupted after {len(finished())} of {len(tasks)} runs, which are in {store.folder}.")
         print("Run it again to make the others.")
         if finished():

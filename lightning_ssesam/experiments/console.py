@@ -12,7 +12,7 @@ from lightning_ssesam._validation import bad_argument
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the output, or raise ``ArgumentError``."""
+    """Make a folder for the output, or raise ``ArgumentError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -32,7 +32,7 @@ def limited_threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the messages that Lightning writes for every single training."""
+    """Silence the messages that Lightning writes for each training."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

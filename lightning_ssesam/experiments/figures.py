@@ -1,154 +1,140 @@
-"""The pictures of a comparison."""
+"""The pictures of a comparison and of a search."""
 
-from __future__ import annotations
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lightning_ssesam.experiments.tables import by_method
+from lightning_ssesam.experiments.comparison import Comparison
+from lightning_ssesam.experiments.runs import Run
+from lightning_ssesam.experiments.tables import by_method, seeds_of
 from lightning_ssesam.split import ClassSplit
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from lightning_ssesam.experiments.runs import Run
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers; a method has the same one in every picture.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has the same one in every picture.
 _COLORS = ("#000000", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
-# More classes than this are shown in as many groups of neighbouring ranks.
-_MOST_POINTS = 40
+# More classes than this are shown in groups of neighbouring ranks.
+_MAX_POINTS = 40
 
 
-def method_style(number: int) -> tuple[str, str]:
-    """Return color and marker of the method of this number."""
-    return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+class Figure(NamedTuple):
+    """A picture of the report.
 
-
-def _label(name: str) -> str:
-    """Return a method's name such that matplotlib takes it for no formula, and leaves it in the legend."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def draw_comparison(
-    runs: Sequence[Run],
-    split: ClassSplit,
-    switch_epoch: float | None,
-    title: str,
-    path: Path,
-    validation: str = "validation",
-) -> Path:
-    """Draw per-class accuracy against class rank, and head and tail accuracy over epochs.
-
-    Args:
-        runs: The runs to show; those of one method are averaged, with their standard deviation as bars and bands.
-        split: The class split of the training set.
-        switch_epoch: Epoch at which stage 2 begins, or None where no method has stages.
-        title: Heading of the picture.
-        path: The PNG to write.
-        validation: The set that the curves are on.
-
-    Returns:
-        ``path``.
+    Attributes:
+        name: Name of its file, without the suffix.
+        draw: Function that draws a comparison.
+        caption: Function that returns the text below the picture.
+        is_small: Whether it takes half of the page's width.
 
     """
-    methods = by_method(runs)
-    figure = Figure(figsize=(12, 4.6 + 0.2 * (len(methods) // 6)), layout="constrained")
+
+    name: str
+    draw: Callable[[Comparison], matplotlib.figure.Figure]
+    caption: Callable[[Comparison], str]
+    is_small: bool = False
+
+
+def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw per-class accuracy against class rank, and head and tail accuracy over epochs.
+
+    The runs of a method are averaged; bars and bands are their standard deviation.
+    """
+    methods = by_method(comparison.runs)
+    figure = matplotlib.figure.Figure(figsize=(12, 4.6 + 0.2 * (len(methods) // 6)), layout="constrained")
     per_class, head, tail = figure.subplots(1, 3, width_ratios=(1.3, 1, 1), sharey=True)
-    _draw_classes(per_class, methods, split)
+    _draw_classes(per_class, methods, comparison.split)
+    switch_epoch = None if comparison.gamma is None else comparison.gamma * comparison.epochs
     for ax, group in ((head, "head"), (tail, "tail")):
-        _draw_curves(ax, {name: [run.curves[group] for run in of] for name, of in methods.items()}, switch_epoch)
-        ax.set_title(f"{group.capitalize()} classes ({validation})")
+        _draw_curves(ax, [[run.curves[group] for run in runs] for runs in methods.values()], switch_epoch)
+        ax.set_title(f"{group.capitalize()} classes ({comparison.validation_set})")
     per_class.set(title="Every class (test)", ylabel="accuracy in %", ylim=(-2, 102))
     handles, labels = per_class.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    return path
+    figure.suptitle(f"{comparison.name}: mean over {seeds_of(comparison.runs)}, with one standard deviation")
+    return figure
 
 
-def draw_trade_off(runs: Sequence[Run], title: str, path: Path) -> Path:
-    """Draw the tail's test accuracy against the head's: a small point for every run, a large one for a method's mean.
-
-    Args:
-        runs: The runs to show.
-        title: Heading of the picture.
-        path: The PNG to write.
-
-    Returns:
-        ``path``.
-
-    """
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+def draw_trade_off(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw tail accuracy against head accuracy: a small point for each run, a large one for the mean of a method."""
+    methods = by_method(comparison.runs)
+    figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
-    for number, (name, of) in enumerate(by_method(runs).items()):
+    for number, (name, runs) in enumerate(methods.items()):
         color, marker = method_style(number)
-        head, tail = (100 * np.array([run.accuracy[group] for run in of]) for group in ("head", "tail"))
+        head, tail = (100 * np.array([run.accuracy[group] for run in runs]) for group in ("head", "tail"))
         ax.scatter(head, tail, s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
         ax.scatter(
             head.mean(), tail.mean(), s=90, color=color, marker=marker, edgecolors="white", label=_label(name), zorder=3
         )
     ax.set(xlabel="head accuracy in % (test)", ylabel="tail accuracy in % (test)")
+    title = f"{comparison.name}: every run (small) and the mean over {seeds_of(comparison.runs)}"
     ax.set_title(title, wrap=True)
     ax.margins(0.1)
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(by_method(runs)), 4), frameon=False)
-    figure.savefig(path, dpi=150)
-    return path
+    figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
+    return figure
 
 
-def draw_confusion(runs: Sequence[Run], path: Path) -> Path:
-    """Draw for every method what the head's and the tail's test samples are taken for.
-
-    Args:
-        runs: The runs to show; those of one method are averaged.
-        path: The PNG to write.
-
-    Returns:
-        ``path``.
-
-    """
-    methods = by_method(runs)
-    figure = Figure(figsize=(10, 1.6 + 0.42 * len(methods)), layout="constrained")
+def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw, for each method, which classes the test samples of head and tail are taken for."""
+    methods = by_method(comparison.runs)
+    figure = matplotlib.figure.Figure(figsize=(10, 1.6 + 0.42 * len(methods)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, group in zip(axes, ("head", "tail"), strict=True):
-        shares = [
-            [np.mean([100 * run.accuracy[group] for run in of]) for of in methods.values()],
-            *(
-                [np.mean([100 * run.confusion[f"{group}_to_{to}"] for run in of]) for of in methods.values()]
-                for to in ("head", "tail")
-            ),
-        ]
-        left = np.zeros(len(methods))
-        labels = ("the right class", "another head class", "another tail class")
-        for values, label, color in zip(shares, labels, ("#009E73", "#56B4E9", "#E69F00"), strict=True):
-            bars = ax.barh([_label(name) for name in methods], values, left=left, color=color, label=label)
-            ax.bar_label(bars, [f"{v:.0f}" if v >= 6 else "" for v in values], label_type="center", fontsize=8)
-            left = left + np.nan_to_num(np.array(values))
+        start = np.zeros(len(methods))
+        for answer, label, color in (
+            (group, "the right class", "#009E73"),
+            (f"{group}_to_head", "another head class", "#56B4E9"),
+            (f"{group}_to_tail", "another tail class", "#E69F00"),
+        ):
+            shares = np.array(
+                [np.mean([100 * (run.accuracy | run.confusion)[answer] for run in runs]) for runs in methods.values()]
+            )
+            bars = ax.barh([_label(name) for name in methods], shares, left=start, color=color, label=label)
+            ax.bar_label(bars, [f"{s:.0f}" if s >= 6 else "" for s in shares], label_type="center", fontsize=8)
+            start = start + np.nan_to_num(shares)
         ax.set(title=f"Test samples of {group} classes", xlim=(0, 100), xlabel="taken for, in %")
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure
 
 
-def draw_sweep(trials: Sequence[dict[str, float]], path: Path) -> Path:
-    """Draw the head's and the tail's validation accuracy of the trials of a search.
+def _comparison_caption(comparison: Comparison) -> str:
+    switch = "" if comparison.gamma is None else " The dashed line is the switch to stage 2."
+    return (
+        "Left: test accuracy of every class, the largest first; tail classes on grey. Right: accuracy of head and tail"
+        f" on the {comparison.validation_set} set over the epochs; bands are one standard deviation over seeds.{switch}"
+    )
+
+
+FIGURES = (
+    Figure("comparison", draw_comparison, _comparison_caption),
+    Figure(
+        "trade_off",
+        draw_trade_off,
+        lambda _: "Tail accuracy against head accuracy of each method. Up and to the right is better.",
+        is_small=True,
+    ),
+    Figure(
+        "confusion",
+        draw_confusion,
+        lambda _: "How test samples of head and tail classes are classified. Every class counts the same.",
+    ),
+)
+"""The pictures of the report, in their order. To add one, write a function that draws it, and add an entry."""
+
+
+def draw_sweep(trials: Sequence[Mapping[str, float]]) -> matplotlib.figure.Figure:
+    """Draw head and tail accuracy of the trials of a search.
 
     Args:
-        trials: Of each the accuracies of head, tail and all, in [0, 1]; the best one first.
-        path: The PNG to write.
-
-    Returns:
-        ``path``.
+        trials: Validation accuracies of head, tail and all for each trial, in [0, 1]; the best trial first.
 
     """
-    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
     head, tail, everything = (100 * np.array([trial[group] for trial in trials]) for group in ("head", "tail", "all"))
     points = ax.scatter(head, tail, c=everything, cmap="viridis")
@@ -158,14 +144,23 @@ def draw_sweep(trials: Sequence[dict[str, float]], path: Path) -> Path:
     ax.set_title(f"Every one of {len(trials)} trials that ended")
     ax.legend()
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure
+
+
+def method_style(number: int) -> tuple[str, str]:
+    """Return the colour and the marker of a method by its number."""
+    return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+
+
+def _label(name: str) -> str:
+    """Return a method's name so that matplotlib does not read it as a formula, nor leave it out of the legend."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) -> None:
     counts = split.class_counts.numpy()
     order = np.argsort(-counts, kind="stable")
-    groups = np.array_split(order, min(len(order), _MOST_POINTS))
+    groups = np.array_split(order, min(len(order), _MAX_POINTS))
     ranks = np.array([ranks.mean() for ranks in np.array_split(np.arange(len(order)), len(groups))])
     is_tail = split.tail.numpy()[order]
     if is_tail.any():
@@ -177,7 +172,7 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
         recalls = [[_nanmean(np.array(run.class_recalls)[group]) for group in groups] for run in runs]
         mean, spread = _mean_and_spread(recalls)
         ax.errorbar(ranks + shift, mean, spread, marker=marker, color=color, label=_label(name), capsize=2)
-    # At most some twelve labels fit.
+    # There is room for about twelve labels.
     shown = np.arange(len(order))[:: max(1, len(order) // 12)]
     ax.set_xticks(shown, [f"{count:,}" for count in counts[order][shown]], rotation=0 if len(order) <= 12 else 45)
     ax.set_xlim(-0.5, len(order) - 0.5)
@@ -185,12 +180,12 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
     ax.grid(alpha=0.3)
 
 
-def _draw_curves(ax: Axes, curves: dict[str, list[list[float]]], switch_epoch: float | None) -> None:
-    for number, runs in enumerate(curves.values()):
+def _draw_curves(ax: Axes, methods: Sequence[Sequence[list[float]]], switch_epoch: float | None) -> None:
+    for number, curves in enumerate(methods):
         color = method_style(number)[0]
-        mean, spread = _mean_and_spread(runs)
+        mean, spread = _mean_and_spread(curves)
         epochs = np.arange(1, len(mean) + 1)
-        # More methods than colors.
+        # Dashes tell apart methods of the same colour.
         ax.plot(epochs, mean, color=color, linestyle="-" if number < len(_COLORS) else "--")
         ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     if switch_epoch is not None:

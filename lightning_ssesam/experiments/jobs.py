@@ -1,4 +1,4 @@
-"""Trainings one after the other, or several at a time, each in a process of its own."""
+"""Trainings one after the other, or several at a time in processes."""
 
 import multiprocessing
 import os
@@ -18,8 +18,8 @@ class Task(NamedTuple):
     """One training to make.
 
     Attributes:
-        experiment: How it is trained.
-        fingerprint: The experiment's fingerprint.
+        experiment: Recipe of the training.
+        fingerprint: Fingerprint of the experiment.
         seed: Seed of the training.
 
     """
@@ -28,15 +28,20 @@ class Task(NamedTuple):
     fingerprint: str
     seed: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Name of the method, and seed."""
+        return self.experiment.method, self.seed
+
 
 def make_runs(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
-    """Make the runs of some tasks, up to ``jobs`` at a time; yield each as soon as it is finished."""
+    """Train up to ``jobs`` tasks at a time. Yield each run as soon as it is finished."""
     jobs = min(jobs, len(tasks))
     return _in_processes(tasks, jobs) if jobs > 1 else _one_by_one(tasks)
 
 
 def usable_jobs() -> int:
-    """Return how many trainings fit this machine at a time: one for each GPU, or for each CPU core, up to eight."""
+    """Return how many trainings fit this machine: one for each GPU, or else one for each CPU core, at most eight."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,7 +58,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
     gpus = torch.cuda.device_count()
     free_devices: list[int | None] = [number % gpus if gpus else None for number in reversed(range(jobs))]
     waiting, running = deque(tasks), dict[Future[Run], int | None]()
-    # Not forked: a process that has used several threads, or a GPU, cannot be.
+    # A process that has used several threads or a GPU cannot be forked.
     executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
     try:
         with tqdm(total=len(tasks), unit="run") as progress:
@@ -62,7 +67,7 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
                     task, device = waiting.popleft(), free_devices.pop()
                     running[executor.submit(task.experiment.run, task.seed, device)] = device
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                # A run that has ended well is kept, even if another one fails at the same time.
+                # Failed runs come last: `result` raises, and would lose the other runs that have finished.
                 for future in sorted(finished, key=lambda future: future.exception() is not None):
                     free_devices.append(running.pop(future))
                     run = future.result()
@@ -78,5 +83,5 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
 
 
 def _ignore_interrupts() -> None:
-    # Ctrl-C reaches every process of a terminal. The first one deals with it.
+    # Ctrl-C reaches every process of a terminal. The first process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

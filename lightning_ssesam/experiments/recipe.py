@@ -1,4 +1,4 @@
-"""The options that all trainings of a comparison or a search share."""
+"""The options of ``compare`` and ``sweep`` that say how a network is trained: types, texts and checks in one place."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained, whatever the method: the options of ``compare`` and ``sweep``, checked when it is made.
+    """Options that all trainings of a comparison or a search share, checked when the recipe is made.
 
     Args:
         data: Data module by class path, with its arguments.
@@ -36,8 +36,8 @@ class Recipe:
         threads: CPU threads for each operation, an integer >= 1. Several threads pay off for large networks only.
 
     Raises:
-        ArgumentError: If an argument is out of range, ``model`` or ``trainer`` has names that they must not have, or
-            the training would use several devices.
+        ArgumentError: If an argument is out of range, ``model`` or ``trainer`` contains a wrong name, or the training
+            would use several devices.
 
     """
 
@@ -55,11 +55,11 @@ class Recipe:
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("threads", self.threads, minimum=1)
-        made_here = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
-        _check_names("model", self.model or {}, LongTailClassifier, made_here)
+        set_elsewhere = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
+        _check_names("model", self.model or {}, LongTailClassifier, set_elsewhere)
         _check_names("trainer", self.trainer or {}, pl.Trainer, {"max_epochs", "callbacks"})
         _check_devices((self.trainer or {}).get("devices", 1))
-        _ = self.model_arguments
+        _make_step_options(self.model or {})
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,21 +68,26 @@ class Recipe:
 
     @property
     def model_arguments(self) -> dict[str, Any]:
-        """The further arguments of LongTailClassifier, with the tail. Step options become a StepOptions."""
-        arguments = {"tail_fraction": self.tail_fraction, "tail_below": self.tail_below, **(self.model or {})}
-        step_options = arguments.get("step_options")
-        if isinstance(step_options, Mapping):
-            known = [field.name for field in fields(StepOptions)]
-            if wrong := sorted(step_options.keys() - known):
-                raise bad_argument("step_options", f"any of {', '.join(known)}", got_text=", ".join(map(repr, wrong)))
-            arguments["step_options"] = StepOptions(**step_options)
-        return arguments
+        """The further arguments of LongTailClassifier, with the tail."""
+        model, tail = self.model or {}, {"tail_fraction": self.tail_fraction, "tail_below": self.tail_below}
+        return {**tail, **model, **_make_step_options(model)}
 
 
-def _check_names(name: str, arguments: dict[str, Any], owner: type, made_here: set[str]) -> None:
-    allowed = inspect.signature(owner).parameters.keys() - made_here
+def _make_step_options(model: Mapping[str, Any]) -> dict[str, StepOptions]:
+    """Return ``step_options`` as a StepOptions if it is a mapping, as in a YAML file, else nothing."""
+    step_options = model.get("step_options")
+    if not isinstance(step_options, Mapping):
+        return {}
+    names = [field.name for field in fields(StepOptions)]
+    if wrong := sorted(step_options.keys() - names):
+        raise bad_argument("step_options", f"any of {', '.join(names)}", got_text=", ".join(map(repr, wrong)))
+    return {"step_options": StepOptions(**step_options)}
+
+
+def _check_names(name: str, arguments: Mapping[str, Any], owner: type, set_elsewhere: set[str]) -> None:
+    allowed = inspect.signature(owner).parameters.keys() - set_elsewhere
     if wrong := sorted(arguments.keys() - allowed):
-        expected = f"arguments of {owner.__name__}, but for those set elsewhere ({', '.join(sorted(made_here))})"
+        expected = f"arguments of {owner.__name__}, except those set elsewhere ({', '.join(sorted(set_elsewhere))})"
         raise bad_argument(name, expected, got_text=", ".join(map(repr, wrong)))
 
 

@@ -2,8 +2,7 @@
 
 import base64
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from lightning_ssesam import _version
-from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.experiments.figures import draw_comparison, draw_confusion, draw_trade_off
-from lightning_ssesam.experiments.runs import GROUPS, Run
+from lightning_ssesam.experiments.comparison import Comparison
+from lightning_ssesam.experiments.figures import FIGURES
+from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.tables import (
     by_method,
     differences,
@@ -27,63 +26,12 @@ from lightning_ssesam.experiments.tables import (
     write_runs,
     write_summary,
 )
-from lightning_ssesam.split import ClassSplit
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The content of a report.
-
-    Attributes:
-        runs: The runs, method by method.
-        split: The class split of the training set.
-        data: The data module.
-        epochs: Length of each training.
-        gamma: Fraction of the training after which stage 2 begins, or None if no method is switched there.
-        config: Configuration that repeats the comparison, as YAML, if there is one.
-
-    """
-
-    runs: Sequence[Run]
-    split: ClassSplit
-    data: LongTailDataModule
-    epochs: int
-    gamma: float | None = None
-    config: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        return type(self.data).__name__
-
-    @property
-    def validation_set(self) -> str:
-        """Name of the set that validates."""
-        return "test" if self.data.val_is_test else "validation"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture of the report.
-
-    Attributes:
-        name: Name of its file, without the suffix.
-        draw: Draws a comparison to a path.
-        caption: Makes the text below it.
-        is_small: Whether it takes half of the page's width.
-
-    """
-
-    name: str
-    draw: Callable[[Comparison, Path], Any]
-    caption: Callable[[Comparison], str]
-    is_small: bool = False
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write report.html and the files it is made of to a folder. Return their paths, the report first.
 
-    The HTML file holds its pictures and styles itself: it can be sent to somebody, and opens without a network.
+    The HTML file contains its pictures and styles. It can be sent to somebody, and opens without a network.
     """
     tables = [folder / name for name in ("results.csv", "summary.csv", "table.md")]
     write_runs(comparison.runs, tables[0])
@@ -91,50 +39,10 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     tables[2].write_text(markdown_table(comparison.runs, comparison.validation_set), encoding="utf-8")
     pictures = [folder / f"{figure.name}.png" for figure in FIGURES]
     for figure, picture in zip(FIGURES, pictures, strict=True):
-        figure.draw(comparison, picture)
+        figure.draw(comparison).savefig(picture, dpi=150)
     report = folder / "report.html"
     report.write_text(_render(comparison, pictures), encoding="utf-8")
     return [report, *pictures, *tables]
-
-
-def _draw_comparison(comparison: Comparison, path: Path) -> None:
-    switch = None if comparison.gamma is None else comparison.gamma * comparison.epochs
-    title = f"{comparison.name}: mean over {seeds_of(comparison.runs)}, with one standard deviation"
-    draw_comparison(comparison.runs, comparison.split, switch, title, path, comparison.validation_set)
-
-
-def _draw_trade_off(comparison: Comparison, path: Path) -> None:
-    title = f"{comparison.name}: every run (small) and the mean over {seeds_of(comparison.runs)}"
-    draw_trade_off(comparison.runs, title, path)
-
-
-def _comparison_caption(comparison: Comparison) -> str:
-    switched = " The dashed line is the switch to stage 2." if comparison.gamma is not None else ""
-    return (
-        "Left: test accuracy of every class, the largest first; tail classes on grey. Right: accuracy of head and tail"
-        f" on the {comparison.validation_set} set over the epochs; bands are one standard deviation over"
-        f" seeds.{switched}"
-    )
-
-
-FIGURES = (
-    Figure("comparison", _draw_comparison, _comparison_caption),
-    Figure(
-        "trade_off",
-        _draw_trade_off,
-        lambda comparison: "Gain on the tail and loss on the head of each method. Up and to the right is better.",
-        is_small=True,
-    ),
-    Figure(
-        "confusion",
-        lambda comparison, path: draw_confusion(comparison.runs, path),
-        lambda comparison: (
-            "Where the errors go: the classes that test samples of head and tail are taken for; every class counts the"
-            " same."
-        ),
-    ),
-)
-"""The pictures of the report, in their order. To add one, add an entry."""
 
 
 def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:

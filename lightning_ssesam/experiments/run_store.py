@@ -1,4 +1,4 @@
-"""Where finished runs are kept."""
+"""The folder of finished runs."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ class RunStore:
     """A folder with a JSON file for every finished run.
 
     Args:
-        folder: The folder, made if it does not exist.
+        folder: Path of the folder. It is made if it does not exist.
 
     Raises:
-        ArgumentError: If it cannot be made.
+        ArgumentError: If the folder cannot be made.
 
     """
 
@@ -27,7 +27,7 @@ class RunStore:
         make_folder(folder)
 
     def load(self, method: str, seed: int, fingerprint: str) -> Run | None:
-        """Return a run if its file is there and complete, and was made with the same settings."""
+        """Return a finished run with this fingerprint, or None if there is none, or its file is not complete."""
         try:
             saved = json.loads(self._path(method, seed).read_text())
             return Run(**saved["run"]) if saved["fingerprint"] == fingerprint else None
@@ -35,13 +35,13 @@ class RunStore:
             return None
 
     def save(self, run: Run, fingerprint: str) -> None:
-        """Write a run, all of it or nothing."""
+        """Write a run: all of it, or nothing if the program ends before."""
         path = self._path(run.method, run.seed)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps({"fingerprint": fingerprint, "run": asdict(run)}))
         os.replace(unfinished, path)
 
     def _path(self, method: str, seed: int) -> Path:
-        # Names that differ in punctuation only must not share a file.
+        # The hash keeps names apart that differ only in punctuation.
         mark = hashlib.sha256(method.encode()).hexdigest()[:8]
         return self.folder / f"{re.sub('[^A-Za-z0-9]+', '-', method)}-{mark}-{seed}.json"

@@ -1,4 +1,4 @@
-"""One training of a comparison: the experiment that makes it, and the run that comes out."""
+"""One training of a comparison: its recipe (an experiment) and its results (a run)."""
 
 import copy
 import hashlib
@@ -72,7 +72,7 @@ class Experiment(Recipe):
         objective: Makes the objective, without a split.
         callbacks: Callbacks, copied for every run.
         gamma: Fraction of the training after which an objective with stages is switched, in (0, 1).
-        **recipe: The options of ``compare``, see :func:`~lightning_ssesam.compare.compare`.
+        **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
     """
 
@@ -95,7 +95,7 @@ class Experiment(Recipe):
         )
 
     def make_split(self, data: LongTailDataModule) -> ClassSplit:
-        """Return the class split that its modules make of ``data``. Random numbers are left as they are."""
+        """Return the class split of the modules trained on ``data``. The random state does not change."""
         with torch.random.fork_rng(devices=[]):
             return self.make_model(data).split
 
@@ -103,18 +103,18 @@ class Experiment(Recipe):
         return CosineAnnealingLR(optimizer, self.epochs)
 
     def make_callbacks(self, model: LongTailClassifier) -> list[Callback]:
-        """Return the callbacks of one run, with a :class:`StageSwitch` if the objective has stages."""
+        """Return the callbacks of one run. An objective with stages gets a :class:`StageSwitch`."""
         callbacks = [copy.deepcopy(callback) for callback in self.callbacks]
         if self.is_switched_at_gamma(model.objective):
             callbacks.append(StageSwitch(at=self.gamma))
         return callbacks
 
     def is_switched_at_gamma(self, objective: Objective) -> bool:
-        """Return whether ``gamma`` decides when stage 2 begins, and no :class:`StageSwitch` among the callbacks."""
+        """Return whether stage 2 begins at ``gamma``, because no :class:`StageSwitch` is among the callbacks."""
         return objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in self.callbacks)
 
     def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
-        """Return a Trainer without output, on one device: the GPU of this number, if it is given."""
+        """Return a Trainer without output, on one device: on GPU number ``device`` if it is given."""
         given = self.trainer or {}
         silent: dict[str, Any] = {
             "logger": False,
@@ -127,7 +127,7 @@ class Experiment(Recipe):
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**silent, **given})
 
     def fingerprint(self, split: ClassSplit) -> str:
-        """Return a text that is the same for trainings that differ in their seed only.
+        """Return a text that identifies the settings. Trainings have the same one if only their seeds differ.
 
         Raises:
             ArgumentError: If a part cannot be built.
@@ -175,18 +175,18 @@ class Experiment(Recipe):
             (tested,) = trainer.test(model, datamodule=data, verbose=False)
         run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
         run.confusion = {name: tested[f"test/{name}"] for name in CONFUSIONS}
-        # Pad the curves of a run that stopped early.
+        # Pad the curves of a run that stopped early with NaN.
         for curve in run.curves.values():
             curve += [math.nan] * (self.epochs - len(curve))
-        epoch = max(range(self.epochs), key=lambda epoch: _or_below_all(run.curves["all"][epoch]))
+        epoch = max(range(self.epochs), key=lambda epoch: _nan_as_lowest(run.curves["all"][epoch]))
         run.best = {group: curve[epoch] for group, curve in run.curves.items()}
-        run.device = _name_of(trainer.strategy.root_device)
+        run.device = _device_name(trainer.strategy.root_device)
         run.seconds = time.perf_counter() - start
         return run
 
 
 class _Recorder(Callback):
-    """Notes in a run what its training shows."""
+    """Records validation curves, divergence and test recalls in a run."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -194,35 +194,35 @@ class _Recorder(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after validation: note the accuracies. Some Trainers validate less often than every epoch."""
+        """Called after validation: record the accuracies. They are NaN until the first validation."""
         for group, curve in self.run.curves.items():
             curve.append(float(trainer.callback_metrics.get(f"val/acc_{group}", math.nan)))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last epoch: note whether the training diverged."""
+        """Called after the last epoch: record whether the training diverged."""
         self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the module resets its metrics: note the recalls."""
+        """Called before the module resets its metrics: record the recalls."""
         assert isinstance(pl_module, LongTailClassifier)
         self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
 
 
-def _name_of(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def _or_below_all(accuracy: float) -> float:
+def _nan_as_lowest(accuracy: float) -> float:
     return -1.0 if math.isnan(accuracy) else accuracy
 
 
 def _settings(values: dict[str, Any], private: bool = False) -> dict[str, str]:
-    """Return the attributes of an object as text, the private ones only if asked."""
+    """Return attributes as text. Private ones are included if ``private``."""
     skipped = ("trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
     return {
-        # The text of a long tensor leaves out its middle.
+        # The `repr` of a long tensor leaves out its middle.
         name: _without_addresses(repr(value.tolist() if isinstance(value, torch.Tensor) else value))
         for name, value in values.items()
         if (private or not name.startswith("_")) and name not in skipped

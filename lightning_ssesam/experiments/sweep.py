@@ -42,26 +42,28 @@ def sweep(
     """Search for head_rho, tail_rho and gamma of SSE-SAM with Optuna, on the validation set.
 
     Trials below the median of earlier ones are pruned, but not before a fifth of stage 2, in which the tail catches up.
-    The same command again goes on where it was. The test set is not used. Writes to the output folder: journal.log
-    (Optuna's), trials.csv, sweep.png and best.yaml, which `lightning-ssesam compare --config` takes.
+    The same command again continues the search. The test set is not used, so the data module must have another
+    validation set.
+
+    Writes to the output folder: journal.log (Optuna's), trials.csv, sweep.png, and best.yaml for
+    `lightning-ssesam compare --config`.
 
     Args:
-        trials: Number of trials in all, with those of earlier calls.
-        seeds: Trainings for a trial, whose accuracies are averaged. Their seeds differ from those of compare.
+        trials: Number of trials in all, including those of earlier calls.
+        seeds: Number of trainings for a trial; their accuracies are averaged. Their seeds differ from those of compare.
         head_rho: Smallest and largest radius for the head, searched on a log scale.
         tail_rho: Smallest and largest radius for the tail, searched on a log scale.
         gamma: Smallest and largest fraction of the training after which stage 2 begins.
-        metric: Accuracy to maximise, after the last epoch: that of all classes or of the tail, where each class counts
-            the same; or the mean of head and tail accuracy, where the two groups count the same.
+        metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
+            ``mean_of_head_and_tail``, the two groups count the same.
         prune: Whether to end bad trials early.
         output: Folder for the results.
-        config: Configuration of the search as YAML, from which best.yaml takes the options that compare has as well.
-            The command line fills it in.
-        **recipe: Further options, see :class:`~lightning_ssesam.experiments.recipe.Recipe`. The data module's
-            validation set must not be its test set.
+        config: Configuration of the search, as YAML. Options that compare has as well go to best.yaml. The command line
+            fills it in.
+        **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
     Returns:
-        The best values found, and the accuracies of head, tail and all with them.
+        The best values, and the accuracies of all groups with them.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -101,7 +103,7 @@ def _check_bounds(bounds: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Search:
-    """The function that Optuna maximises: trains a trial and returns its accuracy on the validation set."""
+    """The function that Optuna maximises: train a trial, and return its accuracy on the validation set."""
 
     recipe: Recipe
     seeds: int
@@ -110,10 +112,10 @@ class _Search:
     prune: bool
 
     def prepare(self) -> str:
-        """Look at the data, download it, and return a text that is the same for the same search."""
+        """Check and download the data. Return a text that identifies the search."""
         data = self.recipe.data()
         if data.val_is_test:
-            expected = "a data module with a validation set of its own (such as val_per_class=50)"
+            expected = "a data module with its own validation set (for example val_per_class=50)"
             raise bad_argument("data", expected, got_text="one that validates on its test set")
         with quiet():
             first = self._experiment({name: low for name, (low, _) in self.bounds.items()})
@@ -123,7 +125,7 @@ class _Search:
 
     def __call__(self, trial: "optuna.Trial") -> float:
         chosen = {name: trial.suggest_float(name, *self.bounds[name], log=name != "gamma") for name in _PARAMETERS}
-        # Stage 2 has had a fifth of its epochs by then.
+        # The time at which a fifth of stage 2 is over.
         earliest = chosen["gamma"] + 0.2 * (1 - chosen["gamma"]) if self.prune else math.inf
         watch = _Watch(trial, self.metric, earliest)
         for seed in range(_FIRST_SEED, _FIRST_SEED + self.seeds):
@@ -135,15 +137,15 @@ class _Search:
         return Experiment("SSESAM", objective, gamma=chosen["gamma"], **self.recipe.options)
 
 
-# The seeds of compare begin at 0.
+# Far from the seeds of compare, which begin at 0.
 _FIRST_SEED = 1000
 _PARAMETERS = ("head_rho", "tail_rho", "gamma")
-# Options that compare has as well, with the same meaning.
+# Options with the same meaning in compare.
 _SHARED = {field.name for field in fields(Recipe)} | {"gamma"}
 
 
 def _open_study(output: Path, settings: str) -> "optuna.Study":
-    """Return the search in a folder, or a new one. Trials that were cut off will be made again."""
+    """Return the search in a folder, or a new one. Interrupted trials will be repeated."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -184,7 +186,7 @@ class _Watch(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after validation: report, and stop a trial that is pruned."""
+        """Called after validation: report the accuracy, and stop a trial that is pruned."""
         import optuna
 
         if not (accuracy := _accuracies(trainer)):
@@ -222,7 +224,7 @@ class _Watch(Callback):
 
 
 def _accuracies(trainer: pl.Trainer) -> dict[str, float]:
-    """Return the accuracies of the last validation; empty before the first, which may take several epochs."""
+    """Return the accuracies of the last validation. There may be none for several epochs."""
     metrics = trainer.callback_metrics
     return {group: metrics[f"val/acc_{group}"].item() for group in GROUPS if f"val/acc_{group}" in metrics}
 
@@ -259,6 +261,6 @@ def _report(study: "optuna.Study", output: Path, config: str | None) -> dict[str
     settings = {name: float(f"{best.params[name]:.4g}") for name in _PARAMETERS}
     shared = {name: value for name, value in yaml.safe_load(config or "{}").items() if name in _SHARED}
     (output / "best.yaml").write_text(yaml.safe_dump({**shared, **settings}, sort_keys=False))
-    draw_sweep([trial.user_attrs for trial in ranked], output / "sweep.png")
+    draw_sweep([trial.user_attrs for trial in ranked]).savefig(output / "sweep.png", dpi=150)
     print(f"\nWritten: {', '.join(str(output / name) for name in ('trials.csv', 'sweep.png', 'best.yaml'))}")
     return {**settings, **{group: best.user_attrs[group] for group in GROUPS}}

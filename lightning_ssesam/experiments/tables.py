@@ -12,11 +12,11 @@ from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 
 
 class Difference(NamedTuple):
-    """How much better one method is than another, over seeds that both were run with.
+    """Difference of one method to another, over the seeds that both were run with.
 
     Attributes:
         mean: Mean of the differences.
-        margin: Half of the 95 % confidence interval of that mean (Student's t, paired); NaN for a single seed.
+        margin: Half of the width of its 95 % confidence interval (Student's t, paired); NaN for a single seed.
 
     """
 
@@ -25,12 +25,12 @@ class Difference(NamedTuple):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.mean) > self.margin
 
 
 def paired_difference(values: dict[int, float], others: dict[int, float]) -> Difference:
-    """Return the difference of values to others, both by seed, over the seeds that both have.
+    """Return the difference of ``values`` to ``others``, both by seed, over the seeds that both have.
 
     Example:
         >>> difference = paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
@@ -49,7 +49,7 @@ def paired_difference(values: dict[int, float], others: dict[int, float]) -> Dif
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each method, in the order of their first."""
+    """Return the runs of each method. Methods are in the order of their first runs."""
     methods: dict[str, list[Run]] = {}
     for run in runs:
         methods.setdefault(run.method, []).append(run)
@@ -57,21 +57,22 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, Difference]]:
-    """Return for every method but the first its differences to the first, by group, in points of accuracy."""
-    methods = by_method(runs)
-    (_, first), *rest = methods.items()
+    """Return the difference of every other method to the first one, by method and group, in points of accuracy."""
+    (_, baseline), *others = by_method(runs).items()
 
-    def accuracy(of: list[Run], group: str) -> dict[int, float]:
-        return {run.seed: 100 * run.accuracy[group] for run in of}
+    def accuracies(method_runs: list[Run], group: str) -> dict[int, float]:
+        return {run.seed: 100 * run.accuracy[group] for run in method_runs}
 
     return {
-        name: {group: paired_difference(accuracy(of, group), accuracy(first, group)) for group in GROUPS}
-        for name, of in rest
+        method: {
+            group: paired_difference(accuracies(method_runs, group), accuracies(baseline, group)) for group in GROUPS
+        }
+        for method, method_runs in others
     }
 
 
 def seeds_of(runs: Sequence[Run]) -> str:
-    """Say over how many seeds the runs are."""
+    """Return the number of seeds of the runs as text."""
     number = len({run.seed for run in runs})
     return f"{number} seed{'s' if number > 1 else ''}"
 
@@ -84,27 +85,27 @@ def spread(values: Sequence[float], width: int = 0) -> str:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    # Of a NaN (a group without a class, say) statistics.stdev makes an error.
+    # `statistics.stdev` raises on NaN, which a group without classes has.
     return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    """Return the accuracies of each method in percent, mean and standard deviation over seeds, as text.
+    """Return a table of the accuracies in percent, mean and standard deviation over seeds, as text.
 
-    Below them the differences to the first method, where there are several methods and seeds.
+    Several methods and seeds get a second table, of the differences to the first method.
     """
     methods = by_method(runs)
     width = max(6, *map(len, methods))
     heading = " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)])
     lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", heading]
-    for name, of in methods.items():
-        cells = [f"{spread([run.accuracy[group] for run in of], 4):>12}" for group in GROUPS]
+    for name, method_runs in methods.items():
+        cells = [f"{spread([run.accuracy[group] for run in method_runs], 4):>12}" for group in GROUPS]
         lines.append(" ".join([f"{name:{width}}", *cells]))
     if len(methods) > 1 and len({run.seed for run in runs}) > 1:
-        lines += ["", f"Difference to {next(iter(methods))}, with its 95 % interval over paired seeds (* leaves out 0)"]
+        lines += ["", f"Difference to {next(iter(methods))}, with its 95 % interval over paired seeds (* excludes 0)"]
         lines.append(heading)
-        for name, of_group in differences(runs).items():
-            cells = [f"{format_difference(of_group[group]):>12}" for group in GROUPS]
+        for name, by_group in differences(runs).items():
+            cells = [f"{format_difference(by_group[group]):>12}" for group in GROUPS]
             lines.append(" ".join([f"{name:{width}}", *cells]))
     if diverged := diverged_runs(runs):
         lines.append(f"Diverged, with a loss that is not finite: {diverged}")
@@ -112,7 +113,7 @@ def format_table(runs: Sequence[Run]) -> str:
 
 
 def format_difference(difference: Difference) -> str:
-    """Return a difference in points with its margin, and a star where that leaves out 0."""
+    """Return a difference in points with its margin, and a star if it is significant."""
     if math.isnan(difference.mean):
         return "nan"
     margin = "" if math.isnan(difference.margin) else f" ± {difference.margin:.1f}"
@@ -120,12 +121,12 @@ def format_difference(difference: Difference) -> str:
 
 
 def diverged_runs(runs: Sequence[Run]) -> str:
-    """Name the runs whose loss was not finite at the end."""
+    """Return the names of the runs whose loss was not finite at the end."""
     return ", ".join(f"{run.method} with seed {run.seed}" for run in runs if run.diverged)
 
 
 def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
-    """Return as Markdown what :func:`format_table` says, and beside it the best epoch's accuracy on that set."""
+    """Return the tables of :func:`format_table` as one in Markdown, with the accuracy after the best epoch."""
     methods = by_method(runs)
     lines = [
         f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}, after the last epoch; `best epoch`: on"
@@ -135,14 +136,14 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
         "|---" * (len(GROUPS) + 4) + "|",
     ]
     to_first = differences(runs)
-    for name, of in methods.items():
-        cells = [spread([run.accuracy[group] for run in of]) for group in GROUPS]
-        cells.append(spread([run.best["all"] for run in of]))
+    for name, method_runs in methods.items():
+        cells = [spread([run.accuracy[group] for run in method_runs]) for group in GROUPS]
+        cells.append(spread([run.best["all"] for run in method_runs]))
         cells += [format_difference(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
         lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* leaves out 0).",
+        f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* excludes 0).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -173,9 +174,9 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
 def write_summary(runs: Sequence[Run], path: Path) -> None:
     """Write a CSV file with a row for each method and group: mean, deviation, difference to the first method."""
     to_first, rows = differences(runs), []
-    for name, of in by_method(runs).items():
+    for name, method_runs in by_method(runs).items():
         for group in GROUPS:
-            values = [run.accuracy[group] for run in of]
+            values = [run.accuracy[group] for run in method_runs]
             deviation = _deviation(values)
             difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
             numbers = (statistics.mean(values), deviation, difference.mean / 100, difference.margin / 100)
@@ -184,7 +185,7 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
 
 
 def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a CSV file, all of it or nothing."""
+    """Write a CSV file: all of it, or nothing if the program ends before."""
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
