@@ -52,7 +52,7 @@ class Killed(BaseException):
 
 
 class Loader:
-    """Loader of batches in a random order, which can resume at any batch. Some are bad, and some have no tail samples."""
+    """Batches in a random order, which can resume at any batch. Some are NaN, and some have no tail samples."""
 
     def __init__(self, bad: int) -> None:
         self.bad, self.seed, self.position, self.resumed = bad, 0, 0, False
@@ -176,7 +176,9 @@ def soak(steps: int) -> tuple[bool, Counter[str], list[float]]:
 def main() -> None:
     """Train, and print the faults, the memory and the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20_000, help="number of updates without those skipped for NaN, 20000 by default")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="updates, not counting skipped ones; 20000 by default"
+    )
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

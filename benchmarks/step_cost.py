@@ -132,7 +132,7 @@ class Peer(Plain):
         return self.make_optimizer(self)
 
     def training_step(self, batch, batch_idx):
-        """Called for every batch: return the loss."""
+        """Called for every batch: make an update."""
         # Not Lightning's wrapper, because it does not pass on the arguments that Composer gives to its closure.
         optimizer, losses = self.optimizers(use_pl_optimizer=False), []
 
@@ -198,7 +198,7 @@ def second(objective):
 
 
 def contenders(options, norm):
-    """Return for each contender its name, the floor of its cost (None for peers), and a function that makes the module."""
+    """Return for each contender its name, the floor of its cost (None for peers), and a maker of its module."""
     net = partial(make_network, options, norm)
     split = ClassSplit([5, 5] + [100] * (options.classes - 2), tail=[0, 1])
     share = round(options.batch_size * options.tail_share) / options.batch_size
@@ -463,7 +463,9 @@ def parse_arguments():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--network", default="resnet18", help=f"{', '.join(NETWORKS)}, or a ResNet of torchvision")
-    parser.add_argument("--norm", choices=["group", "batch", "both"], default="both", help="norm layers of ResNets and of small")
+    parser.add_argument(
+        "--norm", choices=["group", "batch", "both"], default="both", help="norm of ResNets and of small"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="samples in a batch")
     parser.add_argument("--image-size", type=int, default=32, help="pixels on a side")
     parser.add_argument("--tail-share", type=float, default=0.2, help="share of tail samples in a batch")
@@ -475,11 +477,11 @@ def parse_arguments():
     parser.add_argument("--warm-up", type=int, default=5, help="steps of each contender before the measured ones")
     parser.add_argument("--threads", type=int, help="number of CPU threads of an operation")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="names in the table of the contenders to measure, in addition to plain SGD"
+        "--only", nargs="+", metavar="NAME", help="contenders to measure with plain SGD, as in the table"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the counts of passes and the memory")
     parser.add_argument("--scaling", action="store_true", help="measure a small network over several settings")
-    parser.add_argument("--host", action="store_true", help="measure the time of the host, with these settings: " + str(HOST))
+    parser.add_argument("--host", action="store_true", help="measure the time of the host, with " + str(HOST))
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.set_defaults(**(HOST if "--host" in sys.argv else {}))
     options = parser.parse_args()
@@ -521,9 +523,7 @@ def main():
         f"{options.network}, images of {options.image_size}x{options.image_size}, batches of {options.batch_size} with"
         f" {tail} tail samples, {options.precision}, {options.rounds} rounds"
     )
-    print(
-        "cost: median time of a step, in units of a plain SGD step; floor: its arithmetic, with a backward as 2 forwards"
-    )
+    print("cost: median time of a step, in plain SGD steps; floor: its arithmetic, with a backward as 2 forwards")
     if options.scaling:
         results = scaling(options)
     else:
