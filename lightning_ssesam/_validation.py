@@ -1,7 +1,7 @@
 """Checks of arguments, and the one form of their error messages."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -26,30 +26,22 @@ def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | N
 
 def check_radius(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number >= 0, else raise ``ArgumentError``."""
-    if not _is_real(value) or not math.isfinite(value) or value < 0:
-        raise bad_argument(name, "a finite number >= 0", value)
-    return float(value)
+    return _check_real(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
 
 
 def check_positive(name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a finite number > 0, else raise ``ArgumentError``."""
-    if not _is_real(value) or not math.isfinite(value) or value <= 0:
-        raise bad_argument(name, "a finite number > 0", value)
-    return float(value)
+    return _check_real(name, value, "a finite number > 0", lambda x: 0 < x < math.inf)
 
 
 def check_fraction(name: str, value: Any) -> float:
     """Return ``value`` as a float if it lies strictly between 0 and 1, else raise ``ArgumentError``."""
-    if not _is_real(value) or not 0 < value < 1:
-        raise bad_argument(name, "a number strictly between 0 and 1", value)
-    return float(value)
+    return _check_real(name, value, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
 
 
 def check_beta(beta: Any) -> float:
     """Return ``beta`` as a float if it lies in [0, 1), else raise ``ArgumentError``."""
-    if not _is_real(beta) or not 0 <= float(beta) < 1:
-        raise bad_argument("beta", "a number in [0, 1)", beta)
-    return float(beta)
+    return _check_real("beta", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
@@ -73,5 +65,7 @@ def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
     return value
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _check_real(name: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
+        raise bad_argument(name, expected, value)
+    return float(value)

@@ -10,13 +10,7 @@ from lightning_ssesam.ascent import ascend, gradient_norm
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
 from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, divides_batch, group_terms
-from lightning_ssesam.snapshots import (
-    BufferSnapshot,
-    Snapshot,
-    buffers_of,
-    set_torch_random_state,
-    torch_random_state,
-)
+from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of, set_torch_random_state, torch_random_state
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
 
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]

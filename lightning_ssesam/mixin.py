@@ -39,8 +39,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     """Trains a ``LightningModule`` on a sharpness-aware objective.
 
     Put it first among the bases, set ``self.objective`` and define :meth:`sample_losses`; leave ``training_step`` to
-    the mixin. It uses Lightning's manual optimization and makes one ``optimizer.step()`` per update, so that
-    ``global_step``, schedulers and callbacks count as they do under automatic optimization.
+    the mixin (docs/own_module.md). It uses Lightning's manual optimization and makes one ``optimizer.step()`` per
+    update, so that ``global_step``, schedulers and callbacks count as they do under automatic optimization.
 
     Attributes:
         objective: The objective: :class:`~lightning_ssesam.ERM`, :class:`~lightning_ssesam.SAM`,
@@ -48,21 +48,6 @@ class SharpnessAwareMixin(pl.LightningModule):
             :class:`~lightning_ssesam.Objective`.
         step_options: The options of a training step, a :class:`~lightning_ssesam.StepOptions`.
         skipped_updates: Number of updates that ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
-
-    Example::
-
-        class Model(SharpnessAwareMixin, L.LightningModule):
-            def __init__(self, net, split):
-                super().__init__()
-                self.net = net
-                self.objective = SSESAM(split, head_rho=0.05, tail_rho=0.1)
-
-            def sample_losses(self, batch):
-                images, targets = batch
-                return F.cross_entropy(self.net(images), targets, reduction="none")
-
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     Raises:
         MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective

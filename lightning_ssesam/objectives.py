@@ -20,7 +20,6 @@ class Term(NamedTuple):
     Args:
         weights: Sample weights a >= 0, of the shape of the per-sample losses: ``(N,)`` or dense ``(N, ...)``.
         rho: Radius >= 0 of the perturbation in the space of all trainable parameters together.
-
     """
 
     weights: Tensor
@@ -47,7 +46,6 @@ class Objective(ABC):
         >>> objective = TwiceTheTail(ClassSplit([100, 5], tail=[1]))
         >>> objective.terms(torch.tensor([0, 1]))
         (Term(weights=tensor([0.5000, 1.0000], dtype=torch.float64), rho=0.05),)
-
     """
 
     num_stages: int = 1
@@ -94,7 +92,6 @@ class Objective(ABC):
 
         Raises:
             ArgumentError: If ``split`` is no :class:`ClassSplit`, or the objective cannot use it.
-
         """
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
@@ -122,7 +119,6 @@ class Objective(ABC):
             targets: Class indices ``(N,)`` or dense ``(N, ...)``, any integer dtype; or class probabilities
                 ``(N, C)`` or ``(N, C, ...)``, any floating dtype. They are on the CPU if they are known there, which
                 saves a wait for the device; otherwise on the device.
-
         """
 
     def __repr__(self) -> str:
@@ -148,7 +144,6 @@ class SAM(Objective):
 
     Args:
         rho: Radius of the perturbation, a finite number >= 0.
-
     """
 
     term_names = ("all",)
@@ -216,7 +211,6 @@ class ImbSAM(_HeadTailObjective):
 
     Raises:
         ArgumentError: If an argument is out of range, or the split has no head or no tail.
-
     """
 
     def __init__(
@@ -253,7 +247,6 @@ class SSESAM(_HeadTailObjective):
 
     Raises:
         ArgumentError: If an argument is out of range, or the split has no head or no tail.
-
     """
 
     num_stages = 2

@@ -23,7 +23,6 @@ class StepLogs:
 
     Attributes:
         samples: Number of samples in the current pass.
-
     """
 
     def __init__(self) -> None:

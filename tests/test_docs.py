@@ -21,6 +21,7 @@ import test_data
 import test_losses
 import test_metrics
 import test_objectives
+import test_rooms
 import torch
 import yaml
 from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
@@ -64,6 +65,20 @@ def readme_names():
     return names
 
 
+def test_map_of_the_files():
+    """CONTRIBUTING.md lists every file, in an order in which imports lead up the table."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| files | what they do |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([\w./]+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    row_of = {name.removesuffix(".py").strip("/"): number for number, row in enumerate(rows) for name in row}
+    row_of[""] = row_of.pop("__init__")
+    assert set(row_of) == {name.partition(".")[0] for name in test_rooms.SOURCES}
+    # Two import paths that are documented lie in the folder of their former rooms.
+    for name in set(test_rooms.SOURCES) - {"curvature.command", "curvature.checkpoints"}:
+        for target in test_rooms.imports_of(name):
+            if target.startswith("lightning_ssesam."):
+                assert row_of[target.split(".")[1]] <= row_of[name.partition(".")[0]], f"{name} imports {target}"
+
+
 # For each recipe: the modules that its blocks of code belong to, and what breaks it.
 RECIPES = {
     "A method": (
@@ -84,10 +99,10 @@ def try_recipe(name, changes, monkeypatch):
     for module, code in zip(RECIPES[name][0], blocks, strict=True):
         for before, after in changes.items():
             code = code.replace(before, after)
-        names = {**vars(helpers), "copy": copy, **vars(module), **new}
         if module is report:
-            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, names)))
+            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, {**vars(figures), **new})))
             continue
+        names = {**vars(helpers), "copy": copy, **vars(module), **new}
         known = set(names)
         # Annotations as strings, since some of the modules write them so.
         exec(compile(code, name, "exec", __future__.annotations.compiler_flag), names)

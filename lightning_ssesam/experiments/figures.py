@@ -28,7 +28,6 @@ class Figure(NamedTuple):
         draw: Function that draws a comparison.
         caption: Function that returns the text below the picture.
         is_small: Whether it takes half of the page's width.
-
     """
 
     name: str
@@ -132,7 +131,6 @@ def draw_sweep(trials: Sequence[Mapping[str, float]]) -> matplotlib.figure.Figur
 
     Args:
         trials: Validation accuracies of head, tail and all for each trial, in [0, 1]; the best trial first.
-
     """
     figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()

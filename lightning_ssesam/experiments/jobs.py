@@ -21,7 +21,6 @@ class Task(NamedTuple):
         experiment: Recipe of the training.
         fingerprint: Fingerprint of the experiment.
         seed: Seed of the training.
-
     """
 
     experiment: Experiment

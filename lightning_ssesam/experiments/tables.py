@@ -17,7 +17,6 @@ class Difference(NamedTuple):
     Attributes:
         mean: Mean of the differences.
         margin: Half of the width of its 95 % confidence interval (Student's t, paired); NaN for a single seed.
-
     """
 
     mean: float
@@ -36,7 +35,6 @@ def paired_difference(values: dict[int, float], others: dict[int, float]) -> Dif
         >>> difference = paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
         >>> round(difference.mean, 3), round(difference.margin, 3)  # t = 4.303 with 2 degrees of freedom
         (3.0, 2.484)
-
     """
     from scipy.stats import t
 
