@@ -389,7 +389,7 @@ def test_workers_share_the_gpus(monkeypatch):
     class Pool:
         _processes = None
 
-        def __init__(self, jobs, context, initializer):
+        def __init__(self, jobs, context, initializer, initargs):
             assert jobs == 3
 
         def submit(self, run, seed, device):

@@ -184,14 +184,9 @@ def _draw_curves(ax: Axes, methods: Sequence[Sequence[list[float]]], switch_epoc
         ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     if switch_epoch is not None:
         ax.axvline(switch_epoch, color="0.4", linestyle="--", linewidth=1)
-        ax.annotate(
-            " stage 2 ",
-            (switch_epoch, 0.02),
-            xycoords=("data", "axes fraction"),
-            ha="left" if switch_epoch < ax.get_xlim()[1] / 2 else "right",
-            va="bottom",
-            color="0.3",
-        )
+        side = "left" if switch_epoch < ax.get_xlim()[1] / 2 else "right"
+        place, coordinates = (switch_epoch, 0.02), ("data", "axes fraction")
+        ax.annotate(" stage 2 ", place, xycoords=coordinates, ha=side, va="bottom", color="0.3")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.grid(alpha=0.3)

@@ -52,7 +52,10 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
     free_devices: list[int | None] = [number % gpus if gpus else None for number in reversed(range(jobs))]
     waiting, running = deque(tasks), dict[Future[Run], int | None]()
     # A process that has used several threads or a GPU cannot be forked.
-    executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches every process of a terminal. The first process handles it, and the others ignore it.
+    ignored = (signal.SIGINT, signal.SIG_IGN)
+    executor = ProcessPoolExecutor(jobs, context, initializer=signal.signal, initargs=ignored)
     try:
         with tqdm(total=len(tasks), unit="run") as progress:
             while waiting or running:
@@ -73,8 +76,3 @@ def _in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
         raise
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches every process of a terminal. The first process handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -57,7 +57,9 @@ class Recipe:
         set_elsewhere = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
         _check_names("model", self.model or {}, LongTailClassifier, set_elsewhere)
         _check_names("trainer", self.trainer or {}, pl.Trainer, {"max_epochs", "callbacks"})
-        _check_devices((self.trainer or {}).get("devices", 1))
+        if not _is_single(devices := (self.trainer or {}).get("devices", 1)):
+            expected = "settings with a single device (`jobs` makes several runs at a time)"
+            raise bad_argument("trainer", expected, devices)
         _make_step_options(self.model or {})
 
     @property
@@ -90,7 +92,6 @@ def _check_names(name: str, arguments: Mapping[str, Any], owner: type, set_elsew
         raise bad_argument(name, expected, got_text=", ".join(map(repr, wrong)))
 
 
-def _check_devices(devices: Any) -> None:
-    is_list_of_one = isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) == 1
-    if devices not in (1, "1") and not is_list_of_one:
-        raise bad_argument("trainer", "settings with a single device (`jobs` makes several runs at a time)", devices)
+def _is_single(devices: Any) -> bool:
+    is_list = isinstance(devices, Sequence) and not isinstance(devices, str)
+    return devices in (1, "1") or (is_list and len(devices) == 1)

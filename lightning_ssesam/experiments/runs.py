@@ -112,15 +112,10 @@ class Experiment(Recipe):
     def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
         """Return a Trainer without output, on one device: on GPU number ``device`` if it is given."""
         given = self.trainer or {}
-        silent: dict[str, Any] = {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "devices": 1 if device is None or given.get("accelerator") == "cpu" else [device],
-        }
-        return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**silent, **given})
+        outputs = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        devices = 1 if device is None or given.get("accelerator") == "cpu" else [device]
+        defaults: dict[str, Any] = {**dict.fromkeys(outputs, False), "num_sanity_val_steps": 0, "devices": devices}
+        return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**defaults, **given})
 
     def fingerprint(self, split: ClassSplit) -> str:
         """Return a text that identifies the settings. Trainings have the same one if only their seeds differ.

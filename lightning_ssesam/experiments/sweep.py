@@ -153,18 +153,14 @@ def _open_study(output: Path, settings: str) -> "optuna.Study":
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     make_folder(output)
-    path = str(output / "journal.log")
+    path, pruner = str(output / "journal.log"), optuna.pruners.MedianPruner()
+    storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))),
-        study_name="sweep",
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(),
+        storage=storage, pruner=pruner, study_name="sweep", direction="maximize", load_if_exists=True
     )
     if study.user_attrs.setdefault("settings", settings) != settings:
-        raise ArgumentError(
-            f"{str(output)!r} holds a search with other settings. Use another `output`, or delete the folder."
-        )
+        found = f"{str(output)!r} holds a search with other settings."
+        raise ArgumentError(f"{found} Use another `output`, or delete the folder.")
     study.set_user_attr("settings", settings)
     for trial in study.trials:
         if trial.state == optuna.trial.TrialState.RUNNING:

@@ -139,11 +139,8 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
         cells.append(spread([run.best["all"] for run in method_runs]))
         cells += [format_difference(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
         lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* excludes 0).",
-    ]
-    return "\n".join(lines) + "\n"
+    note = f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* excludes 0)."
+    return "\n".join([*lines, "", note, ""])
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
