@@ -15,7 +15,7 @@ from lightning_ssesam.split import ClassSplit
 
 
 class _GroupAccuracy(Metric):
-    """Counts correct predictions per class; subclasses name the groups of classes."""
+    """Base of the accuracies: counts correct predictions per class. A subclass names groups of classes."""
 
     is_differentiable = False
     higher_is_better = True
@@ -46,13 +46,12 @@ class _GroupAccuracy(Metric):
         """Count a batch.
 
         Args:
-            preds: Scores ``(N, C, ...)`` of any floating dtype (logits or probabilities; wrong where one is NaN), or
-                predicted class indices ``(N, ...)`` of an integer dtype.
+            preds: Scores ``(N, C, ...)`` of any floating dtype, such as logits, or predicted class indices ``(N, ...)``
+                of an integer dtype. A sample with a NaN among its scores counts as wrong.
             target: Class indices ``(N, ...)``, an integer dtype, each in ``[0, C)``.
 
         Raises:
-            ValueError: If ``validate_args`` is set and shapes, dtypes or class indices do not fit.
-
+            ArgumentError: If ``validate_args`` is set and shapes, dtypes or class indices do not fit.
         """
         if self.validate_args:
             _check_batch(preds, target, self.num_classes)
@@ -62,22 +61,22 @@ class _GroupAccuracy(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the mean recall of each group's classes that occurred, in [0, 1]; NaN if none did."""
+        """Return the mean recall of the classes of each group, in [0, 1]; NaN for a group without samples."""
         recalls = self.class_recalls()
         return {name: recalls[mask.to(recalls.device)].nanmean() for name, mask in self._groups.items()}
 
     def class_recalls(self) -> Tensor:
-        """Return the recall of every class on what this process has counted, ``(C,)``; NaN where none occurred."""
+        """Return the recall of every class ``(C,)``, as counted in this process; NaN for classes without samples."""
         return self.correct / self.total
 
     @override
     def plot(
         self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
     ) -> _PLOT_OUT_TYPE:
-        """Plot one value, or several in the order of time.
+        """Plot one result, or several in the order of time.
 
         Args:
-            val: What :meth:`compute` or ``forward`` returned, or a list of that; calls :meth:`compute` by default.
+            val: Result of :meth:`compute` or ``forward``, or a list of results; calls :meth:`compute` by default.
             ax: Axes to draw on; a new figure by default.
 
         Returns:
@@ -85,7 +84,6 @@ class _GroupAccuracy(Metric):
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-
         """
         return self._plot(val, ax)  # type: ignore[arg-type]
 
@@ -93,16 +91,19 @@ class _GroupAccuracy(Metric):
 class HeadTailAccuracy(_GroupAccuracy):
     """Mean per-class recall of the head classes, of the tail classes, and of all.
 
-    Every class of a group counts the same, however many samples it has; classes that did not occur are left out, and
-    a group of which no class occurred is NaN. On a balanced test set ``"all"`` is the plain accuracy.
+    Every class of a group counts the same, however many samples it has. Classes without samples in the evaluation data
+    are left out, and a group without samples is NaN. On a balanced test set ``"all"`` is the plain accuracy.
 
     Args:
-        split: Head and tail classes.
+        split: Class split, with head and tail.
         validate_args: Whether to check shapes and ranges of every batch; costs a synchronisation on a GPU.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Returns:
-        From ``forward`` and ``compute``: a dictionary of scalars ``{"head", "tail", "all"}``.
+        A dictionary of scalars ``{"head", "tail", "all"}``, from ``forward`` and ``compute``.
+
+    Raises:
+        ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
 
     Example:
         >>> from torch import tensor
@@ -111,7 +112,6 @@ class HeadTailAccuracy(_GroupAccuracy):
         >>> metric.update(tensor([0, 0, 1, 1, 2]), tensor([0, 0, 1, 0, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'head': 0.833, 'tail': 1.0, 'all': 0.889}
-
     """
 
     @staticmethod
@@ -126,12 +126,15 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
     Counted like :class:`HeadTailAccuracy`.
 
     Args:
-        split: The class split, whose ``many_above`` and ``few_below`` bound the groups.
-        validate_args: Whether to check shapes and ranges of every batch; costs a synchronisation on a GPU.
+        split: Class split, whose ``many_above`` and ``few_below`` bound the groups.
+        validate_args: See :class:`HeadTailAccuracy`.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Returns:
-        From ``forward`` and ``compute``: a dictionary of scalars ``{"many", "medium", "few", "all"}``.
+        A dictionary of scalars ``{"many", "medium", "few", "all"}``, from ``forward`` and ``compute``.
+
+    Raises:
+        ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
 
     Example:
         >>> from torch import tensor
@@ -140,7 +143,6 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
         >>> metric.update(tensor([0, 1, 1, 2, 0]), tensor([0, 1, 0, 2, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'many': 0.5, 'medium': 1.0, 'few': 0.5, 'all': 0.667}
-
     """
 
     @staticmethod
@@ -150,18 +152,21 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
 
 
 class HeadTailConfusion(Metric):
-    """Where the errors go: what share of the head's and of the tail's samples is taken for another head or tail class.
+    """Error rates by group: the share of a group's samples that is misclassified as another head or tail class.
 
-    Every class of a group counts the same, however many samples it has, as in :class:`HeadTailAccuracy`; with that
-    one's accuracy the two shares of a group make 1, unless a score is NaN. A group of which no class occurred is NaN.
+    Every class of a group counts the same, as in :class:`HeadTailAccuracy`. The accuracy of a group and its two error
+    rates add up to 1, unless a score is NaN. A group without samples in the evaluation data is NaN.
 
     Args:
-        split: Head and tail classes.
+        split: Class split, with head and tail.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Returns:
-        From ``forward`` and ``compute``: a dictionary of scalars ``{"head_to_head", "head_to_tail", "tail_to_head",
-        "tail_to_tail"}``, in [0, 1]; ``"tail_to_head"`` is the share of tail samples that is taken for a head class.
+        A dictionary of scalars in [0, 1], from ``forward`` and ``compute``: ``{"head_to_head", "head_to_tail",
+        "tail_to_head", "tail_to_tail"}``. ``"tail_to_head"`` is the share of tail samples predicted as a head class.
+
+    Raises:
+        ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
 
     Example:
         >>> from torch import tensor
@@ -169,7 +174,6 @@ class HeadTailConfusion(Metric):
         >>> metric.update(tensor([0, 1, 2, 1, 0]), tensor([0, 0, 1, 2, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'head_to_head': 0.25, 'head_to_tail': 0.5, 'tail_to_head': 1.0, 'tail_to_tail': 0.0}
-
     """
 
     is_differentiable = False
@@ -192,8 +196,7 @@ class HeadTailConfusion(Metric):
         """Count a batch; ``preds`` and ``target`` as in :meth:`HeadTailAccuracy.update`.
 
         Raises:
-            ValueError: If shapes, dtypes or class indices do not fit.
-
+            ArgumentError: If shapes, dtypes or class indices do not fit.
         """
         _check_batch(preds, target, self.split.num_classes)
         predicted, target = _predicted(preds).flatten(), target.flatten().long()
@@ -205,7 +208,7 @@ class HeadTailConfusion(Metric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the four shares."""
+        """Return the four error rates."""
         shares = self.wrong / self.total
         groups = {"head": self.split.head.to(shares.device), "tail": self.split.tail_on(shares.device)}
         return {
@@ -236,15 +239,15 @@ def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
 
 
 def _predicted(preds: Tensor) -> Tensor:
-    """Return the predicted classes ``(N, ...)``; -1, which is no class and so is wrong, where a score is NaN."""
-    # argmax takes NaN for the largest score.
+    """Return the predicted classes ``(N, ...)``; -1, which is never right, for samples with a NaN score."""
+    # `argmax` treats NaN as the largest score.
     return preds.argmax(dim=1).masked_fill(preds.isnan().any(dim=1), -1) if preds.is_floating_point() else preds
 
 
 def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return how many samples of each class were predicted right, and how many there were, both ``(C,)``."""
+    """Return the correct predictions and the samples of each class, both ``(C,)``."""
     target = target.flatten().long()
     hits = (_predicted(preds).flatten() == target).long()
     zeros = torch.zeros(num_classes, dtype=torch.long, device=target.device)
-    # Unlike bincount these do not wait for the device.
+    # `bincount` would wait for the device.
     return zeros.scatter_add(0, target, hits), zeros.scatter_add(0, target, torch.ones_like(target))

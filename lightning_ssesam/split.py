@@ -17,18 +17,18 @@ from lightning_ssesam.errors import ArgumentError
 class ClassSplit:
     """Training samples per class, and the groups of classes that follow from them.
 
-    The single source of truth for objectives, metrics, losses and plots. Every class is either head or tail, and
-    independently many-, medium- or few-shot (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World",
-    CVPR 2019: more than 100, 20 to 100, fewer than 20 training samples).
+    Objectives, metrics, losses and plots all take the groups from here. Every class is either head or tail.
+    Independently, it is many-, medium- or few-shot, with more than 100, 20 to 100 or fewer than 20 training samples by
+    default (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019).
 
     Args:
         class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
-        tail: The tail classes: a boolean mask of shape ``(C,)`` or class indices, each in ``[0, C)``.
-        many_above: A class with more training samples than this is many-shot.
-        few_below: A class with fewer training samples than this is few-shot; at most ``many_above + 1``.
+        tail: Tail classes, as a boolean mask of shape ``(C,)`` or as class indices in ``[0, C)``.
+        many_above: Training samples above which a class is many-shot, an integer >= 0.
+        few_below: Training samples below which a class is few-shot, an integer in ``[0, many_above + 1]``.
 
     Raises:
-        ValueError: If a count is not an integer >= 1, or an argument has the wrong shape or range.
+        ArgumentError: If a count is not an integer >= 1, or an argument has the wrong shape or range.
 
     Example:
         >>> split = ClassSplit.from_counts([500, 120, 40, 5], tail_below=100)
@@ -36,7 +36,6 @@ class ClassSplit:
         [False, False, True, True]
         >>> split.many.tolist(), split.few.tolist()
         ([True, True, False, False], [False, False, False, True])
-
     """
 
     class_counts: Tensor
@@ -79,15 +78,14 @@ class ClassSplit:
 
         Args:
             class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
-            tail_below: Tail classes are those with fewer training samples than this (eta in ImbSAM, ICCV 2023).
-            tail_fraction: Tail classes are the rarest ones that together hold at most this fraction of the
-                training samples, in (0, 1). Among classes of equal size the higher class index counts as rarer.
+            tail_below: Training samples below which a class is tail, an integer >= 1 (eta in ImbSAM, ICCV 2023).
+            tail_fraction: Fraction of the training samples, in (0, 1), that the tail classes hold at most. The rarest
+                classes are chosen first; of two classes of equal size the one with the higher index is the rarer.
             many_above: See :class:`ClassSplit`.
             few_below: See :class:`ClassSplit`.
 
         Raises:
-            ValueError: If not exactly one of ``tail_below`` and ``tail_fraction`` is given, or one is out of range.
-
+            ArgumentError: If not exactly one of ``tail_below`` and ``tail_fraction`` is given, or one is out of range.
         """
         if (tail_below is None) == (tail_fraction is None):
             raise ArgumentError(
@@ -103,16 +101,15 @@ class ClassSplit:
 
     @classmethod
     def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int | None = None, **kwargs: Any) -> Self:
-        """Count the training labels, then split as :meth:`from_counts` or, with ``tail=...``, as the constructor.
+        """Count the training labels, and split by class size or, with ``tail=...``, as the constructor does.
 
         Args:
-            labels: The label of every training sample, shape ``(N,)``, integers in ``[0, C)``.
+            labels: Label of every training sample, shape ``(N,)``, integers in ``[0, C)``.
             num_classes: C; the largest label + 1 by default.
-            **kwargs: The arguments of :meth:`from_counts`, or ``tail`` and the thresholds of :class:`ClassSplit`.
+            **kwargs: Arguments of :meth:`from_counts`, or ``tail`` and the thresholds of :class:`ClassSplit`.
 
         Raises:
-            ValueError: If a label is out of range, or a class has no training sample.
-
+            ArgumentError: If a label is out of range, or a class has no training sample.
         """
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
@@ -146,7 +143,7 @@ class ClassSplit:
         return ~(self.many | self.few)
 
     def tail_on(self, device: torch.device) -> Tensor:
-        """Return the tail mask on ``device``; it is copied there once and kept."""
+        """Return the tail mask on ``device``. It is copied there once and kept."""
         if device not in self._moved:
             self._moved[device] = self.tail.to(device)
         return self._moved[device]
@@ -160,7 +157,7 @@ class ClassSplit:
         return {**self.__dict__, "_moved": {}}
 
 
-# So that a checkpoint that holds a split as a hyperparameter loads with ``weights_only=True``.
+# Otherwise a checkpoint with a split among its hyperparameters would not load with ``weights_only=True``.
 torch.serialization.add_safe_globals([ClassSplit])
 
 
@@ -169,12 +166,11 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
 
     Args:
         labels: Class indices, integers >= 0, at least one.
-        name: What the error calls them.
-        num_classes: C, if labels have to be less than it.
+        name: Name of the labels in the error.
+        num_classes: C, which labels must be less than; no limit by default.
 
     Raises:
-        ValueError: If they are anything else.
-
+        ArgumentError: If ``labels`` is anything else.
     """
     expected = "a non-empty vector of class indices"
     values = _as_tensor(name, expected, labels)
@@ -192,7 +188,7 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
 
 
 def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:
-    """Return how often each class occurs in labels ``(N,)``, int64; at least once, else raise ``ValueError``."""
+    """Return the samples of each class in labels ``(N,)``, int64, or raise ``ArgumentError`` if a class has none."""
     counts = torch.bincount(labels, minlength=num_classes)
     if bool((counts == 0).any()):
         missing = (counts == 0).nonzero().flatten().tolist()
@@ -258,11 +254,11 @@ def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) ->
 
 
 def _rarest(counts: Tensor, fraction: float) -> Tensor:
-    # Flipped before the stable sort, so that the higher index comes first among equal counts.
+    # Flipped before the stable sort, because among equal counts the higher index comes first.
     order = counts.numel() - 1 - counts.flip(0).argsort(stable=True)
-    held = counts[order].cumsum(0).double()
-    # The slack keeps 0.29 * 100 = 28.999... from losing a class that holds exactly the fraction.
-    fits = held <= fraction * float(counts.sum()) * (1 + 1e-12)
+    samples = counts[order].cumsum(0).double()
+    # The slack makes up for rounding: 0.29 * 100 is 28.999..., and a class with exactly 29 samples must fit.
+    fits = samples <= fraction * float(counts.sum()) * (1 + 1e-12)
     tail = torch.zeros_like(counts, dtype=torch.bool)
     tail[order[fits]] = True
     return tail

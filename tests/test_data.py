@@ -115,7 +115,7 @@ LABELS = torch.arange(5).repeat_interleave(torch.tensor(SIZES))[
 
 
 class Labelled(Dataset):
-    """Samples that are their own numbers, and labels under any name."""
+    """Samples that are numbers, from 0 on, and labels under any name."""
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
@@ -160,13 +160,13 @@ def test_long_tailed_with_fewer():
 def test_largest_max_count(factor, profile):
     sizes = sorted(SIZES, reverse=True)
 
-    def fits(most):
+    def fits(largest):
         ratio = [
             factor ** -(k / 4) if profile == "exponential" else (1, 1, 1, 1 / factor, 1 / factor)[k] for k in range(5)
         ]
-        return all(int(most * r + 1e-9) <= size for r, size in zip(ratio, sizes, strict=True))
+        return all(int(largest * r + 1e-9) <= size for r, size in zip(ratio, sizes, strict=True))
 
-    assert largest_max_count(sizes, factor, profile) == max(most for most in range(1, 61) if fits(most))
+    assert largest_max_count(sizes, factor, profile) == max(n for n in range(1, 61) if fits(n))
 
 
 def test_long_tailed_is_seeded():

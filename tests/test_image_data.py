@@ -105,17 +105,17 @@ def numbers(loader):
 RAW = {"train_transform": v2.PILToTensor(), "test_transform": v2.PILToTensor()}
 
 
-@pytest.mark.parametrize(("module", "total", "most"), [(CIFAR10LT, 12_406, 5000), (CIFAR100LT, 10_847, 500)])
+@pytest.mark.parametrize(("module", "total", "largest"), [(CIFAR10LT, 12_406, 5000), (CIFAR100LT, 10_847, 500)])
 @pytest.mark.parametrize("factor", [100, 0.01])
-def test_published_counts_are_known_without_files(module, total, most, factor):
+def test_published_counts_are_known_without_files(module, total, largest, factor):
     data = module("nowhere", factor)
     assert sum(data.class_counts) == total
-    assert (data.class_counts[0], data.class_counts[-1]) == (most, most // 100)
+    assert (data.class_counts[0], data.class_counts[-1]) == (largest, largest // 100)
     assert data.val_is_test
     assert data.split(tail_fraction=0.2).num_classes == data.num_classes
     held_out = module("nowhere", factor, val_per_class=100)
-    assert (held_out.class_counts[0], held_out.val_is_test) == (most - 100, False)
-    assert module("nowhere", factor, "step").class_counts.count(most) == data.num_classes // 2
+    assert (held_out.class_counts[0], held_out.val_is_test) == (largest - 100, False)
+    assert module("nowhere", factor, "step").class_counts.count(largest) == data.num_classes // 2
     assert not Path("nowhere").exists()
 
 
@@ -192,7 +192,7 @@ def write_list(name, lines, content=None):
 
 
 def image_list(counts, name, folder="images", first=0):
-    """A list with as many images of each class, in an order of its own."""
+    """Write a list with these numbers of images of each class, in random order."""
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     labels = [labels[i] for i in torch.randperm(len(labels), generator=torch.Generator().manual_seed(len(labels)))]
     for number in range(len(labels)):
@@ -481,7 +481,7 @@ def test_bad_image_of_a_folder(broken):
         (
             {"root/train": {"a": 9}, "root/test": {"a": 1, "b": 1}},
             {},
-            ["whose test classes are among its training classes, but got root with b in test alone"],
+            ["whose test classes are among its training classes, but got root with b only in test"],
         ),
         ({"root": {"a": 3, "b": 3}}, {"test_fraction": 0}, ["`test_fraction` to be a number strictly between 0 and 1"]),
         ({"root": {"a": 3}}, {"val_fraction": 1}, ["`val_fraction` to be a number strictly between 0 and 1"]),
@@ -526,8 +526,8 @@ def test_default_transforms(size):
     assert at_left == (size <= 64), "small images are shown whole, others lose their edges"
     if size <= 64:
         images = torch.stack([train(wide) for _ in range(200)])
-        left = (images[:, 1, size // 2, : size // 2].amax(1) > 0.5 * green).double().mean()
-        assert 0.3 < left < 0.7, "half of the images are flipped"
+        at_left_half = (images[:, 1, size // 2, : size // 2].amax(1) > 0.5 * green).double().mean()
+        assert 0.3 < at_left_half < 0.7, "half of the images are flipped"
         black = (0 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
         padded = images[:, :, 0, size // 2].isclose(black, atol=1e-5).all(1).double().mean()
         assert 0.1 < padded < 0.9, "images are moved"
@@ -627,6 +627,43 @@ def test_command_line(monkeypatch):
     assert (config["imbalance_factor"], config["root"]) == (4, "root")
 
 
+# Options that a data module hands on to its base: batch_size, num_workers, and whether it has transforms.
+HANDED_ON = {
+    "DigitsLT": (32, 0, False),
+    "CIFAR10LT": (64, 0, True),
+    "CIFAR100LT": (64, 0, True),
+    "ImageFolderLT": (32, 0, True),
+    "ImageListLT": (64, 4, True),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_options_of_the_base_on_the_command_line(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
+    with pytest.raises(SystemExit):
+        main(["fit", f"--data.help={name}"])
+    printed = " ".join(capsys.readouterr().out.split())
+    batch_size, num_workers, has_transforms = HANDED_ON[name]
+    expected = {
+        "batch_size": f"Samples in a training batch, an integer >= 1. (type: int, default: {batch_size})",
+        "num_workers": f"an integer >= 0; 0 loads them in the training process. (type: int, default: {num_workers})",
+        "sampler": "Class or function that makes the sampler of the training set",
+    }
+    if has_transforms:
+        expected["train_transform"] = "by default random crops and flips, and normalisation. (type: "
+        expected["test_transform"] = "by default the centre of the image, normalised. (type: "
+    for option, text in expected.items():
+        assert f"--data.{option} " in printed
+        assert text in printed, option
+
+
+def test_options_of_a_data_module_are_named():
+    # A third number of DigitsLT has been the size of a batch, and must not become a seed unnoticed.
+    for make in (lambda: DigitsLT(50.0, "step", 32), lambda: CIFAR10LT("data", 100.0, "step", 64, 4)):
+        with pytest.raises(TypeError, match="positional arguments"):
+            make()
+
+
 def test_a_list_that_is_gone_is_named_once(tmp_path):
     write(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text("a.png 0\na.png 1\n")
@@ -692,9 +729,9 @@ def test_more_classes_than_a_label_can_have():
 
 
 def test_missing_set_is_named():
-    class Own(lightning_ssesam.data.LongTailDataModule):
+    class Incomplete(lightning_ssesam.data.LongTailDataModule):
         def make_sets(self):
             return {"train": [], "test": []}
 
     with pytest.raises(NotImplementedError, match=r"'val', or `val_dataloader`, but its sets are \['test', 'train'\]"):
-        Own().val_dataloader()
+        Incomplete().val_dataloader()

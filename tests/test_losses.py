@@ -16,8 +16,10 @@ from lightning_ssesam.losses import (
     FocalLoss,
     LDAMLoss,
     LogitAdjustedLoss,
+    LongTailLoss,
     VSLoss,
     class_balanced_weights,
+    functional,
 )
 
 pytestmark = STRICT
@@ -115,10 +117,57 @@ def test_same_as_naive(name, kind, shape, weighted, float64):
     torch.testing.assert_close(actual, naive(name, logits, targets, COUNTS, weights), rtol=1e-12, atol=1e-13)
 
 
+FUNCTIONS = {
+    "LDAM": lambda z, y, n, w: functional.ldam(z, y, functional.ldam_margins(n, 0.4), scale=3.0, weight=w),
+    "LogitAdjusted": lambda z, y, n, w: functional.logit_adjusted(z, y, n, tau=1.3, weight=w),
+    "BalancedSoftmax": lambda z, y, n, w: functional.adjusted(z, y, n.log(), weight=w),
+    "VS": lambda z, y, n, w: functional.vector_scaling(z, y, n, gamma=0.3, tau=0.8, weight=w),
+    "ClassBalanced": lambda z, y, n, w: functional.cross_entropy(z, y, class_balanced_weights(n, 0.99).to(z)),
+    "focal": lambda z, y, n, w: functional.focal(z, y, gamma=1.5, weight=w),
+    "focal root": lambda z, y, n, w: functional.focal(z, y, gamma=0.5, weight=w),
+    "focal sigmoid": lambda z, y, n, w: functional.sigmoid_focal(z, y, gamma=1.5, alpha=0.3, weight=w),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_are_the_formulas_of_the_classes(name, kind, dtype):
+    logits, counts = torch.randn(3, 5, 4, dtype=dtype) * 2, torch.tensor(COUNTS, dtype=dtype)
+    targets = make_targets(kind, logits.shape)
+    if kind == "probabilities":
+        targets = targets.to(dtype)
+    weights = WEIGHTS if name in TAKE_WEIGHTS else [1.0] * 5
+    options = {"weight": WEIGHTS} if name in TAKE_WEIGHTS else {}
+    actual = FUNCTIONS[name](logits, targets, counts, torch.tensor(weights, dtype=dtype))
+    assert actual.dtype == dtype
+    expected = naive(name, logits.double(), targets, COUNTS, weights)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    # The weights of ClassBalancedLoss have the default dtype.
+    if (name, dtype) != ("ClassBalanced", torch.float64):
+        assert torch.equal(actual, LOSSES[name](COUNTS, **options)(logits, targets))
+
+
+def test_a_loss_is_a_function_and_a_small_class():
+    class Margin(LongTailLoss):
+        def losses(self, logits, targets, weight):
+            return functional.ldam(logits, targets, self.counts_like(logits) / 10, scale=1.0, weight=weight)
+
+    loss = Margin(weight=[1.0, 3.0], reduction="sum")
+    loss.bind(ClassSplit([2, 1], tail=[1]))
+    logits = torch.zeros(2, 2, dtype=torch.float16)
+    expected = math.log(1 + math.exp(0.2)) + 3 * math.log(1 + math.exp(0.1))
+    assert loss(logits, torch.tensor([0, 1])).item() == pytest.approx(expected)
+    assert repr(loss) == "Margin(reduction='sum')"
+    with pytest.raises(NotImplementedError, match="LongTailLoss has no `losses`"):
+        LongTailLoss([2, 1])(logits, torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        # Of two classes with equal logits: 9 of 10 samples, 1 of 10.
+        # Two classes with equal logits, of 9 and 1 of 10 samples.
         (LogitAdjustedLoss([9, 1]), [-math.log(0.9), -math.log(0.1)]),
         (LogitAdjustedLoss([9, 1], tau=0.0), [math.log(2), math.log(2)]),
         # tau=2: 81 to 1.

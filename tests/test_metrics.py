@@ -152,13 +152,13 @@ class TestConfusion:
             metric.update(chosen if scores else chosen.argmax(1), target[start : start + 13])
         preds, groups = logits.argmax(1).tolist(), {"head": SPLIT.head.tolist(), "tail": SPLIT.tail.tolist()}
         for source, mask in groups.items():
-            for to, taken in groups.items():
+            for name, is_in_group in groups.items():
                 shares = []
                 for k in [k for k in range(6) if mask[k] and k in target]:
-                    of_class = [p for p, t in zip(preds, target.tolist(), strict=True) if t == k]
-                    shares.append(sum(p != k and taken[p] for p in of_class) / len(of_class))
+                    predicted = [p for p, t in zip(preds, target.tolist(), strict=True) if t == k]
+                    shares.append(sum(p != k and is_in_group[p] for p in predicted) / len(predicted))
                 expected = sum(shares) / len(shares) if shares else float("nan")
-                assert metric.compute()[f"{source}_to_{to}"].item() == pytest.approx(expected, nan_ok=True)
+                assert metric.compute()[f"{source}_to_{name}"].item() == pytest.approx(expected, nan_ok=True)
 
     def test_shares_and_accuracy_make_one(self):
         target, preds = torch.randint(6, (200,)), torch.randint(6, (200,))

@@ -1,4 +1,4 @@
-"""Samplers against the probabilities of the paper, and divided among processes."""
+"""Samplers: the probabilities of the paper, and draws that several processes share."""
 
 import json
 import multiprocessing
@@ -212,12 +212,12 @@ def two_processes(rank, port):
 
 
 def test_two_processes(free_port):
-    # A process of its own forks both: nothing has run in it that cannot be forked, and the imports are paid once.
+    # Another process forks both. It has run nothing that cannot be forked, and it imports once for both.
     subprocess.run([sys.executable, "-W", "ignore", __file__, str(free_port)], check=True, timeout=120)
     results = [json.loads(Path(f"{rank}.json").read_text()) for rank in range(2)]
     for name in samplers():
         alone = seen(name)
-        assert len({tuple(epoch) for epoch in alone["seen"]}) == 2, "every epoch has its own draws"
+        assert len({tuple(epoch) for epoch in alone["seen"]}) == 2, "two epochs have the same draws"
         for epoch in range(2):
             first, second = (result[name]["seen"][epoch] for result in results)
             together = [index for step in zip(first, second, strict=True) for index in step]

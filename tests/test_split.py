@@ -84,9 +84,9 @@ def test_counts_are_copied_and_frozen():
 def test_copies_and_pickles():
     split = ClassSplit([3, 2], tail=[1], many_above=2, few_below=1)
     split.tail_on(torch.device("cpu"))
-    for other in (copy.deepcopy(split), pickle.loads(pickle.dumps(split))):
-        assert other.tail.tolist() == [False, True]
-        assert other.many.tolist() == [True, False]
+    for twin in (copy.deepcopy(split), pickle.loads(pickle.dumps(split))):
+        assert twin.tail.tolist() == [False, True]
+        assert twin.many.tolist() == [True, False]
     assert repr(split) == "ClassSplit(num_classes=2, samples=5, tail=[1])"
 
 

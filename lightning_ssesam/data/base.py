@@ -20,9 +20,11 @@ _EVALUATION_BATCH = 256
 class LongTailDataModule(pl.LightningDataModule):
     """A data module that knows its class counts as soon as it is built.
 
-    A subclass sets ``class_counts`` in its ``__init__`` and overrides :meth:`make_sets`, or the loaders themselves. For
-    a data set that is downloaded later, the counts must be known beforehand: from a constant of the class, or from a
-    small list file. ``prepare_data`` downloads, :meth:`make_sets` reads.
+    A subclass sets ``class_counts`` in ``__init__`` and overrides :meth:`make_sets`, or the loaders themselves.
+
+    A data set that is long-tailed and downloaded has no files yet when ``__init__`` runs, but the objective, the loss
+    and the metrics need the counts then. So write the published counts into the subclass, or ship a list of labels
+    with it. Override ``prepare_data`` to download, and read the files in :meth:`make_sets`.
 
     Attributes:
         class_counts: Training samples of each class, length C.
@@ -33,8 +35,8 @@ class LongTailDataModule(pl.LightningDataModule):
     Args:
         batch_size: Samples in a training batch, an integer >= 1.
         num_workers: Processes that load samples, an integer >= 0; 0 loads them in the training process.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``, such as the class
-            ``ClassBalancedSampler``; shuffled by default.
+        sampler: Class or function that makes the sampler of the training set from its labels ``(N,)``, such as
+            ``ClassBalancedSampler``. By default the training set is shuffled.
 
     Raises:
         ArgumentError: If an argument is out of range.
@@ -53,7 +55,6 @@ class LongTailDataModule(pl.LightningDataModule):
         >>> data = Points(batch_size=4)
         >>> data.split(tail_below=5).tail.tolist(), len(data.train_dataloader())
         ([False, True], 2)
-
     """
 
     class_counts: list[int]
@@ -81,8 +82,7 @@ class LongTailDataModule(pl.LightningDataModule):
         """Return the :class:`~lightning_ssesam.ClassSplit` of the training set.
 
         Args:
-            **kwargs: The arguments of ``ClassSplit.from_counts``; the data set's own thresholds by default.
-
+            **kwargs: Arguments of ``ClassSplit.from_counts``. The thresholds are those of the data set by default.
         """
         thresholds = {"many_above": self.many_above, "few_below": self.few_below}
         return ClassSplit.from_counts(self.class_counts, **{**thresholds, **kwargs})
@@ -93,7 +93,7 @@ class LongTailDataModule(pl.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Called when a run starts: make the data sets, once."""
+        """Called when a run starts: makes the data sets, once."""
         if not self._sets:
             self._sets = self.make_sets()
 
@@ -111,7 +111,7 @@ class LongTailDataModule(pl.LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation set, in batches of up to 256."""
-        # A subclass with loaders of its own may do without validation.
+        # A subclass that overrides the loaders may have no validation data.
         if type(self).make_sets is LongTailDataModule.make_sets:
             return []
         return self._loader("test" if self.val_is_test else "val", batch_size=_EVALUATION_BATCH)
@@ -131,7 +131,7 @@ class LongTailDataModule(pl.LightningDataModule):
         )
 
     def _set(self, name: str) -> Dataset[Any]:
-        # Outside a Trainer, nobody has called these.
+        # Outside a Trainer, nobody calls these hooks.
         if not self._sets:
             self.prepare_data()
             self.setup("fit")

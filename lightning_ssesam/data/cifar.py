@@ -25,7 +25,7 @@ class CIFAR10LT(ImageDataModule):
         val_is_test: Whether the validation set is the test set: if ``val_per_class`` is 0.
 
     Args:
-        root: The folder that has the files or gets them.
+        root: Folder that holds the files, or receives them.
         imbalance_factor: Largest over smallest class size, or its inverse; > 0.
         profile: ``"exponential"`` or ``"step"``; see :func:`~lightning_ssesam.data.long_tailed_counts`.
         batch_size: Samples in a training batch, an integer >= 1.
@@ -38,7 +38,6 @@ class CIFAR10LT(ImageDataModule):
 
     Raises:
         ArgumentError: If an argument is out of range; from ``setup``, if the files are missing.
-
     """
 
     _dataset = "CIFAR10"
@@ -53,6 +52,7 @@ class CIFAR10LT(ImageDataModule):
         imbalance_factor: float = 100.0,
         profile: Profile = "exponential",
         batch_size: int = 64,
+        *,
         val_per_class: int = 0,
         seed: int = 0,
         download: bool = True,
@@ -73,7 +73,7 @@ class CIFAR10LT(ImageDataModule):
 
     @override
     def prepare_data(self) -> None:
-        """Called in one process when a run starts: download what is not there."""
+        """Called in one process when a run starts: downloads missing files."""
         if self.download:
             from torchvision import datasets
 
@@ -81,18 +81,15 @@ class CIFAR10LT(ImageDataModule):
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Read the files, hold out what validates, and make the rest long-tailed."""
+        """Read the files, hold out the validation images, and make the other training images long-tailed."""
         train, test = self._read(train=True), self._read(train=False)
         train.transform, test.transform = self.transforms(32, mean=self._mean, std=self._std, resize=False)
         generator = torch.Generator().manual_seed(self.seed)
         held_out, others = hold_out(labels_of(train), [self.val_per_class] * self._num_classes, generator)
-        others_of_train = Subset(train, others.tolist())
-        sets = {
-            "test": test,
-            "train": LongTailed(others_of_train, self.imbalance_factor, self.profile, self.seed),
-        }
+        kept = Subset(train, others.tolist())
+        sets = {"test": test, "train": LongTailed(kept, self.imbalance_factor, self.profile, self.seed)}
         if not self.val_is_test:
-            # The same arrays, with the transform of the test images.
+            # The copy shares the arrays and has the transform of the test images.
             plain = copy.copy(train)
             plain.transform = test.transform
             sets["val"] = Subset(plain, held_out.tolist())

@@ -10,7 +10,7 @@ from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
 
-# The rarest digit has 174 scans. They pay for the test and validation images of a class and its largest training set.
+# The rarest digit has 174 scans: enough for these three numbers together.
 _TEST_PER_CLASS = 50
 _VAL_PER_CLASS = 20
 _LARGEST_CLASS = 100
@@ -19,10 +19,10 @@ _LARGEST_CLASS = 100
 class DigitsLT(LongTailDataModule):
     """Long-tailed digits: 8x8 scans of ten classes from the UCI data set that comes with scikit-learn.
 
-    The training set has 100 images of the digit 0 and fewer of every further one. Validation and test set are
-    balanced, 20 and 50 images a class, and share no image with the training set. More than 50 training images make a
-    class many-shot, fewer than 10 few-shot. Batches are pairs of images
-    ``(N, 1, 8, 8)``, float32 with zero mean and unit variance over the whole set, and class indices ``(N,)``, int64.
+    The training set has 100 images of the digit 0, and fewer of every further digit. The validation and the test set
+    have 20 and 50 images of each class, and share no image with the training set. A class with more than 50 training
+    images is many-shot, with fewer than 10 few-shot. Batches are pairs of images ``(N, 1, 8, 8)``, float32 with zero
+    mean and unit variance over the whole set, and class indices ``(N,)``, int64.
 
     Args:
         imbalance_factor: Largest over smallest class size, from 1 to 100, or its inverse.
@@ -33,18 +33,13 @@ class DigitsLT(LongTailDataModule):
     Raises:
         ArgumentError: If an argument is out of range.
         ModuleNotFoundError: From ``setup``, if scikit-learn is not installed.
-
     """
 
     many_above = 50
     few_below = 10
 
     def __init__(
-        self,
-        imbalance_factor: float = 50.0,
-        profile: Profile = "exponential",
-        seed: int = 0,
-        **kwargs: Any,
+        self, imbalance_factor: float = 50.0, profile: Profile = "exponential", *, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.class_counts = long_tailed_counts(10, _LARGEST_CLASS, imbalance_factor, profile)
@@ -62,11 +57,8 @@ class DigitsLT(LongTailDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         remaining = torch.arange(len(labels))
         sets: dict[str, Dataset[Any]] = {}
-        for name, counts in {
-            "test": [_TEST_PER_CLASS] * 10,
-            "val": [_VAL_PER_CLASS] * 10,
-            "train": self.class_counts,
-        }.items():
+        wanted = {"test": [_TEST_PER_CLASS] * 10, "val": [_VAL_PER_CLASS] * 10, "train": self.class_counts}
+        for name, counts in wanted.items():
             picked, others = hold_out(labels[remaining], counts, generator)
             sets[name] = TensorDataset(images[remaining[picked]], labels[remaining[picked]])
             remaining = remaining[others]

@@ -22,18 +22,20 @@ class ImageFolderLT(ImageDataModule):
     """Images in folders, one folder for each class, already long-tailed or made so.
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
-    folder for each class. What is missing is drawn at random from the training images of each class, no image twice;
-    every class keeps at least one to train on. Batches are pairs of images ``(N, 3, image_size, image_size)``,
-    float32, and class indices ``(N,)``, int64, in the order of the sorted folder names.
+    folder for each class. A missing set is drawn at random from the training images of each class. No image is in two
+    sets, and every class keeps at least one training image.
+
+    Batches are pairs of images ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64, in the
+    order of the sorted folder names.
 
     Attributes:
-        class_names: The names of the folders, length C.
+        class_names: Names of the folders, length C.
         val_is_test: Whether the validation set is the test set: if there is no ``val`` and ``val_fraction`` is 0.
 
     Args:
-        root: The folder.
-        imbalance_factor: Largest over smallest class size that the training images are to have, or its inverse, > 0;
-            see :class:`~lightning_ssesam.data.LongTailed`. By default they stay as they are.
+        root: Folder of the images.
+        imbalance_factor: Largest over smallest class size of the training set to make, or its inverse, > 0; see
+            :class:`~lightning_ssesam.data.LongTailed`. By default all training images are kept.
         profile: ``"exponential"`` or ``"step"``.
         val_fraction: Fraction of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
         test_fraction: Fraction of each class that tests if there is no ``test``, in (0, 1).
@@ -45,7 +47,6 @@ class ImageFolderLT(ImageDataModule):
         ArgumentError: If an argument is out of range, the folder is not as above, or a test class has no training
             images; when a batch is made, if an image cannot be read.
         ModuleNotFoundError: If torchvision is not installed.
-
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ImageFolderLT(ImageDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         image_size: int = 224,
+        *,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -76,7 +78,7 @@ class ImageFolderLT(ImageDataModule):
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Return the sets that were listed and drawn when this was built."""
+        """Return the sets, which the constructor has listed and drawn."""
         to_train, to_test = self.transforms(self.image_size)
         return {
             name: _Files(samples, to_train if name == "train" else to_test) for name, samples in self._parts.items()
@@ -93,29 +95,29 @@ class _Files(ImageFiles):
         return self.samples[index][0]
 
 
-# What people call the folders of a divided data set, and hardly a class.
+# Usual names of the folders of a divided data set, which no class is likely to have.
 _SETS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """Return the class names and the samples of ``train`` and of those of ``val`` and ``test`` that there are."""
+    """Return the class names, and the samples of ``train`` and of those of ``val`` and ``test`` that exist."""
     folders = _folders(root)
-    expected = "a folder with `train` and `test`, with `val` if need be, or with a folder for each class"
+    expected = "a folder with `train` and `test`, perhaps `val`, or with a folder for each class"
     if not {"train", "test"} <= set(folders):
         if set(folders) <= _SETS:
             raise bad_argument("root", expected, got_text=f"{root} with only {', '.join(folders)}")
         return folders, {"train": _samples(root, folders)}
     if others := set(folders) - {"train", "val", "test"}:
-        raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(others))} besides")
+        raise bad_argument("root", expected, got_text=f"{root} with also {', '.join(sorted(others))}")
     names = _folders(root / "train")
     parts = {"train": _samples(root / "train", names)}
     for part in {"val", "test"} & set(folders):
         if unknown := set(_folders(root / part)) - set(names):
             expected = f"a folder whose {part} classes are among its training classes"
-            raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(unknown))} in {part} alone")
-        parts[part] = _samples(root / part, names, every=False)
+            raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(unknown))} only in {part}")
+        parts[part] = _samples(root / part, names, allow_empty=True)
         if not parts[part]:
-            raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none there")
+            raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none")
     return names, parts
 
 
@@ -129,19 +131,19 @@ def _folders(root: Path) -> list[str]:
     return names
 
 
-def _samples(root: Path, names: list[str], every: bool = True) -> Samples:
+def _samples(root: Path, names: list[str], allow_empty: bool = False) -> Samples:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     classes = {name: label for label, name in enumerate(names)}
     try:
-        samples: Samples = make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=not every)
+        samples: Samples = make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=allow_empty)
     except FileNotFoundError as error:
         raise bad_argument("root", "a folder with images of every class", got_text=f"{root}: {error}") from error
     return samples
 
 
 def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:
-    """Return the share of each class that makes each set that is not there."""
+    """Return, for each missing set, the fraction of each class to draw for it."""
     check_fraction("test_fraction", test_fraction)
     if val_fraction != 0:
         check_fraction("val_fraction", val_fraction)
@@ -153,14 +155,14 @@ def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: f
 
 
 def _divide(samples: Samples, fractions: Mapping[str, float], seed: int) -> dict[str, Samples]:
-    """Draw sets of these shares of each class, rounded; the rest, one of each class at least, is for training."""
+    """Draw sets with these fractions of each class, rounded. The other samples, at least one a class, train."""
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     sizes = _Files(samples).targets.bincount().tolist()
     for name, fraction in fractions.items():
         labels = _Files(samples).targets
-        left = labels.bincount().tolist()
-        counts = [min(math.floor(size * fraction + 0.5), rest - 1) for size, rest in zip(sizes, left, strict=True)]
+        remaining = labels.bincount().tolist()
+        counts = [min(math.floor(n * fraction + 0.5), r - 1) for n, r in zip(sizes, remaining, strict=True)]
         if sum(counts) == 0:
             raise bad_argument(f"{name}_fraction", "large enough to hold out an image of some class", fraction)
         picked, others = hold_out(labels, counts, generator)

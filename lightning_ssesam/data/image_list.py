@@ -16,30 +16,29 @@ from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
 
-# Labels are kept in 32 bits.
-_MOST_CLASSES = 2**31
+# Labels are stored in 32 bits.
+_MAX_CLASSES = 2**31
 
 
 class ImageList(ImageFiles):
-    """The images that a list file names, one a line: a path, which may contain spaces, a space and the label.
+    """The images that a list file names. A line has a path, which may contain spaces, a space and the label.
 
-    Only where each line starts and its label are kept in memory, 12 bytes an image; a path is read from the file when
-    it is asked for. Blank lines do not count.
+    Memory holds the start and the label of each line, 12 bytes an image. A path is read from the file when its image is
+    requested. Blank lines are skipped.
 
     Attributes:
-        targets: The label of every image, shape ``(N,)``, int32.
+        targets: Label of every image, shape ``(N,)``, int32.
         num_classes: C.
 
     Args:
-        path: The list file.
-        root: The folder that the paths in it start from.
+        path: List file.
+        root: Folder that the paths in the list are relative to.
         num_classes: C, an integer in [1, 2**31]; by default the largest label + 1.
-        transform: From a PIL image in RGB to what a batch is made of.
+        transform: Transform from a PIL image in RGB to an element of a batch.
 
     Raises:
-        ValueError: If the file cannot be read, or a line of it is wrong; when an image is asked for, if it cannot be
-            read. The message says which file and line.
-
+        ArgumentError: If the file cannot be read, or a line of it is wrong; when an image is requested, if it cannot
+            be read. The message names file and line.
     """
 
     def __init__(
@@ -49,9 +48,9 @@ class ImageList(ImageFiles):
         num_classes: int | None = None,
         transform: Transform | None = None,
     ) -> None:
-        limit = _MOST_CLASSES if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
-        if limit > _MOST_CLASSES:
-            raise bad_argument("num_classes", f"at most {_MOST_CLASSES}", num_classes)
+        limit = _MAX_CLASSES if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
+        if limit > _MAX_CLASSES:
+            raise bad_argument("num_classes", f"at most {_MAX_CLASSES}", num_classes)
         self.list_file, self.root, self.transform = str(path), str(root), transform
         try:
             starts, labels = _scan(self.list_file, limit)
@@ -65,8 +64,8 @@ class ImageList(ImageFiles):
 
     @override
     def path(self, index: int) -> str:
-        """Return where an image is."""
-        # Opened each time: nothing is shared with, or sent to, the processes of a loader.
+        """Return the path of an image."""
+        # Opened each time, because an open file cannot be shared with the processes of a loader.
         try:
             with open(self.list_file, "rb") as file:
                 file.seek(int(self._starts[index]))
@@ -79,46 +78,45 @@ class ImageList(ImageFiles):
 
     @override
     def image(self, index: int) -> Any:
-        """Return an image as it is read, a PIL image in RGB."""
+        """Return an image before its transform, a PIL image in RGB."""
         path = self.path(index)
         try:
             return read_image(path)
-        except ValueError as error:
+        except ArgumentError as error:
             raise self._bad_line(index, str(error)) from error
 
     def _bad_line(self, index: int, sentence: str) -> ArgumentError:
         with open(self.list_file, "rb") as file:
-            number, left = 1, int(self._starts[index])
-            while chunk := file.read(min(left, 2**20)):
-                number, left = number + chunk.count(b"\n"), left - len(chunk)
+            number, remaining = 1, int(self._starts[index])
+            while chunk := file.read(min(remaining, 2**20)):
+                number, remaining = number + chunk.count(b"\n"), remaining - len(chunk)
         return ArgumentError(f"{self.list_file}, line {number}: {sentence}")
 
 
 class ImageListLT(ImageDataModule):
     """A long-tailed data set of list files, such as ImageNet-LT, Places-LT and iNaturalist 2018.
 
-    The training list is read as soon as it is built, the images when they are needed; the first of every list already
-    in ``setup``, so that a wrong folder is found before training. Batches are pairs of images
+    The constructor reads the training list. Images are read when a batch needs them, but ``setup`` tries the first
+    image of every list, so that a wrong folder is found before training. Batches are pairs of images
     ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64.
 
     Attributes:
         val_is_test: Whether the validation set is the test set: if ``val`` is not given.
 
     Args:
-        train: List file of the training images; see :class:`ImageList`.
+        train: List file of the training images; see :class:`~lightning_ssesam.data.ImageList`.
         test: List file of the test images.
         val: List file of the validation images; without one the test set validates.
-        root: The folder that the paths in the lists start from.
+        root: Folder that the paths in the lists are relative to.
         num_classes: C, an integer >= 1; by default the largest training label + 1.
         image_size: Height and width of the images, an integer >= 1.
         batch_size: Samples in a training batch, an integer >= 1.
-        num_workers: Processes that load images, an integer >= 0.
+        num_workers: Processes that load samples, an integer >= 0; 0 loads them in the training process.
         **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
         ArgumentError: If an argument is out of range, a file cannot be read, a line of it is wrong, or a class has no
             training image.
-
     """
 
     def __init__(
@@ -142,7 +140,7 @@ class ImageListLT(ImageDataModule):
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Read the other lists, and the first image of each."""
+        """Read the other lists, and the first image of each list."""
         self._train.transform, to_test = self.transforms(self.image_size)
         lists = {"test": self.test} if self.val is None else {"test": self.test, "val": self.val}
         sets = {name: ImageList(path, self.root, self.num_classes, to_test) for name, path in lists.items()}
@@ -153,13 +151,13 @@ class ImageListLT(ImageDataModule):
 
 
 def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
-    """Return where each line that is not blank starts, and its label."""
+    """Return the start and the label of each line that is not blank."""
     starts, labels = array("q"), array("i")
     with open(path, "rb") as file:
         start = file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
         for number, line in enumerate(file, start=1):
             fields = line.rsplit(None, 1)
-            # Ten digits hold every label, and int refuses thousands.
+            # Every label has at most ten digits, and `int` raises on thousands of them.
             if len(fields) == 2 and len(fields[1]) <= 10 and fields[1].isdigit() and (label := int(fields[1])) < limit:
                 starts.append(start)
                 labels.append(label)
@@ -175,7 +173,7 @@ def _bad_file(path: str, got: str) -> ArgumentError:
 
 
 def _class_counts(images: ImageList) -> list[int]:
-    # Not bincount: of a label such as 2,000,000,000 it would make a vector of that length.
+    # Not `bincount`, which would make a vector of length 2,000,000,000 for a label of that size.
     present, counts = np.unique(images.targets.numpy(), return_counts=True)
     missing = images.num_classes - len(present)
     if missing:

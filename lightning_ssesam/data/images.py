@@ -1,4 +1,4 @@
-"""What the sets of image files share: how a file is read, and the usual transforms."""
+"""Shared by the data sets of images: a base for data modules, reading of files, the usual transforms."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -17,18 +17,17 @@ Transform: TypeAlias = Callable[[Any], Any]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Up to this size the images are shown whole, as is usual for CIFAR and Tiny ImageNet.
+# Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
 
 
 class ImageDataModule(LongTailDataModule):
-    """A data module of images.
+    """Base of data modules of images. :meth:`make_sets` of a subclass gives its sets the two :meth:`transforms`.
 
     Args:
         train_transform: Transform from PIL images to tensors; by default random crops and flips, and normalisation.
         test_transform: Transform from PIL images to tensors; by default the centre of the image, normalised.
         **kwargs: See :class:`~lightning_ssesam.data.LongTailDataModule`.
-
     """
 
     def __init__(
@@ -38,7 +37,12 @@ class ImageDataModule(LongTailDataModule):
         self.train_transform, self.test_transform = train_transform, test_transform
 
     def transforms(self, image_size: int, **options: Any) -> tuple[Transform, Transform]:
-        """Return the transforms of training and of test images: those given, or :func:`default_transforms`."""
+        """Return the transforms of training and of test images: the arguments, or the usual ones by default.
+
+        Args:
+            image_size: Height and width of the images, an integer >= 1.
+            **options: See :func:`default_transforms`.
+        """
         to_train, to_test = default_transforms(image_size, **options)
         return self.train_transform or to_train, self.test_transform or to_test
 
@@ -47,24 +51,22 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     """Pairs of an image, read from its file as RGB and transformed, and its label.
 
     Attributes:
-        targets: The label of every image, shape ``(N,)``.
-        transform: From a PIL image to what a batch is made of.
-
+        targets: Label of every image, shape ``(N,)``.
+        transform: Transform from a PIL image to an element of a batch.
     """
 
     targets: Tensor
     transform: Transform | None
 
     def path(self, index: int) -> str:
-        """Return where an image is."""
+        """Return the path of an image."""
         raise NotImplementedError(f"{type(self).__name__} has no `path`.")
 
     def image(self, index: int) -> Any:
-        """Return an image as it is read, a PIL image in RGB.
+        """Return an image before its transform, a PIL image in RGB.
 
         Raises:
-            ValueError: If it is missing or cannot be read, with its path.
-
+            ArgumentError: If the file is missing or is no image. The message has its path.
         """
         return read_image(self.path(index))
 
@@ -78,16 +80,16 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
 
 def read_image(path: str) -> Any:
-    """Return the image in a file, whatever its colours, as a PIL image in RGB."""
+    """Return the image in a file, converted to a PIL image in RGB."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            # Pillow would clip these to white.
+            # Pillow would clip the values of these modes to white.
             if image.mode.startswith(("I", "F")):
                 raise TypeError(f"more than 8 bits a channel (mode {image.mode!r})")
             return image.convert("RGB")
-    # A broken file makes PIL raise almost anything.
+    # A broken file makes Pillow raise almost any kind of exception.
     except Exception as error:
         raise ArgumentError(f"Expected {path} to be an image that can be read, but got {error!r}.") from error
 
@@ -101,12 +103,11 @@ def default_transforms(
     """Return the usual transforms of training and of test images, from PIL images to tensors.
 
     Args:
-        image_size: Height and width of what comes out, an integer >= 1. Up to 64, training images are moved by up to
-            an eighth of it; above, they are random parts of any size, and test images lose their edges.
-        mean: Of each channel, to be subtracted.
-        std: Of each channel, to divide by.
-        resize: Whether small images are brought to that size first.
-
+        image_size: Height and width of the result, an integer >= 1. Up to 64, training images are shifted by up to an
+            eighth of it. Above 64, training images are random crops of any size, and test images lose their edges.
+        mean: Mean of each channel, which is subtracted.
+        std: Standard deviation of each channel, by which is divided.
+        resize: Whether to resize images first, if ``image_size`` is at most 64.
     """
     from torchvision.transforms import v2
 

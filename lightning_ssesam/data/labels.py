@@ -1,4 +1,4 @@
-"""The label of every sample, from whatever a data set keeps them in."""
+"""The labels of a data set, found without loading a sample."""
 
 from typing import Any
 
@@ -11,14 +11,13 @@ from lightning_ssesam.split import as_labels
 
 
 def labels_of(dataset: Any) -> Tensor:
-    """Return the labels ``(N,)`` of a map-style data set, without loading a sample.
+    """Return the labels ``(N,)``, int64, of a map-style data set, without loading a sample.
 
     They are its attribute ``targets`` or ``labels``, the second entries of its ``samples``, the second tensor of a
-    ``TensorDataset``, or those that a ``Subset`` chooses of these.
+    ``TensorDataset``, or those of the samples that a ``Subset`` selects.
 
     Raises:
-        ValueError: If there are none, or they are not class indices, one a sample.
-
+        ArgumentError: If none of these exists, or it does not hold one class index for each sample.
     """
     labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
     if len(labels) != len(dataset):

@@ -17,36 +17,34 @@ Sample = TypeVar("Sample", covariant=True)
 
 
 class LongTailed(Dataset[Sample]):
-    """The samples of a map-style data set that make it long-tailed, chosen at random.
+    """A long-tailed subset of a map-style data set, chosen at random.
 
-    The classes get the sizes of :func:`~lightning_ssesam.data.long_tailed_counts` in the order of their sizes in the
-    data set, the largest first; among equal ones the lower class index. A balanced data set so becomes what Cao et
-    al., "LDAM", NeurIPS 2019 make of it.
+    The classes get the sizes of :func:`~lightning_ssesam.data.long_tailed_counts`, the largest class of the data set
+    first. Among classes of equal size the lower class index comes first. For a balanced data set this is the protocol
+    of Cao et al., "LDAM", NeurIPS 2019.
 
     Attributes:
         class_counts: Samples of each class, length C.
-        indices: Of the chosen samples in the data set, shape ``(N,)``, int64, ascending.
-        targets: Their labels, shape ``(N,)``, int64.
+        indices: Indices of the chosen samples in the data set, shape ``(N,)``, int64, ascending.
+        targets: Labels of the chosen samples, shape ``(N,)``, int64.
 
     Args:
-        dataset: Any with a length and an index that knows its labels: with an attribute ``targets``, ``labels`` or
-            ``samples`` (pairs that end in the label), a ``TensorDataset`` whose second tensor has them, or a
-            ``Subset`` of these.
+        dataset: Map-style data set with an attribute ``targets``, ``labels`` or ``samples`` (pairs of which the second
+            is the label), a ``TensorDataset`` whose second tensor has the labels, or a ``Subset`` of these.
         imbalance_factor: Largest over smallest class size, or its inverse; > 0.
         profile: ``"exponential"`` or ``"step"``.
-        seed: Chooses the samples, an integer >= 0.
-        max_count: Samples of the largest class, an integer >= 1; by default as many as leave every class enough.
-        labels: The label of every sample of ``dataset``, if it does not know them or a transform changes them.
+        seed: Seed that chooses the samples, an integer >= 0.
+        max_count: Samples of the largest class, an integer >= 1; by default the most for which every class has enough.
+        labels: Label of every sample of ``dataset``, if it has none of these attributes or a transform changes them.
 
     Raises:
-        ValueError: If an argument is out of range, the labels cannot be found, or a class has too few samples.
+        ArgumentError: If an argument is out of range, the labels cannot be found, or a class has too few samples.
 
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> balanced = TensorDataset(torch.randn(30, 8), torch.arange(30) % 3)
         >>> LongTailed(balanced, imbalance_factor=5).class_counts
         [10, 4, 2]
-
     """
 
     def __init__(
@@ -88,11 +86,11 @@ class LongTailed(Dataset[Sample]):
 def _class_counts(labels: Tensor, imbalance_factor: float, profile: Profile, max_count: int | None) -> list[int]:
     sizes = count_labels(labels)
     order = sizes.argsort(descending=True, stable=True)
-    most = largest_max_count(sizes[order].tolist(), imbalance_factor, profile)
-    if max_count is not None and check_integer("max_count", max_count, minimum=1) > most:
-        raise bad_argument("max_count", f"at most {most}, for which every class has enough samples", max_count)
+    largest = largest_max_count(sizes[order].tolist(), imbalance_factor, profile)
+    if max_count is not None and check_integer("max_count", max_count, minimum=1) > largest:
+        raise bad_argument("max_count", f"at most {largest}, for which every class has enough samples", max_count)
     counts = torch.empty_like(sizes)
     counts[order] = torch.tensor(
-        long_tailed_counts(len(sizes), most if max_count is None else max_count, imbalance_factor, profile)
+        long_tailed_counts(len(sizes), largest if max_count is None else max_count, imbalance_factor, profile)
     )
     return [int(count) for count in counts]

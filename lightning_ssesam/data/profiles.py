@@ -31,12 +31,11 @@ def long_tailed_counts(
         profile: ``"exponential"`` or ``"step"``.
 
     Raises:
-        ValueError: If an argument is out of range, or the smallest class would be left without a sample.
+        ArgumentError: If an argument is out of range, or the smallest class would get no sample.
 
     Example:
         >>> long_tailed_counts(10, 5000, 100)
         [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-
     """
     check_integer("num_classes", num_classes, minimum=1)
     check_integer("max_count", max_count, minimum=1)
@@ -48,48 +47,46 @@ def long_tailed_counts(
 
 
 def largest_max_count(class_sizes: Sequence[int], imbalance_factor: float, profile: Profile = "exponential") -> int:
-    """Return the largest ``max_count`` whose :func:`long_tailed_counts` the classes have enough samples for.
+    """Return the largest ``max_count`` for which every class has enough samples for :func:`long_tailed_counts`.
 
     Args:
-        class_sizes: Samples at hand of each class, shape ``(C,)``, the largest class first, integers >= 1.
-        imbalance_factor: As in :func:`long_tailed_counts`.
-        profile: As in :func:`long_tailed_counts`.
+        class_sizes: Available samples of each class, length C, the largest class first, integers >= 1.
+        imbalance_factor: Factor as in :func:`long_tailed_counts`.
+        profile: Profile as in :func:`long_tailed_counts`.
 
     Example:
         >>> largest_max_count([60, 50, 7], 4)
         31
         >>> long_tailed_counts(3, 31, 4)
         [31, 15, 7]
-
     """
     shares = _shares(len(class_sizes), imbalance_factor, profile)
 
     def too_many(max_count: int) -> bool:
         return any(_count(max_count, share) > size for share, size in zip(shares, class_sizes, strict=True))
 
-    # One of each class is never too many.
+    # One sample of each class is never too many.
     return bisect_left(range(2, class_sizes[0] + 1), True, key=too_many) + 1
 
 
 def long_tailed_indices(
     labels: Sequence[int] | Tensor, class_counts: Sequence[int], generator: torch.Generator
 ) -> Tensor:
-    """Choose at random which samples make a long-tailed data set.
+    """Choose the samples of a long-tailed data set at random.
 
     Args:
-        labels: The label of every sample at hand, shape ``(N,)``, integers in [0, C).
-        class_counts: Samples to keep of each class, shape ``(C,)``, integers >= 0.
+        labels: Label of every available sample, shape ``(N,)``, integers in [0, C).
+        class_counts: Samples to keep of each class, length C, integers >= 0.
         generator: Source of the random choice.
 
     Returns:
-        Indices into ``labels``, in ascending order, int64.
+        Indices into ``labels``, ascending, int64.
 
     Raises:
-        ValueError: If an argument is out of range, or a class has fewer samples than it should keep.
-
+        ArgumentError: If an argument is out of range, or a class has fewer samples than it should keep.
     """
     labels = as_labels(labels, num_classes=len(class_counts))
-    # Sorted once, so that it stays fast with thousands of classes.
+    # Sorting once is fast with thousands of classes, where a search for each class is not.
     order = labels.argsort(stable=True)
     bounds = torch.searchsorted(labels[order], torch.arange(len(class_counts) + 1)).tolist()
     chosen = []
@@ -104,9 +101,9 @@ def long_tailed_indices(
 def hold_out(labels: Tensor, class_counts: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose samples as :func:`long_tailed_indices` does; return their indices and those of all others."""
     picked = long_tailed_indices(labels, class_counts, generator)
-    left = torch.ones(len(labels), dtype=torch.bool)
-    left[picked] = False
-    return picked, left.nonzero().flatten()
+    is_other = torch.ones(len(labels), dtype=torch.bool)
+    is_other[picked] = False
+    return picked, is_other.nonzero().flatten()
 
 
 def _shares(num_classes: int, imbalance_factor: float, profile: Profile) -> list[float]:
@@ -119,7 +116,7 @@ def _shares(num_classes: int, imbalance_factor: float, profile: Profile) -> list
 
 
 def _count(max_count: int, share: float) -> int:
-    # The slack keeps 5000 * 0.01 and the like from falling below the integer that they are.
+    # The slack makes up for rounding: a product that is an integer, as 5000 * 0.01, must not fall below it.
     return math.floor(max_count * share * (1 + 1e-12))
 
 

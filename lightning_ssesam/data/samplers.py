@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +16,20 @@ from lightning_ssesam.split import as_labels
 
 
 class ClassSampler(DistributedSampler[int]):
-    """Draws with replacement: a class by :meth:`class_probabilities`, then one of its samples, all equally likely.
+    """Draws a class by :meth:`class_probabilities`, then one of its samples, with replacement and equal chances.
 
-    The draws depend on the seed and the epoch alone. Where several processes train, all of them make the same draws
-    and each takes every so manieth: together they get what one process would, wrapped around to equal lengths. A
-    Trainer calls ``set_epoch``, and leaves the sampler in place because it is a ``DistributedSampler``.
+    The draws depend on the seed and the epoch alone. With several processes, every process makes the same draws and
+    takes every ``num_replicas``-th. Together they see what a single process would. The first draws are repeated if the
+    processes could not take equally many otherwise. A Trainer calls ``set_epoch``, and does not replace the sampler,
+    because it is a ``DistributedSampler``.
 
     Args:
-        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        labels: Label of every training sample, shape ``(N,)``, integers >= 0.
         num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
-        seed: Of the draws, an integer >= 0.
+        seed: Seed of the draws, an integer >= 0.
 
     Raises:
-        ValueError: If an argument is out of range.
-
+        ArgumentError: If an argument is out of range.
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_samples: int | None = None, seed: int = 0) -> None:
@@ -40,17 +41,19 @@ class ClassSampler(DistributedSampler[int]):
         self._shared: tuple[int, int] | None = None
 
     def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
-        """Return the probability of each class ``(C,)``, float64; classes without a sample are left out later.
+        """Return the probability of each class ``(C,)``, float64. Classes without a sample are never drawn.
 
         Args:
             class_counts: Samples of each class, shape ``(C,)``, float64.
-            epoch: Counted from 0.
-
+            epoch: Epoch, counted from 0.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `class_probabilities`.")
 
     def share(self, num_replicas: int, rank: int) -> None:
-        """Fix among how many processes the draws are shared, and this one's place; else those of torch.distributed."""
+        """Set the number of processes that share the draws, and the rank of this one.
+
+        By default both are those of ``torch.distributed``.
+        """
         self._shared = (num_replicas, rank)
 
     @override
@@ -67,17 +70,17 @@ class ClassSampler(DistributedSampler[int]):
     def _draw(self) -> Tensor:
         counts = self.class_counts.double()
         weights = self.class_probabilities(counts, self.epoch).double() * (counts > 0)
-        # From both numbers, so that the epochs of two seeds have no draws in common.
+        # Derived from both numbers, so that no epoch of one seed repeats an epoch of another.
         state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
-        which, place = torch.rand(2, self.draws, dtype=torch.float64, generator=generator)
+        class_draws, sample_draws = torch.rand(2, self.draws, dtype=torch.float64, generator=generator)
         bounds = weights.cumsum(0)
-        drawn = torch.searchsorted(bounds / bounds[-1], which, right=True)
+        drawn = torch.searchsorted(bounds / bounds[-1], class_draws, right=True)
         starts = self.class_counts.cumsum(0) - self.class_counts
-        return self._members[starts[drawn] + (place * counts[drawn]).long()]
+        return self._members[starts[drawn] + (sample_draws * counts[drawn]).long()]
 
     def _look_up_processes(self) -> None:
-        # Not when built: a process group may be made after that.
+        # Not in the constructor, because the process group may be made later.
         if self._shared is not None:
             self.num_replicas, self.rank = self._shared
         elif dist.is_available() and dist.is_initialized():
@@ -89,27 +92,17 @@ class ClassSampler(DistributedSampler[int]):
 class ClassBalancedSampler(ClassSampler):
     """Draws every class equally often (Kang et al., "Decoupling", ICLR 2020, with q = 0).
 
-    Classes without a sample are never drawn. See :class:`~lightning_ssesam.data.samplers.ClassSampler` for several
-    processes.
-
-    Args:
-        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
-        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
-        seed: Of the draws, an integer >= 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    The arguments are those of :class:`ClassSampler`.
 
     Example:
         >>> sampler = ClassBalancedSampler([0, 0, 0, 0, 0, 0, 0, 1], num_samples=1000)
         >>> 450 < sum(index == 7 for index in sampler) < 550
         True
-
     """
 
     @override
     def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
-        """Return the same for every class."""
+        """Return the same probability for every class that has a sample."""
         present = (class_counts > 0).double()
         return present / present.sum()
 
@@ -117,42 +110,31 @@ class ClassBalancedSampler(ClassSampler):
 class SquareRootSampler(ClassSampler):
     """Draws classes in proportion to the square root of their size (Kang et al., ICLR 2020, with q = 1/2).
 
-    Args:
-        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
-        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
-        seed: Of the draws, an integer >= 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
+    The arguments are those of :class:`ClassSampler`.
     """
 
     @override
     def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
-        """Return ``sqrt(n_j)`` over the sum of all."""
+        """Return ``sqrt(n_j)`` over the sum of all square roots."""
         return class_counts.sqrt() / class_counts.sqrt().sum()
 
 
 class ProgressivelyBalancedSampler(ClassSampler):
-    """Moves from every sample equally often to every class equally often (Kang et al., ICLR 2020, Eq. 2).
+    """Moves from drawing samples equally often to drawing classes equally often (Kang et al., ICLR 2020, eq. 2).
 
-    In epoch t, counted from 0, ``p_j = (1 - t / T) n_j / N + (t / T) / C``. Later than T it stays at ``1 / C``.
+    In epoch t, counted from 0, ``p_j = (1 - t / T) n_j / N + (t / T) / C``. From epoch T on it is ``1 / C``.
 
     Args:
-        labels: The label of every training sample, shape ``(N,)``, integers >= 0.
+        labels: Label of every training sample, shape ``(N,)``, integers >= 0.
         num_epochs: T, an integer >= 1.
-        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
-        seed: Of the draws, an integer >= 0.
+        **kwargs: ``num_samples`` and ``seed``, see :class:`ClassSampler`.
 
     Raises:
-        ValueError: If an argument is out of range.
-
+        ArgumentError: If an argument is out of range.
     """
 
-    def __init__(
-        self, labels: Sequence[int] | Tensor, num_epochs: int, num_samples: int | None = None, seed: int = 0
-    ) -> None:
-        super().__init__(labels, num_samples, seed)
+    def __init__(self, labels: Sequence[int] | Tensor, num_epochs: int, **kwargs: Any) -> None:
+        super().__init__(labels, **kwargs)
         self.num_epochs = check_integer("num_epochs", num_epochs, minimum=1)
 
     @override

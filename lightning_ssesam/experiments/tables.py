@@ -153,20 +153,16 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
     classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
     best = [f"best_{group}" for group in GROUPS]
     header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *classes]
-    rows = [
-        [
-            run.method,
-            run.seed,
-            *(round(run.accuracy[group], 6) for group in GROUPS),
-            *(round(run.best[group], 6) for group in GROUPS),
-            *(round(run.confusion[name], 6) for name in CONFUSIONS),
-            round(run.seconds, 1),
-            run.diverged,
-            *(round(value, 6) for value in run.class_recalls),
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        shares = [values[group] for values in (run.accuracy, run.best) for group in GROUPS]
+        shares = _rounded([*shares, *(run.confusion[name] for name in CONFUSIONS)])
+        rows.append([run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *_rounded(run.class_recalls)])
     write_csv(path, header, rows)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 6) for value in values]
 
 
 def write_summary(runs: Sequence[Run], path: Path) -> None:

@@ -1,9 +1,6 @@
-"""The losses as functions of tensors: each is the formula of its paper.
+"""The losses as functions of tensors. Each is the formula of its paper, and returns one loss for each sample.
 
-Logits are ``(N, C)`` or ``(N, C, ...)``, float32 or float64. Targets are class indices ``(N, ...)``, int64, or class
-probabilities of the shape and dtype of the logits. Class weights ``(C,)`` have the logits' dtype: the loss of a sample
-is multiplied by the weight of its class; for probabilities t it is the sum over the classes of t_j w_j l_j. Each
-function returns one loss for each sample, ``(N, ...)``. The classes of :mod:`lightning_ssesam.losses` check arguments.
+Nothing is checked here: the classes of :mod:`lightning_ssesam.losses` do that.
 """
 
 from collections.abc import Sequence
@@ -14,6 +11,18 @@ from torch import Tensor
 
 from lightning_ssesam._validation import check_beta
 from lightning_ssesam.split import ClassSplit, as_counts
+
+__all__ = [
+    "adjusted",
+    "class_balanced_weights",
+    "cross_entropy",
+    "focal",
+    "ldam",
+    "ldam_margins",
+    "logit_adjusted",
+    "sigmoid_focal",
+    "vector_scaling",
+]
 
 Counts = ClassSplit | Sequence[int] | Tensor
 
@@ -36,7 +45,6 @@ def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
     Example:
         >>> class_balanced_weights([2, 1], beta=0.5)
         tensor([0.8000, 1.2000], dtype=torch.float64)
-
     """
     exponents = counts_of(counts).double() * torch.tensor(check_beta(beta), dtype=torch.float64).log()
     weights = -1 / torch.expm1(exponents)
@@ -48,39 +56,61 @@ def counts_of(counts: Counts) -> Tensor:
     return counts.class_counts if isinstance(counts, ClassSplit) else as_counts(counts)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the cross-entropies ``(N, ...)``. No class index is ignored: -100 is out of range, as in the other losses.
+
+    Args:
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
+        targets: Class indices y, ``(N, ...)``, int64, or class probabilities t of the shape and dtype of the logits.
+        weight: Class weights w, ``(C,)``, of the logits' dtype; none by default. The loss of a sample is multiplied by
+            the weight of its class. For class probabilities it is the sum of t_j w_j l_j over the classes j, where l_j
+            is the loss for class index j.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]), weight=torch.tensor([1.0, 2.0]))
+        tensor([1.3863])
+    """
+    return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
+
+
 def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
-    r"""Return the margins :math:`m_j = m_\max (\min_k n_k / n_j)^{1/4}`, ``(C,)`` (Cao et al., NeurIPS 2019, eq. 13).
+    r"""Return the margins ``(C,)`` of LDAM (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 13).
+
+    .. math:: m_j = m_\max (\min_k n_k / n_j)^{1/4}
+
+    Args:
+        class_counts: Training samples n of each class, ``(C,)``, a floating dtype.
+        max_margin: Margin of the rarest class.
 
     Example:
         >>> ldam_margins(torch.tensor([16.0, 1.0]), max_margin=0.5)
         tensor([0.2500, 0.5000])
-
     """
     return max_margin * (class_counts.min() / class_counts) ** 0.25
 
 
 def ldam(logits: Tensor, targets: Tensor, margins: Tensor, scale: float = 30.0, weight: Tensor | None = None) -> Tensor:
-    r"""Label-distribution-aware margin loss (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 12).
+    r"""Return the LDAM losses ``(N, ...)`` (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 12).
 
     .. math:: l_y(z) = -\log \frac{e^{s (z_y - m_y)}}{e^{s (z_y - m_y)} + \sum_{k \ne y} e^{s z_k}}
 
     Args:
-        logits: Logits z, such as the cosines of a normalized classifier.
-        targets: Class indices or probabilities. For probabilities, the loss of class j has the margin on j.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         margins: Margins m, ``(C,)``, see :func:`ldam_margins`.
         scale: Factor s on the logits.
-        weight: Class weights.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> ldam(torch.tensor([[0.25, 0.0]]), torch.tensor([0]), torch.tensor([0.25, 0.5]), scale=1.0)
         tensor([0.6931])
-
     """
     margins, logits = scale * margins, scale * _centred(logits)
     if not targets.is_floating_point():
         margin = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), margins[targets].unsqueeze(1))
         return cross_entropy(logits - margin, targets, weight)
-    # The softmax over all classes but j: 1 - p_j is exact if p_j <= 1/2. The largest logit is left out by hand.
+    # The log-sum-exp over all classes but j is log(1 - p_j), which is exact if p_j <= 1/2. Only the class of the
+    # largest logit can have more, so its sum is computed without it.
     log_p = logits.log_softmax(1)
     is_top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
     others = log_p.masked_fill(is_top, torch.finfo(log_p.dtype).min)
@@ -97,23 +127,22 @@ def vector_scaling(
     tau: float = 1.25,
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Vector-scaling loss (Kini et al., NeurIPS 2021, arXiv:2103.01550).
+    r"""Return the vector-scaling losses ``(N, ...)`` (Kini et al., NeurIPS 2021, arXiv:2103.01550).
 
     The cross-entropy of :math:`\Delta_j z_j + \tau \log \pi_j`, with :math:`\Delta_j = (n_j / \max_k n_k)^\gamma` and
     the class frequencies :math:`\pi_j = n_j / \sum_k n_k`.
 
     Args:
-        logits: Logits z.
-        targets: Class indices or probabilities.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
         gamma: Exponent of the factors.
         tau: Factor on the offsets.
-        weight: Class weights.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> vector_scaling(torch.ones(1, 2), torch.tensor([0]), torch.tensor([16.0, 1.0]), gamma=0.25, tau=0.0)
         tensor([0.4741])
-
     """
     factors = _along_classes((class_counts / class_counts.max()) ** gamma, logits)
     return logit_adjusted(factors * logits, targets, class_counts, tau, weight)
@@ -122,58 +151,57 @@ def vector_scaling(
 def logit_adjusted(
     logits: Tensor, targets: Tensor, class_counts: Tensor, tau: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
-    r"""Logit-adjusted cross-entropy (Menon et al., ICLR 2021, arXiv:2007.07314, eq. 10).
+    r"""Return the logit-adjusted cross-entropies ``(N, ...)`` (Menon et al., ICLR 2021, arXiv:2007.07314, eq. 10).
 
     The cross-entropy of :math:`z_j + \tau \log \pi_j`, with the class frequencies :math:`\pi_j = n_j / \sum_k n_k`.
 
     Args:
-        logits: Logits z.
-        targets: Class indices or probabilities.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
         tau: Factor on the offsets; 0 is plain cross-entropy.
-        weight: Class weights.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> logit_adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]))
         tensor([2.3026])
-
     """
     return adjusted(logits, targets, tau * (class_counts / class_counts.sum()).log(), weight)
 
 
 def adjusted(logits: Tensor, targets: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of logits that are shifted by class.
+    """Return the cross-entropies ``(N, ...)`` of logits with an offset for each class.
 
     With ``offsets = class_counts.log()`` it is balanced softmax (Ren et al., NeurIPS 2020, arXiv:2007.10740).
 
     Args:
-        logits: Logits.
-        targets: Class indices or probabilities.
-        offsets: Added to the logits of each class, ``(C,)``.
-        weight: Class weights.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
+        offsets: Offsets of the logits, ``(C,)``.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]).log())
         tensor([2.3026])
-
     """
     # Centred first: a float32 near 10,000 keeps only three digits of an offset.
     return cross_entropy(_centred(logits) + _along_classes(offsets, logits), targets, weight)
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | None = None) -> Tensor:
-    r"""Focal loss over a softmax, :math:`\sum_j t_j (1 - p_j)^\gamma (-\log p_j)` (Lin et al., ICCV 2017, eq. 4).
+    r"""Return the focal losses ``(N, ...)`` of a softmax (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 4).
+
+    .. math:: l = \sum_j t_j (1 - p_j)^\gamma (-\log p_j)
 
     Args:
-        logits: Logits, whose softmax is p.
-        targets: Class indices or probabilities t.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         gamma: Exponent; 0 is cross-entropy.
-        weight: Class weights.
+        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> focal(torch.zeros(1, 2), torch.tensor([0]), gamma=2.0)
         tensor([0.1733])
-
     """
     log_p = logits.log_softmax(1)
     if targets.is_floating_point():
@@ -185,19 +213,20 @@ def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | 
 def sigmoid_focal(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = None, weight: Tensor | None = None
 ) -> Tensor:
-    """Focal loss of one yes or no for each class, summed over the classes; needs torchvision.
+    """Return the focal losses ``(N, ...)`` of a sigmoid, summed over the classes; needs torchvision.
+
+    Each class is a question with the answer yes or no (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 5).
 
     Args:
-        logits: Logits.
-        targets: Class indices or probabilities.
+        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
+        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
         gamma: Exponent, 0 or >= 1.
-        alpha: Weight in [0, 1] of yes; that of no is 1 - alpha. None weighs both by 1.
-        weight: Class weights.
+        alpha: Weight in [0, 1] of yes; the weight of no is 1 - alpha. None weighs both by 1.
+        weight: Class weights ``(C,)``. For class probabilities t the loss is multiplied by the sum of t_j w_j.
 
     Example:
         >>> sigmoid_focal(torch.zeros(1, 2), torch.tensor([0]), gamma=0.0)
         tensor([1.3863])
-
     """
     from torchvision.ops import sigmoid_focal_loss
 
@@ -205,11 +234,6 @@ def sigmoid_focal(
         targets = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), 1.0)
     losses: Tensor = sigmoid_focal_loss(logits, targets, alpha=-1.0 if alpha is None else alpha, gamma=gamma).sum(1)
     return losses if weight is None else losses * (targets * _along_classes(weight, targets)).sum(1)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy in which no class index is ignored: -100 is out of range, as in every other loss."""
-    return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
 def _modulated(losses: Tensor, gamma: float) -> Tensor:

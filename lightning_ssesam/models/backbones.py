@@ -12,7 +12,7 @@ from lightning_ssesam._validation import bad_argument, check_choice, check_integ
 
 @runtime_checkable
 class BackboneFactory(Protocol):
-    """Makes a network for a number of classes: a class such as :class:`SmallConvNet`, or a function."""
+    """A class such as :class:`SmallConvNet`, or a function, that makes a network for a number of classes."""
 
     def __call__(self, num_classes: int) -> nn.Module:
         """Return a network from inputs ``(N, ...)`` to logits ``(N, num_classes)``."""
@@ -25,14 +25,13 @@ class SmallConvNet(nn.Module):
         num_classes: C, an integer >= 1.
         in_channels: Channels of the images, an integer >= 1.
         width: Channels of the first layer, a multiple of 8; the others have twice as many.
-        norm: ``"group"``, with which the training takes cheaper, split passes, or ``"batch"``.
+        norm: ``"group"``, which allows the cheaper split passes, or ``"batch"``.
 
     Shape:
         Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
 
     Raises:
-        ValueError: If an argument is out of range.
-
+        ArgumentError: If an argument is out of range.
     """
 
     def __init__(
@@ -47,11 +46,7 @@ class SmallConvNet(nn.Module):
         channels = [in_channels, width, 2 * width, 2 * width]
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
-            layers += [
-                _conv(inputs, outputs, stride),
-                _norm(norm, outputs),
-                nn.ReLU(),
-            ]
+            layers += [_conv(inputs, outputs, stride), _norm(norm, outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(2 * width, num_classes)
 
@@ -62,9 +57,9 @@ class SmallConvNet(nn.Module):
 
 
 class NormalizedLinear(nn.Module):
-    """A linear classifier without bias on normalized features and weights: its logits are cosines.
+    """A linear classifier without bias on normalized features and weights, whose logits are cosines.
 
-    The classifier that LDAM expects (Cao et al., NeurIPS 2019), whose loss multiplies the cosines by its scale.
+    LDAM expects it (Cao et al., NeurIPS 2019): the loss multiplies the cosines by its scale.
 
     Args:
         in_features: D, an integer >= 1.
@@ -73,6 +68,8 @@ class NormalizedLinear(nn.Module):
     Shape:
         Features ``(N, D)`` to logits ``(N, C)`` in [-1, 1].
 
+    Raises:
+        ArgumentError: If an argument is out of range.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -80,7 +77,7 @@ class NormalizedLinear(nn.Module):
         check_integer("in_features", in_features, minimum=1)
         check_integer("out_features", out_features, minimum=1)
         self.in_features, self.out_features = in_features, out_features
-        # Only the directions matter, and those of a normal distribution are uniform.
+        # Only the directions matter, and the directions of normal vectors are uniform.
         self.weight = nn.Parameter(nn.init.normal_(nn.Linear(in_features, out_features, bias=False).weight.detach()))
 
     @override
@@ -93,29 +90,28 @@ class NormalizedLinear(nn.Module):
 
 
 def _directions(vectors: Tensor) -> Tensor:
-    # The usual 1e-12 is 0 in float16, by which a vector of zeros would be divided.
+    # The usual 1e-12 is 0 in float16, and a vector of zeros would be divided by 0.
     return F.normalize(vectors, eps=max(1e-12, torch.finfo(vectors.dtype).tiny))
 
 
 class CIFARResNet(nn.Module):
     """ResNet-20, 32, 44, 56 or 110 for images of 32x32 pixels (He et al., CVPR 2016, section 4.2).
 
-    Three stages of 16, 32 and 64 channels. Shortcuts have no parameters: where a stage begins they take every second
-    pixel and fill the new channels with 0 (option A of the paper).
+    Three stages of 16, 32 and 64 channels. Shortcuts have no parameters: at the beginning of a stage they take every
+    second pixel and fill the new channels with 0 (option A of the paper).
 
     Args:
         num_classes: C, an integer >= 1.
         depth: Number of layers with weights, 6n + 2 with n >= 1; LDAM and its successors use 32.
         in_channels: Channels of the images, an integer >= 1.
-        norm: ``"batch"`` as in the paper; or ``"group"``, with which the training takes cheaper, split passes.
+        norm: ``"batch"`` as in the paper, or ``"group"``, which allows the cheaper split passes.
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
 
     Shape:
         Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
 
     Raises:
-        ValueError: If an argument is out of range.
-
+        ArgumentError: If an argument is out of range.
     """
 
     def __init__(
@@ -179,25 +175,24 @@ def _norm(norm: Literal["batch", "group"], channels: int) -> nn.Module:
 
 
 class TorchvisionResNet(nn.Module):
-    """A ResNet of torchvision, with a stem for small images unless told otherwise.
+    """A ResNet of torchvision, by default with a stem for small images.
 
     Args:
         num_classes: C, an integer >= 1.
         arch: Name of a ResNet in ``torchvision.models``, such as ``"resnet18"``, ``"resnet34"``, ``"wide_resnet50_2"``.
-        stem: ``"cifar"``: a 3x3 convolution of stride 1 and no pooling before the first stage, for images of 32x32;
-            ``"imagenet"``: torchvision's own.
-        norm: ``"batch"``; or ``"group"``, with which the training takes cheaper, split passes.
+        stem: ``"cifar"``, a 3x3 convolution of stride 1 without pooling, for images of 32x32 pixels, or
+            ``"imagenet"``, the stem of torchvision.
+        norm: ``"batch"``, or ``"group"``, which allows the cheaper split passes.
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
-        weights: Pretrained weights by torchvision's name, such as ``"DEFAULT"``, of all layers but the classifier; for
-            ``stem="imagenet"`` and ``norm="batch"``.
+        weights: Name of pretrained weights in torchvision, such as ``"DEFAULT"``, for all layers but the classifier.
+            They need ``stem="imagenet"`` and ``norm="batch"``.
 
     Shape:
         Images ``(N, 3, H, W)`` to logits ``(N, C)``.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ArgumentError: If an argument is out of range.
         ModuleNotFoundError: If torchvision is not installed.
-
     """
 
     def __init__(
@@ -244,8 +239,8 @@ class TimmModel(nn.Module):
 
     Args:
         num_classes: C, an integer >= 1.
-        name: As in ``timm.list_models()``.
-        pretrained: Whether to start from timm's weights, which it downloads.
+        name: Name of the model, as in ``timm.list_models()``.
+        pretrained: Whether to start from timm's pretrained weights, which it downloads.
         in_channels: Channels of the images, an integer >= 1.
         options: Further arguments of ``timm.create_model``.
 
@@ -254,8 +249,7 @@ class TimmModel(nn.Module):
 
     Raises:
         ModuleNotFoundError: If timm is not installed.
-        ValueError: If timm has no model of that name.
-
+        ArgumentError: If an argument is out of range, or timm has no model of that name.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
@@ -23,36 +24,38 @@ from lightning_ssesam.step_options import StepOptions
 class LongTailClassifier(SharpnessAwareMixin):
     """Image classifier for long-tailed data, trained on a sharpness-aware objective.
 
-    Makes the :class:`~lightning_ssesam.ClassSplit` from the class counts and hands it to the objective, to the loss
-    (if it has a method ``bind``) and to the metrics. Logs ``train/loss``; on validation and test data ``val/loss`` and
-    ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all`` (and ``test/...``); on test data also
-    ``test/head_to_tail`` and so on, of :class:`~lightning_ssesam.HeadTailConfusion`.
+    It makes the :class:`~lightning_ssesam.ClassSplit` from the class counts and gives it to the objective, to the loss
+    (if the loss has a method ``bind``) and to the metrics. It logs ``train/loss``. On validation data it logs
+    ``val/loss`` and ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all``; on test data the same as
+    ``test/...``, and the error rates of :class:`~lightning_ssesam.HeadTailConfusion`, such as ``test/head_to_tail``.
 
     Attributes:
-        split: The class split made from the class counts.
+        split: Class split made from the class counts.
 
     Args:
-        class_counts: Training samples of each class, length C; the command line links them from the data.
-        backbone: Makes the network from ``num_classes=C``, such as the class ``SmallConvNet``; or a ready network from
-            inputs ``(N, ...)`` to logits ``(N, C)``.
-        objective: What to optimize, still without a split; ``SSESAM()`` by default.
+        class_counts: Training samples of each class, length C; the command line takes them from the data module.
+        backbone: Class or function that makes the network from ``num_classes=C``, such as ``SmallConvNet``; or a
+            network from inputs ``(N, ...)`` to logits ``(N, C)``.
+        objective: Objective to train on, without a split; ``SSESAM()`` by default.
         loss: Module ``(logits, targets) -> (N,)`` of unreduced losses; cross-entropy by default.
-        optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 and momentum 0.9 by default.
-        scheduler: Makes a learning-rate scheduler from the optimizer; none by default.
-        scheduler_interval: Whether the scheduler is stepped every ``"epoch"`` (default) or every ``"step"``.
-        scheduler_monitor: What a ``ReduceLROnPlateau`` looks at, such as ``"val/loss"``.
-        tail_below: Tail classes have fewer training samples than this.
-        tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples;
-            0.2 if ``tail_below`` is not given either.
-        many_above: Many-shot classes have more training samples than this.
-        few_below: Few-shot classes have fewer training samples than this.
-        step_options: How to make a training step.
-        tta: Test-time augmentation, for validation and test: ``"hflip"`` averages the class probabilities of every
-            image ``(N, C, H, W)`` and of its horizontal mirror image; ``"none"`` (default).
+        optimizer: Class or function that makes the optimizer from the parameters; by default SGD with learning rate
+            0.1 and momentum 0.9.
+        scheduler: Class or function that makes a learning-rate scheduler from the optimizer; none by default.
+        scheduler_interval: Unit of the scheduler's steps, ``"epoch"`` (default) or ``"step"``.
+        scheduler_monitor: Logged value that a ``ReduceLROnPlateau`` monitors, such as ``"val/loss"``.
+        tail_below: Training samples below which a class is tail, an integer >= 1.
+        tail_fraction: Fraction of the training samples, in (0, 1), that the tail classes hold at most; 0.2 if
+            ``tail_below`` is not given either.
+        many_above: Training samples above which a class is many-shot, an integer >= 0.
+        few_below: Training samples below which a class is few-shot, an integer in [0, many_above + 1].
+        step_options: Options of the training step.
+        tta: Test-time augmentation, for validation and test. ``"hflip"`` averages the class probabilities of every
+            image ``(N, C, H, W)`` and of its horizontal mirror image; ``"none"`` is the default.
 
     Raises:
-        ValueError: If the counts or thresholds are out of range, or the loss is reduced.
-
+        ArgumentError: If an argument is out of range or of the wrong kind, both ``tail_below`` and ``tail_fraction``
+            are given, ``objective`` has a split, or ``loss`` is reduced or has other class counts; from ``forward``,
+            if the logits of ``backbone`` are not ``(N, C)``.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         tta: Literal["none", "hflip"] = "none",
     ) -> None:
         super().__init__()
-        # A default here would lend its learning rate to the class that the command line is told to take instead.
+        # As the default of the argument, it would pass its learning rate on to another optimizer class that the
+        # command line sets.
         optimizer = partial(SGD, lr=0.1, momentum=0.9) if optimizer is None else optimizer
         for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
             if not callable(value) and not (name == "scheduler" and value is None):
@@ -86,7 +90,9 @@ class LongTailClassifier(SharpnessAwareMixin):
         if not isinstance(self.objective, Objective):
             raise bad_argument("objective", "an Objective", objective)
         if self.objective.split is not None:
-            raise bad_argument("objective", "without a split, which the class counts make", self.objective.split)
+            raise ArgumentError(
+                "Pass `objective` without a split: LongTailClassifier builds the split from `class_counts`."
+            )
         self.objective.bind(self.split)
         self.loss = _bound_loss(loss, self.split)
         self.val_metrics = _make_metrics(self.split)
@@ -118,27 +124,27 @@ class LongTailClassifier(SharpnessAwareMixin):
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Called for every validation batch: count it."""
+        """Called for every validation batch: logs the loss, and counts the predictions."""
         self._evaluate(batch, "val")
 
     @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Called for every test batch: count it."""
+        """Called for every test batch: logs the loss, and counts the predictions."""
         self._evaluate(batch, "test")
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Called after the last validation batch: log the accuracies."""
+        """Called after the last validation batch: logs the accuracies."""
         self._log_accuracies("val")
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Called after the last test batch: log the accuracies."""
+        """Called after the last test batch: logs the accuracies and the error rates."""
         self._log_accuracies("test")
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Called when a run starts: make the optimizer and the scheduler."""
+        """Called when a run starts: makes the optimizer and the scheduler."""
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
