@@ -1,18 +1,20 @@
-"""What ``batch_norm_statistics="group"`` does to accuracy: SSE-SAM with full passes and with groups, side by side.
+"""Measures how ``batch_norm_statistics="group"`` changes the accuracy of SSE-SAM.
 
     python benchmarks/batch_norm.py
 
-On DigitsLT, a small convolutional network with batch norm. Full passes are exact; groups are cheaper and find what a
-perturbation changes with the statistics of the perturbed samples alone. Printed with Python 3.11, torch 2.14 and
-lightning 2.6 on one core of a shared machine (mean and standard deviation over five seeds; seconds of a training):
+Trains a small convolutional network with batch norm on DigitsLT. Full passes are exact. Group statistics are cheaper:
+the effect of a perturbation is computed with the statistics of the perturbed samples alone. The output below is from
+one core of a shared machine, with Python 3.11, torch 2.14 and lightning 2.6. It shows mean and standard deviation over
+five seeds, and the seconds of a training:
 
     ERM    head  98.5 ± 0.6   tail  81.3 ± 1.1   all  88.2 ± 0.8   6 s
     full   head  98.8 ± 0.4   tail  85.1 ± 0.7   all  90.6 ± 0.5   15 s
     group  head  98.5 ± 0.5   tail  84.4 ± 1.2   all  90.0 ± 0.6   17 s
 
-So small a network spends its time on calls and not on arithmetic: what groups save is in benchmarks/step_cost.py.
+A network this small spends its time on calls, not on arithmetic. benchmarks/step_cost.py shows what groups save.
 
-On other images, in folders as ``FOLDER/train/CLASS/*`` and ``FOLDER/test/CLASS/*`` (CIFAR-10, say), made long-tailed:
+Other images, such as CIFAR-10, come from ``FOLDER/train/CLASS/*`` and ``FOLDER/test/CLASS/*``. They are made
+long-tailed:
 
     python benchmarks/batch_norm.py --folder FOLDER --largest 1000 --image-size 32 --epochs 100
 """
@@ -42,7 +44,7 @@ MODES = {
 
 
 class Folder(LongTailDataModule):
-    """Images of a folder in memory, the training set made long-tailed."""
+    """The images of a folder, held in memory. The training set is made long-tailed."""
 
     def __init__(self, folder, largest, imbalance_factor, image_size, batch_size):
         super().__init__()
@@ -71,14 +73,14 @@ class Folder(LongTailDataModule):
 
 
 def train(mode, seed, data, options):
-    """Return test accuracies of head, tail and all in percent, and the seconds of the training."""
+    """Return the test accuracies of head, tail and all classes in percent, and the training time in seconds."""
     objective, step_options = MODES[mode]
     L.seed_everything(seed, verbose=False)
-    made = {} if objective is ERM else {"head_rho": 0.05, "tail_rho": options.tail_rho}
+    radii = {} if objective is ERM else {"head_rho": 0.05, "tail_rho": options.tail_rho}
     model = LongTailClassifier(
         data.class_counts,
         SmallConvNet(len(data.class_counts), options.channels, norm="batch"),
-        objective(**made),
+        objective(**radii),
         optimizer=lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4),
         scheduler=lambda optimizer: CosineAnnealingLR(optimizer, options.epochs),
         step_options=step_options,
@@ -100,12 +102,12 @@ def train(mode, seed, data, options):
 
 
 def main():
-    """Train and print."""
+    """Train with every mode, and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, help="images instead of DigitsLT")
-    parser.add_argument("--largest", type=int, default=500, help="training images of the largest class of a folder")
-    parser.add_argument("--imbalance-factor", type=float, default=100, help="of a folder")
-    parser.add_argument("--image-size", type=int, default=32, help="of a folder")
+    parser.add_argument("--folder", type=Path, help="folder of images, instead of DigitsLT")
+    parser.add_argument("--largest", type=int, default=500, help="training images of the largest class, for --folder")
+    parser.add_argument("--imbalance-factor", type=float, default=100, help="imbalance factor, for --folder")
+    parser.add_argument("--image-size", type=int, default=32, help="height and width in pixels, for --folder")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tail-rho", type=float, default=0.2)

@@ -1,11 +1,13 @@
-"""The comparison on real images that a GPU makes in minutes, from a folder of CIFAR-10 as image files.
+"""Compares the objectives on real images in minutes, on a GPU, from a folder with the image files of CIFAR-10.
 
     python benchmarks/cifar10_lt.py cifar/ --epochs 80 --jobs 14          # cifar/{train,test}/CLASS/*.jpg
 
-CIFAR-10 made long-tailed with imbalance factor 100 (12,406 training images), ResNet-32, four objectives under
-cross-entropy and under logit adjustment, three seeds. The images are decoded once and kept in memory, so that many
-trainings at a time share a GPU, and the batches are large, as each step's calls take longer than its arithmetic;
-``lightning-ssesam compare --config compare_cifar10_lt`` is the long way. docs/results.md has what came out.
+The data is CIFAR-10, made long-tailed with imbalance factor 100 (12,406 training images). A ResNet-32 is trained with
+four objectives, each with cross-entropy and with logit adjustment, with three seeds.
+
+The images are decoded once and kept in memory, so that many trainings can share a GPU. The batches are large, because
+the calls of a step take longer than its arithmetic. ``lightning-ssesam compare --config compare_cifar10_lt`` makes the
+full comparison.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from lightning_ssesam.models import CIFARResNet
 
 
 class Images(Dataset):
-    """Decoded images; whole batches of them are normalised, and moved and mirrored at random."""
+    """Decoded images. They are augmented at random and normalised, a whole batch at a time."""
 
     def __init__(self, images, targets, augment):
         self.images, self.targets, self.augment = images, targets, augment
@@ -40,7 +42,7 @@ class Images(Dataset):
         return len(self.targets)
 
     def __getitems__(self, indices):
-        """Return a batch."""
+        """Return the images and labels of a batch."""
         images, labels = self.images[indices], self.targets[indices]
         if self.augment:
             images = move_and_mirror(images)
@@ -49,20 +51,20 @@ class Images(Dataset):
 
 
 def move_and_mirror(images, padding=4):
-    """Crop each image somewhere after padding it, and mirror one of two."""
+    """Pad each image, crop it at a random place, and mirror half of the images."""
     number, _, height, width = images.shape
     offsets = torch.randint(2 * padding + 1, (2, number, 1))
     rows, columns = offsets[0] + torch.arange(height), offsets[1] + torch.arange(width)
     mirrored = torch.rand(number, 1) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, [padding] * 4)
-    each = torch.arange(number)
+    samples = torch.arange(number)
     # Advanced indices around a slice put the channels last.
-    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class DecodedCIFAR10LT(LongTailDataModule):
-    """CIFAR-10-LT from a file of decoded images; the test set validates, as in the published protocol."""
+    """CIFAR-10-LT from a file of decoded images. Validation uses the test set, as in the published protocol."""
 
     val_is_test = True
 
@@ -73,7 +75,7 @@ class DecodedCIFAR10LT(LongTailDataModule):
 
     @override
     def make_sets(self):
-        """Choose the training images."""
+        """Return the data sets, with a long-tailed choice of training images."""
         sets = torch.load(self.file)
         train = Images(*sets["train"], augment=False)
         chosen = LongTailed(train, self.imbalance_factor).indices
@@ -87,7 +89,7 @@ class DecodedCIFAR10LT(LongTailDataModule):
 
 
 def as_it_is(batch):
-    """Return the batch that the data set made."""
+    """Return the batch unchanged: the data set has collated it already."""
     return batch
 
 
@@ -112,10 +114,10 @@ def decode_all(folder, file):
 def main():
     """Decode the images, then compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="with {train,test}/CLASS/*.jpg")
+    parser.add_argument("folder", type=Path, help="folder with {train,test}/CLASS/*.jpg")
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of trainings that run at a time")
     parser.add_argument("--output", type=Path, default=Path("cifar10_lt"))
     options = parser.parse_args()
     if not (options.folder / "train").is_dir():

@@ -1,12 +1,13 @@
-"""A small comparison on real images that a CPU can make, from a folder of CIFAR-10 as image files.
+"""Compares the objectives on small real images, on a CPU, from a folder with the image files of CIFAR-10.
 
     python benchmarks/cifar10_lt_cpu.py cifar/            # cifar/{train,test}/CLASS/*.jpg
 
-CIFAR-10 reduced to 16x16 pixels, 1,000 training and 200 test images a class, then made long-tailed with imbalance
-factor 100: 2,478 training images. Four objectives under cross-entropy and under logit adjustment, a small network with
-group norm, 20 epochs, three seeds. It shows how far the methods come in the same few epochs, not how far they can come;
-``lightning-ssesam compare --config compare_cifar10_lt`` is the real thing, for a GPU. docs/results.md has what came
-out.
+The data is CIFAR-10, reduced to 16x16 pixels with 1,000 training and 200 test images of each class. It is then made
+long-tailed with imbalance factor 100, which leaves 2,478 training images. A small network with group norm is trained
+for 20 epochs, with four objectives, each with cross-entropy and with logit adjustment, with three seeds.
+
+This shows how far the methods come in the same few epochs, not how far they can come. On a GPU,
+``lightning-ssesam compare --config compare_cifar10_lt`` makes the full comparison. docs/results.md has the results.
 """
 
 import sys
@@ -31,7 +32,7 @@ OBJECTIVES = {
 
 
 def reduce(source, target, kept):
-    """Copy so many images of each class and set, at 16x16 pixels."""
+    """Copy the first images of each class at 16x16 pixels; ``kept`` is their number, by the name of the set."""
     for folder in sorted(path for path in source.glob("*/*") if path.is_dir()):
         for number, path in enumerate(sorted(folder.iterdir())[: kept[folder.parent.name]]):
             copy = target / folder.relative_to(source) / f"{number:04}.png"
@@ -55,7 +56,7 @@ def main():
         },
         seeds=3,
         epochs=20,
-        # The test set validates, as in the published protocol.
+        # Validation uses the test set, as in the published protocol.
         data=partial(
             ImageFolderLT, output / "images", imbalance_factor=100, val_fraction=0.0, image_size=16, batch_size=32
         ),

@@ -1,13 +1,14 @@
-"""Measures whether the losses of head and tail keep negative curvature over a training, for every method.
+"""Measures whether the losses of head and tail keep negative curvature during training, for every method.
 
-    python benchmarks/saddle_points.py                                  # DigitsLT, 20 trainings: half an hour of a core
+    python benchmarks/saddle_points.py                                  # DigitsLT, 20 trainings: 30 minutes on a core
     python benchmarks/saddle_points.py --images cifar/                  # CIFAR-10-LT, 200 epochs: for a GPU
     python benchmarks/saddle_points.py --images cifar/ --small --seeds 2    # at 16x16 pixels, 40 epochs: for a CPU
 
-Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor, prints the extreme eigenvalues of the
-Hessians of the head's and the tail's mean training loss, and draws them over the epochs with the stage switch. Images
-come from a folder cifar/{train,test}/CLASS/*.jpg. Trainings in the output folder are not repeated.
-docs/saddle_points.md has the results.
+Trains ERM, SAM, ImbSAM and SSE-SAM with several seeds under a CurvatureMonitor. Then it prints the largest and smallest
+eigenvalues of the Hessians of the mean training loss of head and tail. It also draws them over the epochs.
+
+Images come from a folder cifar/{train,test}/CLASS/*.jpg. Trainings whose results are in the output folder are not
+repeated. docs/saddle_points.md has the results.
 """
 
 import argparse
@@ -47,7 +48,7 @@ NUMBERS = ["loss", "gradient_norm", "largest", "smallest", "ratio", "sharpness",
 
 
 def plan(options):
-    """Return the experiment of every method, and the settings of its CurvatureMonitor."""
+    """Return, by method, its experiment and the settings of its CurvatureMonitor."""
     if options.images is None:
         monitor = {"every_n_epochs": 3, "samples": 1000, "tolerance": 0.01, "max_iterations": 300}
         make = partial(
@@ -80,7 +81,7 @@ def plan(options):
 
 
 def plan_small(options):
-    """Return the same for the images and the network of cifar10_lt_cpu.py."""
+    """Return the same as :func:`plan`, for the images and the network of cifar10_lt_cpu.py."""
     folder = options.output / "images"
     if not folder.exists():
         reduce(options.images, options.output / "unfinished", {"train": 1000, "test": 200})
@@ -100,7 +101,7 @@ def plan_small(options):
 
 
 def train(experiment, monitor_options, seed, file):
-    """Train once and keep what was measured."""
+    """Train once, and write the measurements into a file."""
     monitor = CurvatureMonitor(**monitor_options)
     with quiet(), limited_threads(1):
         experiment.fit(seed, [monitor])
@@ -111,17 +112,17 @@ def train(experiment, monitor_options, seed, file):
 
 
 def spread(values):
-    """Return mean and standard deviation over seeds as text."""
+    """Return the mean and the standard deviation of values as text."""
     return f"{np.mean(values):9.3g} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:<7.2g}"
 
 
 def history_of(rows, method, group):
-    """Return the measurements of a method and a group at the ends of epochs, for all seeds."""
+    """Return the measurements at the ends of epochs of one method and one group, for all seeds."""
     return [row for row in rows if (row["method"], row["group"], row["when"]) == (method, group, "epoch")]
 
 
 def table(rows, epochs):
-    """Return the eigenvalues at the switch and at the end, mean and standard deviation over seeds."""
+    """Return the table of the eigenvalues at the switch and at the end, over seeds."""
     lines = []
     for title, epoch in ((f"When stage 2 begins (epoch {GAMMA * epochs:g})", GAMMA * epochs), ("At the end", epochs)):
         heading = f"{title:38}{'largest':>19}{'smallest':>19}{'|smallest| / largest':>22}"
@@ -137,7 +138,7 @@ def table(rows, epochs):
 
 
 def draw(rows, epochs, title, path):
-    """Draw largest and smallest eigenvalues of head and tail over the epochs."""
+    """Draw the largest and smallest eigenvalues of head and tail over the epochs."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -164,13 +165,13 @@ def draw(rows, epochs, title, path):
 
 
 def main():
-    """Train, print and draw."""
+    """Train, then print and draw the eigenvalues."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help="a folder with {train,test}/CLASS/*.jpg; DigitsLT by default")
-    parser.add_argument("--small", action="store_true", help="at 16x16 pixels, with a small network, for a CPU")
+    parser.add_argument("--images", type=Path, help="folder with {train,test}/CLASS/*.jpg; without it, DigitsLT")
+    parser.add_argument("--small", action="store_true", help="images of 16x16 pixels and a small network, for a CPU")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--jobs", type=int, default=usable_jobs(), help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=usable_jobs(), help="number of trainings that run at a time")
     parser.add_argument("--output", type=Path, default=Path("saddle_points"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -178,8 +179,8 @@ def main():
     files = {(name, seed): options.output / f"{name}-{seed}.json" for seed in range(options.seeds) for name in plans}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         missing = [key for key, file in files.items() if not file.exists()]
-        for done in [pool.submit(train, *plans[name], seed, files[name, seed]) for name, seed in missing]:
-            done.result()
+        for training in [pool.submit(train, *plans[name], seed, files[name, seed]) for name, seed in missing]:
+            training.result()
     rows = [row for name in plans for seed in range(options.seeds) for row in json.loads(files[name, seed].read_text())]
     columns = COLUMNS + NUMBERS
     write_csv(options.output / "saddle_points.csv", columns, [[row[name] for name in columns] for row in rows])
@@ -189,7 +190,7 @@ def main():
     draw(rows, experiment.epochs, title, options.output / "saddle_points.png")
     print(table(rows, experiment.epochs))
     missed = sum(1 - row["converged"] for row in rows)
-    print(f"\n{len(rows)} measurements, {missed:g} not to their tolerance; torch {torch.__version__},", end=" ")
+    print(f"\n{len(rows)} measurements, {missed:g} missed their tolerance; torch {torch.__version__},", end=" ")
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Written to {options.output}.")
 
 

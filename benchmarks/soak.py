@@ -1,12 +1,17 @@
-"""Train through faults, and end with the weights of a training that had none.
+"""Trains through injected faults, and checks that the final weights equal those of a training without faults.
 
     python benchmarks/soak.py
 
-A tiny model with dropout, batch norm and AdamW trains with SSE-SAM on batches of which some have no tail samples. At
-random it meets batches of NaN, exceptions in clean and perturbed passes, and kills that leave nothing but the last
-periodic checkpoint; after each of the latter two a new module, Trainer and loader take over. The last lines say whether
-the weights are, bit for bit, those of the run without faults, and how the memory of the process has developed. Printed
-with Python 3.11, torch 2.14 and lightning 2.6 on one core of a shared machine:
+A tiny model with dropout, batch norm and AdamW trains with SSE-SAM. Some batches have no tail samples. Three kinds of
+faults happen at random:
+
+- a batch of NaN;
+- an exception in a clean or perturbed pass, after which a checkpoint is written;
+- a kill in a clean or perturbed pass, after which only the last periodic checkpoint is left.
+
+After an exception or a kill, a new module, Trainer and loader continue the training. The last lines say whether the
+weights of both trainings are equal bit for bit, and how much memory the process used. The output below was printed with
+Python 3.11, torch 2.14 and lightning 2.6 on one core of a shared machine:
 
        800 batches of NaN
         24 exception in a clean pass
@@ -43,11 +48,11 @@ SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])
 
 
 class Killed(BaseException):
-    """The process is gone: nothing that is not on disk survives."""
+    """Stands for a killed process: only files on disk survive."""
 
 
 class Loader:
-    """Batches in a random order every epoch, from any of which it can go on; some are bad and some have no tail."""
+    """Batches in a random order, which can resume at any batch. Some are NaN, and some have no tail samples."""
 
     def __init__(self, bad: int) -> None:
         self.bad, self.seed, self.position, self.resumed = bad, 0, 0, False
@@ -75,16 +80,16 @@ class Loader:
         return [torch.randn(8, 8, generator=generator) + F.one_hot(targets, 8), targets]
 
     def state_dict(self) -> dict[str, int]:
-        """Return where it is."""
+        """Return the seed of the epoch and the position in it."""
         return {"seed": self.seed, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Continue from that position."""
         self.seed, self.position, self.resumed = state["seed"], state["position"], state["position"] > 0
 
 
 class Model(SharpnessAwareMixin, L.LightningModule):
-    """Meets a fault in one of ``1 / fault_share`` passes."""
+    """Raises a fault in a random share of its passes, ``fault_share``."""
 
     step_options = StepOptions(on_nonfinite="skip")
 
@@ -110,7 +115,7 @@ class Model(SharpnessAwareMixin, L.LightningModule):
 
 
 class Rescue(OnExceptionCheckpoint):
-    """Writes a checkpoint where the process lives to do so."""
+    """Writes a checkpoint after an exception, but not after a kill."""
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -119,7 +124,7 @@ class Rescue(OnExceptionCheckpoint):
 
 
 def train(epochs: int, faulty: bool, folder: Path, faults: Counter[str], memory: list[float]) -> Model:
-    """Train to the end, with as many processes as it takes."""
+    """Train to the end. After each fault, start again from the last checkpoint."""
     chance = random.Random(7)
     torch.manual_seed(7)
     while True:
@@ -148,41 +153,46 @@ def train(epochs: int, faulty: bool, folder: Path, faults: Counter[str], memory:
 
 
 def resident_memory() -> float:
-    """Return the memory of this process in MiB, 0 where the system does not tell."""
+    """Return the memory of this process in MiB, or 0 if the system does not report it."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * 4096 / 2**20 if status.exists() else 0.0
 
 
 def soak(steps: int) -> tuple[bool, Counter[str], list[float]]:
-    """Train for ``steps`` updates with and without faults. Return whether both end alike, the faults, and memory."""
+    """Train for ``steps`` updates with and without faults.
+
+    Returns whether the final weights are equal, the number of faults by kind, and the memory after each fault in MiB.
+    """
     faults, memory = Counter[str](), [resident_memory()]
     epochs = -(-steps // BATCHES)
-    ends = []
+    weights = []
     for faulty in (True, False):
         with tempfile.TemporaryDirectory() as folder:
-            ends.append(train(epochs, faulty, Path(folder), faults if faulty else Counter(), memory).state_dict())
-    alike = all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
-    return alike, faults, memory
+            weights.append(train(epochs, faulty, Path(folder), faults if faulty else Counter(), memory).state_dict())
+    are_equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    return are_equal, faults, memory
 
 
 def main() -> None:
-    """Run the soak and say what came out."""
+    """Train, and print the faults, the memory and the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20_000, help="good updates, 20000 by default")
+    parser.add_argument(
+        "--steps", type=int, default=20_000, help="updates, not counting skipped ones; 20000 by default"
+    )
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     start = time.monotonic()
     steps = parser.parse_args().steps
-    alike, faults, memory = soak(steps)
+    are_equal, faults, memory = soak(steps)
     for kind, number in sorted(faults.items()):
         print(f"{number:6d} {kind}")
     fifth = max(len(memory) // 5, 1)
     print(f"memory: {memory[fifth]:.0f} MiB after a fifth of the faults, {memory[-1]:.0f} MiB after the last")
     print(f"{steps} updates in {time.monotonic() - start:.0f} s, and as many without faults")
-    print("the weights are the same" if alike else "THE WEIGHTS DIFFER")
-    raise SystemExit(not alike)
+    print("the weights are the same" if are_equal else "THE WEIGHTS DIFFER")
+    raise SystemExit(not are_equal)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""What a training step costs, in units of a plain one: time, passes and memory of every objective and mode.
+"""Measures the time, passes and memory of a training step, for every objective and mode.
 
     python benchmarks/step_cost.py
 
-Every contender is a module in a Trainer of its own, and the Trainers take turns: one step each in random order, over
-and over, so that whatever else the machine does hits all of them. The unit is the same network's step under
-Lightning's automatic optimization with SGD, the mean of two such contenders in the same round; how far these two are
-from 1 is the noise of the table. Peers take part if they can be imported: ``pip install pytorch-optimizer``; Composer
-(``pip install mosaicml``), which needs an older torch, in an environment of its own.
+Every contender is a module with its own Trainer. The Trainers take turns, one step each in random order, so that other
+load on the machine affects all of them. The unit of time is a plain step: the same network under Lightning's automatic
+optimization with SGD. Two contenders are plain, and the unit is their mean in the same round. The distance of these two
+from 1 is the noise of the table.
+
+Other SAM libraries take part if they are installed. They are pytorch-optimizer (``pip install pytorch-optimizer``) and
+Composer (``pip install mosaicml``). Composer needs an older torch, so install it in a separate environment.
 
     python benchmarks/step_cost.py --json table.json        # machine-readable
     python benchmarks/step_cost.py --scaling                # over batch size, width, tail share, number of classes
-    python benchmarks/step_cost.py --host                   # next to no arithmetic: the time of the host alone
+    python benchmarks/step_cost.py --host                   # hardly any arithmetic: the time of the host
     python benchmarks/step_cost.py --network resnet50 --precision bf16-mixed --image-size 224   # on a GPU
     python benchmarks/step_cost.py --network small --compiled
 
-docs/performance.md has what came out, and what follows from it.
+docs/performance.md has the results and the conclusions.
 """
 
 import argparse
@@ -51,7 +53,7 @@ PLAIN = "plain SGD"
 
 
 def make_network(options, norm):
-    """Return the network that is trained, with ``norm`` "group" or "batch"."""
+    """Return the network to train, with ``norm`` "group" or "batch"."""
     torch.manual_seed(0)
     if options.network == "small":
         net = SmallConvNet(options.classes, in_channels=3, width=options.width, norm=norm)
@@ -68,7 +70,7 @@ def make_network(options, norm):
 
 
 def make_batch(options):
-    """Return images and class indices, with the number of tail samples that the share asks for."""
+    """Return images and class indices, with the share of tail samples that the options ask for."""
     tail = round(options.batch_size * options.tail_share)
     targets = torch.cat([torch.randint(2, options.classes, (options.batch_size - tail,)), torch.randint(2, (tail,))])
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
@@ -76,7 +78,7 @@ def make_batch(options):
 
 
 class Plain(L.LightningModule):
-    """The unit: automatic optimization with SGD."""
+    """The unit of time: automatic optimization with SGD."""
 
     def __init__(self, net):
         super().__init__()
@@ -88,22 +90,22 @@ class Plain(L.LightningModule):
         return F.cross_entropy(self.net(images), targets, reduction=reduction)
 
     def training_step(self, batch, batch_idx):
-        """Called for every batch."""
+        """Called for every batch: return the loss."""
         loss = self.loss(batch)
         self.log("train/loss", loss)
         return loss
 
     def make_sgd(self):
-        """Return the optimizer that all contenders have."""
+        """Return the optimizer that all contenders use."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
     def configure_optimizers(self):
-        """Called when the run starts."""
+        """Called when the run starts: return the optimizer."""
         return self.make_sgd()
 
 
 class Ours(SharpnessAwareMixin, Plain):
-    """An objective of this project."""
+    """A contender with an objective of this project."""
 
     training_step = SharpnessAwareMixin.training_step
 
@@ -118,7 +120,7 @@ class Ours(SharpnessAwareMixin, Plain):
 
 
 class Peer(Plain):
-    """Somebody else's SAM in manual optimization, as its documentation shows."""
+    """A contender with another library's SAM, in manual optimization, as its documentation shows."""
 
     def __init__(self, net, make_optimizer):
         super().__init__(net)
@@ -126,12 +128,12 @@ class Peer(Plain):
         self.make_optimizer = make_optimizer
 
     def configure_optimizers(self):
-        """Called when the run starts."""
+        """Called when the run starts: return the optimizer."""
         return self.make_optimizer(self)
 
     def training_step(self, batch, batch_idx):
-        """Called for every batch."""
-        # As it is: Lightning's wrapper does not hand on what Composer's tells its closure.
+        """Called for every batch: make an update."""
+        # Not Lightning's wrapper, because it does not pass on the arguments that Composer gives to its closure.
         optimizer, losses = self.optimizers(use_pl_optimizer=False), []
 
         def closure(**kwargs):
@@ -150,13 +152,13 @@ class Peer(Plain):
 
 
 class PeerWithFirstGradient(Peer):
-    """One whose step expects that the gradient is there."""
+    """A peer whose step expects a gradient that is computed already."""
 
     takes_first_gradient = True
 
 
 def peers():
-    """Return the peers that are installed: name, class, maker of the optimizer."""
+    """Return the installed peers: name, class, and a function that makes the optimizer."""
     found = []
     try:
         import pytorch_optimizer
@@ -166,7 +168,7 @@ def peers():
 
         found.append((f"SAM of pytorch-optimizer {version_of('pytorch-optimizer')}", PeerWithFirstGradient, make))
     except ImportError:
-        print("pytorch-optimizer is not installed, and does not take part.")
+        print("pytorch-optimizer is not installed, so it does not take part.")
     try:
         from composer.algorithms.sam import SAMOptimizer
 
@@ -178,7 +180,7 @@ def peers():
             )
         )
     except ImportError:
-        print("Composer is not installed, and does not take part.")
+        print("Composer is not installed, so it does not take part.")
     return found
 
 
@@ -190,13 +192,13 @@ def version_of(package):
 
 
 def second(objective):
-    """Return a staged objective in its second stage."""
+    """Set an objective to its second stage, and return it."""
     objective.stage = 2
     return objective
 
 
 def contenders(options, norm):
-    """Return name, floor of the cost (None where there is none to speak of), and a maker of the module."""
+    """Return for each contender its name, the floor of its cost (None for peers), and a maker of its module."""
     net = partial(make_network, options, norm)
     split = ClassSplit([5, 5] + [100] * (options.classes - 2), tail=[0, 1])
     share = round(options.batch_size * options.tail_share) / options.batch_size
@@ -237,7 +239,7 @@ def contenders(options, norm):
 
 
 def make_trainer(options, **kwargs):
-    """Return a Trainer that does nothing but train."""
+    """Return a Trainer that only trains: no logger, checkpoints, or progress bar."""
     return L.Trainer(
         accelerator=options.device,
         devices=1,
@@ -257,7 +259,7 @@ def synchronize():
 
 
 class Turns:
-    """A loader that hands out a batch when it is told to, so that Trainers in several threads take turns."""
+    """A loader that waits before each batch until it is told to go, so that Trainers in several threads take turns."""
 
     def __init__(self, batch):
         self.batch, self.is_over = batch, False
@@ -276,7 +278,7 @@ class Turns:
 
 
 class Contender:
-    """A Trainer in a thread, that makes a step when asked to."""
+    """A Trainer in a thread, which makes one step for each call of :meth:`step`."""
 
     def __init__(self, options, module, batch):
         self.turns, self.error = Turns(batch), None
@@ -297,7 +299,7 @@ class Contender:
             raise self.error
 
     def step(self):
-        """Make a step. Return the seconds it took, from batch to next batch."""
+        """Make a step. Return its seconds, from one batch to the next."""
         synchronize()
         start = time.perf_counter()
         self.turns.go.release()
@@ -313,7 +315,7 @@ class Contender:
 
 
 class Counts(Callback):
-    """Counts forwards, in batches, and backward passes."""
+    """Counts forward passes, in batches, and backward passes."""
 
     def __init__(self, module, batch_size):
         self.forwards = self.backwards = 0.0
@@ -323,16 +325,16 @@ class Counts(Callback):
         self.forwards += len(args[0]) / batch_size
 
     def on_after_backward(self, trainer, pl_module):
-        """Called after every backward."""
+        """Called after every backward pass: count it."""
         self.backwards += 1
 
 
 def passes_and_memory(options, make, batch):
-    """Return forwards and backwards a step, and the peak of allocated bytes over a training of a few steps."""
-    # What is freed while it runs must not be what was there before.
+    """Return the forwards and backwards of a step, and the peak of allocated bytes in a training of a few steps."""
+    # Else garbage from before could be freed during the measurement.
     gc.collect()
     module = make()
-    # The second step finds everything allocated that stays.
+    # From the second step on, all permanent memory is allocated.
     steps = max(2, module.step_options.interval if isinstance(module, Ours) else 1)
     counts = Counts(module, options.batch_size)
     trainer = make_trainer(options, max_epochs=1, callbacks=[counts])
@@ -353,7 +355,7 @@ def passes_and_memory(options, make, batch):
 
 
 def measure(options, norm):
-    """Return a row for every contender."""
+    """Return a row of results for every contender."""
     batch, rows = make_batch(options), contenders(options, norm)
     results = [{"name": name, "norm": norm, "floor": floor} for name, floor, _ in rows]
     if not options.no_memory:
@@ -362,17 +364,17 @@ def measure(options, norm):
     racing = [Contender(options, make(), batch) for _, _, make in rows]
     seconds = [[0.0] * len(racing) for _ in range(options.warm_up + options.rounds)]
     shuffle = random.Random(0).shuffle
-    for of_round in seconds:
+    for round_seconds in seconds:
         order = list(range(len(racing)))
         shuffle(order)
         for number in order:
-            of_round[number] = racing[number].step()
+            round_seconds[number] = racing[number].step()
     for contender in racing:
         contender.end()
     seconds = seconds[options.warm_up :]
-    units = [statistics.mean(of_round[:2]) for of_round in seconds]
+    units = [statistics.mean(round_seconds[:2]) for round_seconds in seconds]
     for number, result in enumerate(results):
-        times = [of_round[number] for of_round in seconds]
+        times = [round_seconds[number] for round_seconds in seconds]
         if "interval" in result["name"]:
             result |= compare(in_intervals(times), in_intervals(units))
         else:
@@ -381,20 +383,20 @@ def measure(options, norm):
 
 
 def compare(times, units):
-    """Return the milliseconds and the ratios to the units of the same round."""
+    """Return the milliseconds, and the ratios to the unit of the same round."""
     ratios = [value / unit for value, unit in zip(times, units, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"ms": 1000 * statistics.median(times), "ratio": median, "quartiles": [low, high], "ratios": ratios}
 
 
 def in_intervals(values):
-    """Return the means of consecutive intervals, of which one step is perturbed."""
+    """Return the means of consecutive intervals. One step of each interval is perturbed."""
     groups = [values[start : start + INTERVAL] for start in range(0, len(values) - INTERVAL + 1, INTERVAL)]
     return [statistics.mean(group) for group in groups]
 
 
 def print_table(results):
-    """Print rows as a Markdown table."""
+    """Print the results as a Markdown table."""
     unit = results[0]
     has_memory = "peak" in unit
     print(f"\n| {unit['norm']} norm | cost | quartiles | floor |", end="")
@@ -423,7 +425,7 @@ SWEPT = ["ERM", "SAM", "SSE-SAM stage 1, split", "SSE-SAM stage 2, split"]
 
 
 def scaling(options):
-    """Return the rows of a sweep over one setting after the other."""
+    """Print tables of the cost over one setting after the other, and return their rows."""
     results = []
     for setting, values in SWEEP.items():
         print(
@@ -441,7 +443,7 @@ def scaling(options):
     return results
 
 
-# Four images of 4x4 pixels leave little arithmetic in a ResNet-32 of many small layers: calls are what it costs.
+# With four images of 4x4 pixels, a ResNet-32 has many small layers and little arithmetic. Its time is that of calls.
 HOST = {
     "network": "cifar_resnet32",
     "norm": "batch",
@@ -456,28 +458,30 @@ HOST = {
 
 
 def parse_arguments():
-    """Return the settings of the run."""
+    """Return the settings from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--network", default="resnet18", help=f"{', '.join(NETWORKS)}, or a ResNet of torchvision")
-    parser.add_argument("--norm", choices=["group", "batch", "both"], default="both", help="of ResNets and small")
+    parser.add_argument(
+        "--norm", choices=["group", "batch", "both"], default="both", help="norm of ResNets and of small"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="samples in a batch")
     parser.add_argument("--image-size", type=int, default=32, help="pixels on a side")
     parser.add_argument("--tail-share", type=float, default=0.2, help="share of tail samples in a batch")
-    parser.add_argument("--classes", type=int, default=10, help="3 or more, two of them tail")
-    parser.add_argument("--width", type=int, default=32, help="of --network small")
-    parser.add_argument("--precision", default="32-true", help="as the Trainer's")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes, 3 or more; two are tail")
+    parser.add_argument("--width", type=int, default=32, help="width of --network small")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer")
     parser.add_argument("--compiled", action="store_true", help="torch.compile the network")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each contender that count")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
-    parser.add_argument("--threads", type=int, help="CPU threads for an operation")
+    parser.add_argument("--rounds", type=int, default=20, help="measured steps of each contender")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps of each contender before the measured ones")
+    parser.add_argument("--threads", type=int, help="number of CPU threads of an operation")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="contenders that race with plain SGD, as in the table"
+        "--only", nargs="+", metavar="NAME", help="contenders to measure with plain SGD, as in the table"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out counts and memory")
-    parser.add_argument("--scaling", action="store_true", help="sweep over the settings of a small network")
-    parser.add_argument("--host", action="store_true", help="time of the host: " + str(HOST))
+    parser.add_argument("--no-memory", action="store_true", help="leave out the counts of passes and the memory")
+    parser.add_argument("--scaling", action="store_true", help="measure a small network over several settings")
+    parser.add_argument("--host", action="store_true", help="measure the time of the host, with " + str(HOST))
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.set_defaults(**(HOST if "--host" in sys.argv else {}))
     options = parser.parse_args()
@@ -493,14 +497,14 @@ def parse_arguments():
 
 
 def share_memory_among_threads():
-    """Let all threads allocate from one place, where the C library allows it: else some are faster, by chance."""
+    """Let all threads allocate from one arena if the C library allows it. Else some threads are faster by chance."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         m_arena_max = -8
         ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 def main():
-    """Measure and print."""
+    """Measure, and print the tables."""
     share_memory_among_threads()
     options = parse_arguments()
     warnings.filterwarnings("ignore")
@@ -519,16 +523,14 @@ def main():
         f"{options.network}, images of {options.image_size}x{options.image_size}, batches of {options.batch_size} with"
         f" {tail} tail samples, {options.precision}, {options.rounds} rounds"
     )
-    print(
-        "cost: time of a step in units of plain SGD's, the median; floor: its arithmetic, a backward being 2 forwards"
-    )
+    print("cost: median time of a step, in plain SGD steps; floor: its arithmetic, with a backward as 2 forwards")
     if options.scaling:
         results = scaling(options)
     else:
         options.peers = peers()
         norms = ["group", "batch"] if options.norm == "both" else [options.norm]
         if options.network == "vit_b_16":
-            norms = ["group"]  # It has layer norm, and like group norm that does not mix samples.
+            norms = ["group"]  # Its layer norm does not mix samples, like group norm.
         results = []
         for norm in norms:
             rows = measure(options, norm)

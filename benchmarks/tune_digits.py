@@ -1,11 +1,11 @@
-"""How the defaults of ``lightning-ssesam compare`` were chosen: on validation data, with seeds it does not use.
+"""Chooses the defaults of ``lightning-ssesam compare`` on validation data, with seeds that it does not use.
 
 Run it from the root of the repository (about 5 minutes on one CPU core):
 
     python benchmarks/tune_digits.py
 
-First the learning rate, by what is best for ERM; with it the radii of each method. The best validation accuracy of the
-tail wins. It printed, with lightning 2.6.6 and torch 2.14.1:
+First it chooses the learning rate that is best for ERM. With that rate, it chooses the radii of each method. Best
+means the highest validation accuracy of the tail. It printed, with lightning 2.6.6 and torch 2.14.1:
 
     ERM, lr 0.02                                                  66.5 ± 4.4
     ERM, lr 0.05                                                  70.0 ± 2.8
@@ -57,7 +57,7 @@ def validate(objective, lr, seed):
 
 
 def best(candidates):
-    """Print the accuracy of each of ``(name, objective, lr)`` and return the best one."""
+    """Print the accuracy of each candidate ``(name, objective, lr)``, and return the best candidate."""
     means = {}
     for name, objective, lr in candidates:
         values = [validate(objective, lr, seed) for seed in SEEDS]
@@ -67,7 +67,7 @@ def best(candidates):
 
 
 def main():
-    """Choose."""
+    """Choose the learning rate, then the radii."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -1,7 +1,9 @@
-"""The mixin, an objective and the callback added to a project that exists already, with its own data.
+"""Add the mixin, an objective and the callback to a project that trains already, with its own data.
 
-``Classifier`` and ``make_loaders`` stand for the project and stay as they are. ``SharpClassifier`` is what is added:
-the mixin in front of the old base, an objective, and the loss per sample. Run it from the root of the repository:
+``Classifier`` and ``make_loaders`` stand for the project, and stay as they are. ``SharpClassifier`` is new: it puts the
+mixin in front of the old class, and adds an objective and the loss of each sample.
+
+Run it from the root of the repository:
 
     python examples/existing_project.py
 
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssesam import SSESAM, ClassSplit, SharpnessAwareMixin, StageSwitch
 
-# The project as it was.
+# The project before.
 
 
 class Classifier(L.LightningModule):
@@ -48,7 +50,10 @@ class Classifier(L.LightningModule):
 
 
 def make_loaders(counts: list[int]) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """Draw points around a circle: many of the first class and few of the last, and as many of each to validate."""
+    """Draw points around a circle. The first class has many training points, the last one few.
+
+    For validation all classes have the same number.
+    """
 
     def draw(number: int, label: int) -> tuple[Tensor, Tensor]:
         angle = torch.tensor(2 * torch.pi * label / len(counts))
@@ -65,11 +70,11 @@ def make_loaders(counts: list[int]) -> tuple[DataLoader[tuple[Tensor, ...]], Dat
     )
 
 
-# What is added.
+# The addition.
 
 
 class SharpClassifier(SharpnessAwareMixin, Classifier):
-    """The same classifier under SSE-SAM; the old ``training_step`` is not used any more."""
+    """The same classifier, trained with SSE-SAM. The mixin replaces the old ``training_step``."""
 
     def __init__(self, split: ClassSplit, lr: float) -> None:
         super().__init__(split.num_classes, lr)
@@ -82,7 +87,7 @@ class SharpClassifier(SharpnessAwareMixin, Classifier):
 
 
 def main() -> None:
-    """Train the classifier as it was and as it is now."""
+    """Train the classifier before and after the addition."""
     counts = [1000, 300, 100, 30, 10]
     for name in ("before", "after"):
         L.seed_everything(0, verbose=False)

@@ -1,6 +1,7 @@
-"""MixUp and CutMix from torchvision: targets become class probabilities, and a sample is tail by its share of tail.
+"""Train with MixUp and CutMix from torchvision, which turn targets into class probabilities.
 
-It needs torchvision (``pip install torchvision``). Run it from the root of the repository:
+A mixed sample then belongs to the tail by its probability of tail classes. The example needs torchvision (``pip install
+torchvision``). Run it from the root of the repository:
 
     python examples/mixup.py
 
@@ -20,10 +21,10 @@ from lightning_ssesam.models import SmallConvNet
 
 
 class MixedClassifier(LongTailClassifier):
-    """Mixes every training batch after it has come to the device."""
+    """Mix every training batch on the device."""
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Turn targets ``(N,)`` into probabilities ``(N, C)`` while training."""
+        """Called after a batch was moved to the device: in training, mix it into targets ``(N, C)``."""
         if not self.trainer.training:
             return batch
         classes = self.split.num_classes

@@ -1,4 +1,4 @@
-"""The mixin in a module of your own: SSE-SAM on long-tailed digits.
+"""Use the mixin in your own module: SSE-SAM on long-tailed digits.
 
 Run it from the root of the repository:
 
@@ -18,7 +18,7 @@ from lightning_ssesam import SSESAM, ClassSplit, DigitsLT, HeadTailAccuracy, Sha
 
 
 class Model(SharpnessAwareMixin, L.LightningModule):
-    """A multi-layer perceptron. Everything but ``objective`` and ``sample_losses`` is as in any module."""
+    """A multi-layer perceptron. Only ``objective`` and ``sample_losses`` differ from any other module."""
 
     def __init__(self, split: ClassSplit) -> None:
         super().__init__()
@@ -27,12 +27,12 @@ class Model(SharpnessAwareMixin, L.LightningModule):
         self.accuracy = HeadTailAccuracy(split)
 
     def sample_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return one loss per sample; this takes the place of ``training_step``."""
+        """Return one loss for each sample. This method replaces ``training_step``."""
         images, targets = batch
         return F.cross_entropy(self.net(images), targets, reduction="none")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a test batch."""
+        """Update the metric with a test batch."""
         images, targets = batch
         self.accuracy.update(self.net(images), targets)
 
@@ -41,7 +41,7 @@ class Model(SharpnessAwareMixin, L.LightningModule):
         self.log_dict(self.accuracy.compute())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Use any optimizer: it gets the sharpness-aware gradient."""
+        """Return any optimizer. It receives the sharpness-aware gradient."""
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 

@@ -19,12 +19,7 @@ Gather = Callable[[Tensor], tuple[list[Tensor], int]]
 
 @dataclass(frozen=True)
 class Part:
-    """A batch, or some samples of one, and its targets. Its length is the number of samples.
-
-    Args:
-        batch: The batch.
-        targets: Its targets, as :meth:`SharpnessAwareMixin.sample_targets` returns them.
-    """
+    """A batch, or some samples of one, and its targets as ``sample_targets`` returns them. ``len`` counts samples."""
 
     batch: Any
     targets: Tensor
@@ -39,10 +34,7 @@ class Part:
 
 
 class HostTargets:
-    """The targets of the batch that was last moved to a device, as they still are on the host.
-
-    Reading them there does not wait for the device.
-    """
+    """The targets of the batch that was last moved to a device, as they still are on the host. Reads do not wait."""
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, tuple[int, int], Tensor] | None = None

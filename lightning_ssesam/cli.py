@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif name in COMMANDS:
-        with _short_errors():
+        with _without_traceback():
             COMMANDS[name].run(_with_shipped_configs(name, options))
     else:
         sys.exit(f"error: Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.")
@@ -96,8 +96,7 @@ def _curvature(options: list[str]) -> None:
     parser = ArgumentParser(prog="lightning-ssesam curvature", description=_description(curvature))
     parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
     parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
-    with _quiet_interrupt():
-        curvature(**vars(parser.parse_args(options)))
+    curvature(**vars(parser.parse_args(options)))
 
 
 class _Command(NamedTuple):
@@ -133,12 +132,10 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
     # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
-    with _quiet_interrupt():
-        chosen = parser.parse_args(options)
-        # The later name; versions that have it warn of the earlier one.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        arguments = vars(instantiate(chosen))
-        function(**{**arguments, "config": parser.dump(chosen)})
+    chosen = parser.parse_args(options)
+    # Newer versions of jsonargparse have `instantiate`, and warn about the older name.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    function(**{**vars(instantiate(chosen)), "config": parser.dump(chosen)})
 
 
 def _description(function: Callable[..., Any]) -> str:
@@ -160,20 +157,14 @@ def _names_given(options: list[str]) -> set[str]:
 
 
 @contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextmanager
-def _short_errors() -> Iterator[None]:
-    """End the program with the message of an ArgumentError or a MisconfigurationException, without a traceback."""
+def _without_traceback() -> Iterator[None]:
+    """End the program without a traceback after an interrupt, an ArgumentError or a MisconfigurationException."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
     except Exception as error:

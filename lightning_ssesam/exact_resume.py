@@ -60,8 +60,7 @@ class ExactResume(Callback):
         self._mark: _Mark | None = None
         self._before_iterator: State | None = None
         self._to_restore: State | None = None
-        self._has_resumed = False
-        self._has_failed = False
+        self._has_resumed = self._has_failed = False
         self._loader_states: list[Any] = []
 
     # While a run lasts.
@@ -94,15 +93,13 @@ class ExactResume(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the first iterator is made: restore the random state, and note where the run is.
-
-        A run that is resumed in the middle of an epoch drew random numbers for its iterator long ago.
-        """
+        """Called after the first iterator is made: restore the random state, and note where the run is."""
         if pl_module is not self.module:
             return
         if self._before_iterator is None and trainer.num_training_batches > 0:
             raise internals.missing(*internals.FIRST_ITERATOR, _WITHOUT)
         if self._to_restore is not None and not _uses_first_iterator(trainer):
+            # A run that is resumed in the middle of an epoch drew random numbers for its iterator long ago.
             set_random_state(self._to_restore, trainer)
         self._has_resumed = self._to_restore is not None
         self._to_restore = None
@@ -146,8 +143,8 @@ class ExactResume(Callback):
 
     def _update_under_way(self, trainer: pl.Trainer) -> _Mark | None:
         """Return where the run was before the update that is under way; None if there is none."""
-        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        return None if self._mark is None or self._mark.total_batches == ready else self._mark
+        mark, ready = self._mark, trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return None if mark is None or mark.total_batches == ready else mark
 
     # Checkpoints.
 
@@ -158,11 +155,10 @@ class ExactResume(Callback):
             return {}
         trainer = self.module.trainer
         mark = self._update_under_way(trainer)
-        own_state = _to_plain(get_random_state(trainer) if mark is None else mark.random_state)
-        states: list[Any] = [own_state]
+        states: list[Any] = [_to_plain(get_random_state(trainer) if mark is None else mark.random_state)]
         if trainer.world_size > 1 and not self._has_failed:
             # If one process has failed, the others do not come here.
-            states = [None] * trainer.world_size
+            own_state, states = states[0], [None] * trainer.world_size
             torch.distributed.all_gather_object(states, own_state)
         return {"random_states": states}
 
@@ -234,10 +230,7 @@ def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
 
 
 def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
-    """Continue the loader's shuffling after a finished epoch.
-
-    Lightning would restart it with the first epoch's order.
-    """
+    """Continue the loader's shuffling after a finished epoch. Lightning would begin with the first epoch's order."""
     loop: Any = trainer.fit_loop
     progress = loop.epoch_loop.batch_progress
     has_ended = progress.is_last_batch and progress.current.completed == progress.current.ready - 1
@@ -271,8 +264,7 @@ def _let_validation_run(loops: State) -> None:
     progress, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
     for which in ("total", "current"):
         progress[which]["completed"] = progress[which]["processed"]
-    for which, begun in (("total", 1), ("current", 0)):
-        done = validation[which]["completed"] if which == "total" else 0
+    for which, done, begun in (("total", validation["total"]["completed"], 1), ("current", 0, 0)):
         validation[which] = {"ready": done + begun, "started": done + begun, "processed": done, "completed": done}
 
 

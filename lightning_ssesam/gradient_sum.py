@@ -54,14 +54,7 @@ class Summand:
 class GradientSum:
     """The gradient of one step, made of summands whose gradients take turns in the parameters' ``.grad``.
 
-    Attributes:
-        batch: Parts of the batch.
-        params: Parameters that require a gradient.
-        buffers: Buffers that only clean passes may move.
-        backward: Called as ``backward(loss, retain_graph=bool)``.
-        summands: Summands of the gradient.
-        synchronize: Sums the ``.grad`` over the processes that share a perturbation, if there are several.
-        is_difference: Whether the passes are those of ``"difference"``.
+    ``params`` require a gradient, and only clean passes may move ``buffers``. See :meth:`SharpnessEngine.compute`.
     """
 
     batch: Sequence[MicroBatch]
@@ -122,7 +115,7 @@ class GradientSum:
                         summand.passes.append(CleanPass(part.sample_losses, samples, weights, random_state))
                 if buffers is not None:
                     buffers.restore()
-                sums.append(losses.detach().to(_accumulation_dtype(losses)).sum())
+                sums.append(losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).sum())
                 count += losses.numel()
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
 
@@ -135,19 +128,16 @@ class GradientSum:
         summand.norm = gradient_norm(self.params, summand.gradient or [])
 
 
-def _accumulation_dtype(losses: Tensor) -> torch.dtype:
-    return torch.promote_types(losses.dtype, torch.float32)
-
-
 def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     """Return the loss of a summand, given the losses and the weights of the samples, both ``(N, ...)``."""
     if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
         raise ArgumentError(
             "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
-            f" {tuple(weights.shape)} (reduction='none'), but got"
-            f" {f'shape {tuple(losses.shape)}' if isinstance(losses, Tensor) else repr(losses)}."
+            f" {tuple(weights.shape)} (reduction='none'), but got {got}."
         )
-    return (move(weights.to(_accumulation_dtype(losses)), losses.device) * losses).sum()
+    weights = weights.to(torch.promote_types(losses.dtype, torch.float32))
+    return (move(weights, losses.device) * losses).sum()
 
 
 def _owned(gradient: Tensor | None) -> Tensor | None:

@@ -60,15 +60,12 @@ EXACT_RESUME = {
 
 
 def preflight(trainer: pl.Trainer, names: Mapping[str, str], way_out: str = "") -> None:
-    """Check that this version of Lightning has all of some names, before a run uses one of them.
+    """Raise MisconfigurationException if this version of Lightning lacks a name, before a run uses one of them.
 
     Args:
         trainer: The Trainer of the run.
         names: Names, each with its file: :data:`STEP` or :data:`EXACT_RESUME`.
         way_out: Another way out than to install a tested version.
-
-    Raises:
-        MisconfigurationException: If a name is missing.
     """
     roots = {"trainer": trainer, "CombinedLoader": CombinedLoader, "data": fabric_data, "distributed": distributed}
     for path, file in names.items():
@@ -154,11 +151,7 @@ def count_step(trainer: pl.Trainer) -> None:
 
 
 def share_step_count(trainer: pl.Trainer) -> None:
-    """Make Lightning's automatic and manual step counters one object.
-
-    `global_step` (pytorch/loops/training_epoch_loop.py) reads the one or the other by ``automatic_optimization``, and
-    checkpoints hold both.
-    """
+    """Make the automatic and the manual step counter one. ``global_step`` reads one of them, checkpoints hold both."""
     loop = trainer.fit_loop.epoch_loop
     automatic, manual = loop.automatic_optimization.optim_progress.optimizer, loop.manual_optimization
     counts = automatic.step, manual.optim_step_progress

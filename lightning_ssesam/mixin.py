@@ -162,9 +162,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         except NonFiniteError as error:
             self._skip_or_raise(error)
             return error.loss
-        optimizer = self.optimizers()
+        optimizer, steps = self.optimizers(), self.trainer.global_step
         assert not isinstance(optimizer, list)
-        steps = self.trainer.global_step
         with self._step.having(is_by_hand=False):
             self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
         if self.trainer.global_step == steps:

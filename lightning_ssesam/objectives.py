@@ -85,14 +85,7 @@ class Objective(ABC):
         return self._split
 
     def bind(self, split: ClassSplit) -> None:
-        """Set the head and tail classes.
-
-        Args:
-            split: The class split of the training set.
-
-        Raises:
-            ArgumentError: If ``split`` is no :class:`ClassSplit`, or the objective cannot use it.
-        """
+        """Set the head and tail classes. Raise ``ArgumentError`` if the objective cannot use this split."""
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
         self._check_split(split)
@@ -104,8 +97,8 @@ class Objective(ABC):
 
     def check_ready(self) -> None:
         """Raise ``RuntimeError`` if :meth:`terms` needs a split and there is none yet."""
-        name = type(self).__name__
         if self.needs_split and self._split is None:
+            name = type(self).__name__
             raise RuntimeError(
                 f"{name} does not know which classes are tail: build it with `{name}(split=...)`, or call"
                 " `bind(split)` before it is used."
@@ -167,13 +160,11 @@ class _HeadTailObjective(Objective):
     def _check_split(self, split: ClassSplit) -> None:
         num_tail = int(split.tail.sum())
         if num_tail in (0, split.num_classes):
-            raise bad_argument(
-                "split",
-                f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart",
-                got_text=f"one in which {num_tail} of {split.num_classes} classes are tail (class counts from"
-                f" {int(split.class_counts.min())} to {int(split.class_counts.max())}); choose another"
-                " `tail_below`, `tail_fraction` or `tail`",
-            )
+            expected = f"a ClassSplit with both head and tail classes, as {type(self).__name__} treats them apart"
+            counts = f"{int(split.class_counts.min())} to {int(split.class_counts.max())}"
+            got = f"one in which {num_tail} of {split.num_classes} classes are tail (class counts from {counts})"
+            choose = "choose another `tail_below`, `tail_fraction` or `tail`"
+            raise bad_argument("split", expected, got_text=f"{got}; {choose}")
 
     def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return how much of each sample is head and how much is tail, each in [0, 1]."""
@@ -187,11 +178,8 @@ class _HeadTailObjective(Objective):
             tail_mass = tail[targets.long()].to(dtype)
             return 1 - tail_mass, tail_mass
         if targets.ndim < 2 or targets.shape[1] != tail.numel():
-            raise bad_argument(
-                "targets",
-                f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})",
-                got_text=f"shape {tuple(targets.shape)} of {targets.dtype}",
-            )
+            expected = f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})"
+            raise bad_argument("targets", expected, got_text=f"shape {tuple(targets.shape)} of {targets.dtype}")
         probabilities = targets.movedim(1, -1).to(dtype)
         _check_probabilities(probabilities)
         return probabilities @ (~tail).to(dtype), probabilities @ tail.to(dtype)
@@ -299,9 +287,7 @@ def _check_probabilities(probabilities: Tensor) -> None:
 
 def _mean_weights(targets: Tensor) -> Tensor:
     _check_tensor(targets)
-    shape = targets.shape
-    if targets.is_floating_point():
-        shape = shape[:1] + shape[2:]
+    shape = targets.shape[:1] + targets.shape[2:] if targets.is_floating_point() else targets.shape
     return torch.full(shape, 1 / max(shape.numel(), 1), dtype=_weight_dtype(targets), device=targets.device)
 
 

@@ -17,11 +17,10 @@ class Survey(NamedTuple):
     """What a step needs to know of a module.
 
     Attributes:
-        parameters: Its parameters, each once, in the order of ``module.parameters()``.
+        parameters: Its parameters, each once.
         buffered: The layers that have buffers.
         batch_norms: The batch norm layers that normalize by statistics of the batch.
         has_unknown_buffers: Whether a layer that is no batch norm has buffers.
-        is_compiled: Whether a layer is compiled.
     """
 
     parameters: list[Tensor]

@@ -30,12 +30,7 @@ class MicroBatch(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """One clean forward pass.
-
-    Attributes:
-        samples: Indices ``(M,)`` of the samples to forward, on the CPU; None for all.
-        shares: Sample weights of each summand that the pass serves, by the number of the summand.
-    """
+    """One clean forward pass: indices ``(M,)`` of its samples (None for all), and their weights in each summand."""
 
     samples: Tensor | None
     shares: dict[int, Tensor]
@@ -45,10 +40,9 @@ Plan = list[list[Forward]]
 
 
 def group_terms(batch: Sequence[MicroBatch]) -> list[tuple[float, list[int]]]:
-    """Return the summands of the gradient: all terms of radius 0 together, and each perturbed term by itself.
+    """Return the radius of each summand of the gradient, and the numbers of its terms.
 
-    Returns:
-        The radius of each summand and the numbers of its terms.
+    The terms of radius 0 make one summand, and each perturbed term one.
 
     Raises:
         ArgumentError: If there is no part or no term, a radius is out of range, or the parts' radii differ.

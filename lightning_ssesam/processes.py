@@ -20,9 +20,6 @@ class Processes:
     and the sequence of collectives must not. :meth:`synchronize` sends gradients through DDP's own reducer (buckets,
     communication hooks), a number of times that depends on the objective alone. Under FSDP2 every backward
     communicates, and every process makes the same ones.
-
-    Args:
-        strategy: The Trainer's.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -111,9 +108,9 @@ class Processes:
 
 
 def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
-    """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a process group, in their order.
+    """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a group, in their order.
 
-    The processes may have different numbers of them, and class indices in one and probabilities in another.
+    Processes may differ in their number, and one may have class indices and another probabilities.
     """
     size = torch.distributed.get_world_size(group)
     own = torch.tensor([len(targets), targets.shape[1] if targets.ndim > 1 else 0], device=targets.device)

@@ -32,9 +32,8 @@ class Snapshot:
         """Return whether the copies can hold the values of these tensors; most often they are the ones of before."""
         if len(tensors) != len(self._copies) or any(t.dtype is not c.dtype for t, c in self._pairs(tensors)):
             return False
-        if all(map(operator.is_, tensors, self._originals)):
-            return True
-        return all(t.shape == c.shape and t.device == c.device for t, c in self._pairs(tensors))
+        are_same = all(map(operator.is_, tensors, self._originals))
+        return are_same or all(t.shape == c.shape and t.device == c.device for t, c in self._pairs(tensors))
 
     def _pairs(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(tensors, self._copies, strict=True)
@@ -111,10 +110,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def torch_random_state(device: torch.device) -> list[Tensor]:
     """Return the state of torch's random number generators: of the CPU, and of the GPU if ``device`` is one."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def set_torch_random_state(states: list[Tensor], device: torch.device) -> None:

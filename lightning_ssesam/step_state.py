@@ -17,14 +17,11 @@ class StepState:
     It is never copied, pickled or saved: a copy of the module begins with an empty one.
 
     Attributes:
-        engine: The engine, with its scratch memory.
         logs: Values that the clean passes of the current step have logged.
         host_targets: Targets of the current batch, as they were on the host.
         pending: Parts that wait for their update, where batches are accumulated.
         is_clean: Whether the current pass is a clean one; None outside of the passes.
-        is_fitting: Whether a fit is under way.
         is_by_hand: Whether a training step is making its passes, and Lightning must not optimize.
-        has_stepped: Whether the run has made a training step.
         loss_on_bar: Loss that the progress bar shows next.
         outer_dtype: Default dtype outside of the training step.
     """

@@ -46,11 +46,9 @@ def unscaled(trainer: pl.Trainer, norm: Tensor) -> Tensor:
 
 @contextmanager
 def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
-    """Leave the precision of the training step, as automatic optimization does for backward passes and updates.
+    """Leave the precision of the step, as automatic optimization does for backward passes and updates.
 
-    Args:
-        trainer: The Trainer.
-        dtype: The default dtype outside of the step.
+    ``dtype`` is the default dtype outside of the step.
     """
     inside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

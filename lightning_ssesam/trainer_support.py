@@ -26,13 +26,7 @@ from lightning_ssesam.trainer_calls import callbacks_of, is_fitting
 
 
 class TrainerSupport(Callback):
-    """Serves a module with :class:`~lightning_ssesam.SharpnessAwareMixin`, which attaches this callback by itself.
-
-    Args:
-        module: The module. Its ``objective``, ``step_options``, ``skipped_updates`` and ``sample_targets`` are used.
-            Other modules that the same Trainer trains are left alone.
-        step: The module's working memory.
-    """
+    """Serves a module with the mixin, which attaches this callback. Leaves the Trainer's other modules alone."""
 
     def __init__(self, module: Any, step: StepState) -> None:
         self.module: Any = module
@@ -134,12 +128,9 @@ class TrainerSupport(Callback):
         return call
 
     def _with_loss(self, get_metrics: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
-        """Return a ``get_metrics`` that puts the loss among the Trainer's ``progress_bar_metrics``.
+        """Return a ``get_metrics`` that puts the loss among the Trainer's ``progress_bar_metrics``."""
 
-        With ``self.log(..., prog_bar=True)``, Lightning would wait for the loss in every step, and not only when a bar
-        is drawn.
-        """
-
+        # With `self.log(..., prog_bar=True)`, Lightning would wait for the loss in every step, not only to draw a bar.
         def call(*args: Any, **kwargs: Any) -> Any:
             if (loss := self._step.loss_on_bar) is not None:
                 internals.show_on_bar(trainer, "train/loss", loss.item())
@@ -205,10 +196,7 @@ def _check_attributes(module: pl.LightningModule) -> tuple[Objective, StepOption
 
 
 def _with_one_optimizer(module: pl.LightningModule) -> Callable[..., Any]:
-    """Return the module's ``configure_optimizers``, which refuses to return several optimizers.
-
-    Lightning would advise to switch automatic optimization off (pytorch/core/optimizer.py).
-    """
+    """Return a ``configure_optimizers`` that refuses several. Lightning would advise to switch off the automatic."""
     configure_optimizers = module.configure_optimizers
 
     @wraps(configure_optimizers)

@@ -202,6 +202,16 @@ def test_an_image_that_fails_during_training_gets_one_line(command, workers):
     assert "\n" not in str(stop.value)
 
 
+def test_an_interrupt_ends_fit_without_a_traceback(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main([*FIT, "--data=DigitsLT", "--model.backbone.in_channels=1"])
+    assert stop.value.code == 130
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_other_errors_keep_their_traceback(error, monkeypatch):
     """Whatever their text is."""

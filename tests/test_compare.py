@@ -101,7 +101,7 @@ def test_runs_are_paired_and_repeatable():
     assert runs[0][0].curves["tail"] == runs[1][1].curves["tail"]
 
 
-METHODS_OF_ONES_OWN = """
+USER_METHODS = """
 methods:
   plain:
     objective: ERM
@@ -134,7 +134,7 @@ jobs: 1
 """
 
 
-def test_methods_of_ones_own_from_one_file(monkeypatch):
+def test_methods_of_a_user_from_one_file(monkeypatch):
     seen = {}
     fit = Experiment.fit
 
@@ -143,7 +143,7 @@ def test_methods_of_ones_own_from_one_file(monkeypatch):
         return trainer, model, data
 
     monkeypatch.setattr(Experiment, "fit", spied)
-    Path("mine.yaml").write_text(METHODS_OF_ONES_OWN)
+    Path("mine.yaml").write_text(USER_METHODS)
     main(["compare", "--config=mine.yaml", "--output=mine"])
     assert list(seen) == ["plain", "switched early, reweighted late"]
     trainer, model, data = seen["switched early, reweighted late"]
@@ -366,7 +366,7 @@ def with_few(run, value):
     return run
 
 
-def test_a_switch_of_ones_own_is_not_shown_at_gamma(monkeypatch):
+def test_a_switch_among_the_callbacks_is_not_shown_at_gamma(monkeypatch):
     monkeypatch.setattr(Experiment, "run", lambda self, seed, *_: made_up(self.method, seed))
     compare({"own": Method(SSESAM, callbacks=[StageSwitch(epoch=1)])}, seeds=1, epochs=3)
     assert "3 epochs</dd>" in Path("comparison/report.html").read_text()

@@ -88,7 +88,7 @@ RECIPES = {
     "A data set": ([digits, test_data], {"remaining = remaining[others]": "pass"}),
     "A loss": ([functional, losses, test_losses], {"mean() / class_counts": "mean() * class_counts"}),
     "A metric": ([metrics, test_metrics], {"counts.min()": "counts.max()"}),
-    "A figure": ([figures, report, test_compare], {"np.mean": "np.max"}),
+    "A figure": ([figures, figures, test_compare], {"np.mean": "np.max"}),
 }
 
 
@@ -99,10 +99,10 @@ def try_recipe(name, changes, monkeypatch):
     for module, code in zip(RECIPES[name][0], blocks, strict=True):
         for before, after in changes.items():
             code = code.replace(before, after)
-        if module is report:
-            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, {**vars(figures), **new})))
-            continue
         names = {**vars(helpers), "copy": copy, **vars(module), **new}
+        if code.startswith("Figure("):
+            monkeypatch.setattr(report, "FIGURES", (*report.FIGURES, eval(code, names)))
+            continue
         known = set(names)
         # Annotations as strings, since some of the modules write them so.
         exec(compile(code, name, "exec", __future__.annotations.compiler_flag), names)

@@ -22,8 +22,8 @@ pytest.importorskip("myst_parser")
 DOCS = Path(__file__).parent.parent / "docs"
 
 # Modules without `__all__` whose classes and functions are public, except for those that only the project itself uses.
-OPEN = ("metrics", "objectives", "split", "step_options", "errors")
-SHARED = {"as_counts", "as_labels", "check_class_indices", "count_labels"}
+OPEN = ("metrics", "objectives", "split", "step_options", "errors", "losses.functional")
+SHARED = {"as_counts", "as_labels", "check_class_indices", "count_labels", "counts_of"}
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:.*")]
 
 def test_soak():
     soak = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "soak.py"))["soak"]
-    alike, faults, memory = soak(600)
-    assert alike
+    are_equal, faults, memory = soak(600)
+    assert are_equal
     assert faults["batches of NaN"] == 24
     assert sum(number for kind, number in faults.items() if "perturbed" in kind) >= 3
     # After the first Trainers the memory stays.

@@ -42,7 +42,6 @@ class Method:
         data: Data module by class path, with its arguments, for example another sampler. Class counts must be equal.
         callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
         model: Further arguments of LongTailClassifier, such as step_options.
-
     """
 
     objective: Callable[[], Objective] = ERM
@@ -107,7 +106,6 @@ def compare(
     Raises:
         ArgumentError: If an argument is out of range.
         ModuleNotFoundError: If matplotlib is not installed.
-
     """
     for name, value in {"seeds": seeds, "jobs": jobs}.items():
         check_integer(name, value, minimum=1)

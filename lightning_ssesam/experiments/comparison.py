@@ -19,7 +19,6 @@ class Comparison:
         epochs: Length of each training.
         gamma: Fraction of the training after which stage 2 begins, or None if no method is switched there.
         config: Configuration that repeats the comparison, as YAML, if there is one.
-
     """
 
     runs: Sequence[Run]

@@ -28,7 +28,6 @@ class Figure(NamedTuple):
         draw: Function that draws a comparison.
         caption: Function that returns the text below the picture.
         is_small: Whether it takes half of the page's width.
-
     """
 
     name: str
@@ -128,12 +127,7 @@ FIGURES = (
 
 
 def draw_sweep(trials: Sequence[Mapping[str, float]]) -> matplotlib.figure.Figure:
-    """Draw head and tail accuracy of the trials of a search.
-
-    Args:
-        trials: Validation accuracies of head, tail and all for each trial, in [0, 1]; the best trial first.
-
-    """
+    """Draw head and tail accuracy of the trials of a search, the best trial first. Accuracies are in [0, 1]."""
     figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
     head, tail, everything = (100 * np.array([trial[group] for trial in trials]) for group in ("head", "tail", "all"))

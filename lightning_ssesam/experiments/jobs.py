@@ -15,14 +15,7 @@ from lightning_ssesam.experiments.runs import Experiment, Run
 
 
 class Task(NamedTuple):
-    """One training to make.
-
-    Attributes:
-        experiment: Recipe of the training.
-        fingerprint: Fingerprint of the experiment.
-        seed: Seed of the training.
-
-    """
+    """One training to make: an experiment, its fingerprint, and a seed."""
 
     experiment: Experiment
     fingerprint: str

@@ -38,7 +38,6 @@ class Recipe:
     Raises:
         ArgumentError: If an argument is out of range, ``model`` or ``trainer`` contains a wrong name, or the training
             would use several devices.
-
     """
 
     data: Callable[[], LongTailDataModule] = DigitsLT

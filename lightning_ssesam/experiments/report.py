@@ -12,20 +12,10 @@ import torch
 from jinja2 import Environment, StrictUndefined
 
 from lightning_ssesam import _version
+from lightning_ssesam.experiments import tables
 from lightning_ssesam.experiments.comparison import Comparison
 from lightning_ssesam.experiments.figures import FIGURES
 from lightning_ssesam.experiments.runs import GROUPS
-from lightning_ssesam.experiments.tables import (
-    by_method,
-    differences,
-    diverged_runs,
-    format_difference,
-    markdown_table,
-    seeds_of,
-    spread,
-    write_runs,
-    write_summary,
-)
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
@@ -33,41 +23,43 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
     The HTML file contains its pictures and styles. It can be sent to somebody, and opens without a network.
     """
-    tables = [folder / name for name in ("results.csv", "summary.csv", "table.md")]
-    write_runs(comparison.runs, tables[0])
-    write_summary(comparison.runs, tables[1])
-    tables[2].write_text(markdown_table(comparison.runs, comparison.validation_set), encoding="utf-8")
+    results, summary, table = (folder / name for name in ("results.csv", "summary.csv", "table.md"))
+    tables.write_runs(comparison.runs, results)
+    tables.write_summary(comparison.runs, summary)
+    table.write_text(tables.markdown_table(comparison.runs, comparison.validation_set), encoding="utf-8")
     pictures = [folder / f"{figure.name}.png" for figure in FIGURES]
     for figure, picture in zip(FIGURES, pictures, strict=True):
         figure.draw(comparison).savefig(picture, dpi=150)
     report = folder / "report.html"
     report.write_text(_render(comparison, pictures), encoding="utf-8")
-    return [report, *pictures, *tables]
+    return [report, *pictures, results, summary, table]
 
 
 def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
-    runs, methods = comparison.runs, by_method(comparison.runs)
+    runs, methods = comparison.runs, tables.by_method(comparison.runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("lightning_ssesam.templates") / "report.html").read_text("utf-8"))
     return template.render(
         name=comparison.name,
         facts=_facts(comparison),
         groups=GROUPS,
-        seeds=seeds_of(runs),
+        seeds=tables.seeds_of(runs),
         validation=comparison.validation_set,
         summary={
             method: {
-                "last": {group: spread([run.accuracy[group] for run in method_runs]) for group in GROUPS},
-                "best": {group: spread([run.best[group] for run in method_runs]) for group in GROUPS},
+                "last": {group: tables.spread([run.accuracy[group] for run in method_runs]) for group in GROUPS},
+                "best": {group: tables.spread([run.best[group] for run in method_runs]) for group in GROUPS},
             }
             for method, method_runs in methods.items()
         },
         baseline=next(iter(methods)),
         differences={
-            method: {group: (format_difference(d), d.is_significant, d.mean > 0) for group, d in by_group.items()}
-            for method, by_group in differences(runs).items()
+            method: {
+                group: (tables.format_difference(gap), gap.is_significant, gap.mean > 0) for group, gap in gaps.items()
+            }
+            for method, gaps in tables.differences(runs).items()
         },
-        diverged=diverged_runs(runs),
+        diverged=tables.diverged_runs(runs),
         runs=runs,
         pictures=[
             (base64.b64encode(picture.read_bytes()).decode(), figure.is_small, figure.caption(comparison))

@@ -19,7 +19,6 @@ class RunStore:
 
     Raises:
         ArgumentError: If the folder cannot be made.
-
     """
 
     def __init__(self, folder: Path) -> None:

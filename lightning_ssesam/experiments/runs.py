@@ -9,12 +9,13 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
@@ -48,7 +49,6 @@ class Run:
         seconds: Duration.
         diverged: Whether the last training loss was not finite.
         device: Name of the device that trained.
-
     """
 
     method: str
@@ -73,7 +73,6 @@ class Experiment(Recipe):
         callbacks: Callbacks, copied for every run.
         gamma: Fraction of the training after which an objective with stages is switched, in (0, 1).
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
-
     """
 
     method: str
@@ -90,7 +89,7 @@ class Experiment(Recipe):
             self.objective(),
             loss=None if self.loss is None else self.loss(),
             optimizer=self.optimizer,
-            scheduler=self._make_scheduler,
+            scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
             **{**thresholds, **self.model_arguments},
         )
 
@@ -98,9 +97,6 @@ class Experiment(Recipe):
         """Return the class split of the modules trained on ``data``. The random state does not change."""
         with torch.random.fork_rng(devices=[]):
             return self.make_model(data).split
-
-    def _make_scheduler(self, optimizer: Optimizer) -> CosineAnnealingLR:
-        return CosineAnnealingLR(optimizer, self.epochs)
 
     def make_callbacks(self, model: LongTailClassifier) -> list[Callback]:
         """Return the callbacks of one run. An objective with stages gets a :class:`StageSwitch`."""
@@ -131,7 +127,6 @@ class Experiment(Recipe):
 
         Raises:
             ArgumentError: If a part cannot be built.
-
         """
         data = self.data()
         with torch.random.fork_rng(devices=[]):
@@ -178,9 +173,11 @@ class Experiment(Recipe):
         # Pad the curves of a run that stopped early with NaN.
         for curve in run.curves.values():
             curve += [math.nan] * (self.epochs - len(curve))
-        epoch = max(range(self.epochs), key=lambda epoch: _nan_as_lowest(run.curves["all"][epoch]))
-        run.best = {group: curve[epoch] for group, curve in run.curves.items()}
-        run.device = _device_name(trainer.strategy.root_device)
+        best_epoch = np.argmax(np.nan_to_num(run.curves["all"], nan=-1.0))
+        run.best = {group: curve[best_epoch] for group, curve in run.curves.items()}
+        device_used = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device_used) if device_used.type == "cuda" else platform.processor()
+        run.device = name or platform.machine()
         run.seconds = time.perf_counter() - start
         return run
 
@@ -208,14 +205,6 @@ class _Recorder(Callback):
         """Called before the module resets its metrics: record the recalls."""
         assert isinstance(pl_module, LongTailClassifier)
         self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def _nan_as_lowest(accuracy: float) -> float:
-    return -1.0 if math.isnan(accuracy) else accuracy
 
 
 def _settings(values: dict[str, Any], private: bool = False) -> dict[str, str]:

@@ -68,8 +68,10 @@ def sweep(
     Raises:
         ArgumentError: If an argument is out of range.
         ModuleNotFoundError: If Optuna is not installed.
-
     """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name, value in {"trials": trials, "seeds": seeds}.items():
         check_integer(name, value, minimum=1)
     check_choice("metric", metric, METRICS)
@@ -151,11 +153,9 @@ def _open_study(output: Path, settings: str) -> "optuna.Study":
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     make_folder(output)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = str(output / "journal.log")
-    storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
     study = optuna.create_study(
-        storage=storage,
+        storage=JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path))),
         study_name="sweep",
         direction="maximize",
         load_if_exists=True,
@@ -204,7 +204,7 @@ class _Watch(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last epoch: note the accuracies."""
+        """Called after the last epoch: record the accuracies."""
         if not (accuracy := _accuracies(trainer)):
             raise ArgumentError(
                 "The training ended without a validation. Set `check_val_every_n_epoch` to at most `epochs`, and do not"

@@ -17,7 +17,6 @@ class Difference(NamedTuple):
     Attributes:
         mean: Mean of the differences.
         margin: Half of the width of its 95 % confidence interval (Student's t, paired); NaN for a single seed.
-
     """
 
     mean: float
@@ -36,7 +35,6 @@ def paired_difference(values: dict[int, float], others: dict[int, float]) -> Dif
         >>> difference = paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
         >>> round(difference.mean, 3), round(difference.margin, 3)  # t = 4.303 with 2 degrees of freedom
         (3.0, 2.484)
-
     """
     from scipy.stats import t
 
@@ -155,20 +153,16 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
     classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
     best = [f"best_{group}" for group in GROUPS]
     header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *classes]
-    rows = [
-        [
-            run.method,
-            run.seed,
-            *(round(run.accuracy[group], 6) for group in GROUPS),
-            *(round(run.best[group], 6) for group in GROUPS),
-            *(round(run.confusion[name], 6) for name in CONFUSIONS),
-            round(run.seconds, 1),
-            run.diverged,
-            *(round(value, 6) for value in run.class_recalls),
-        ]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        shares = [values[group] for values in (run.accuracy, run.best) for group in GROUPS]
+        shares = _rounded([*shares, *(run.confusion[name] for name in CONFUSIONS)])
+        rows.append([run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *_rounded(run.class_recalls)])
     write_csv(path, header, rows)
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 6) for value in values]
 
 
 def write_summary(runs: Sequence[Run], path: Path) -> None:
