@@ -1,5 +1,6 @@
 """Networks for small images, and larger ones by name."""
 
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -215,7 +216,7 @@ class TorchvisionResNet(nn.Module):
             raise bad_argument("weights", "None where stem and norm are not 'imagenet' and 'batch'", weights)
         if weights is not None:
             check_choice("weights", weights.rpartition(".")[2], list(models.get_model_weights(arch).__members__))
-        options = {"norm_layer": _group_norm} if norm == "group" else {}
+        options = {"norm_layer": partial(nn.GroupNorm, 32)} if norm == "group" else {}
         net = models.get_model(arch, weights=weights, **options)
         if stem == "cifar":
             net.conv1 = _conv(3, net.conv1.out_channels, 1)
@@ -228,10 +229,6 @@ class TorchvisionResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(images)
         return logits
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)
 
 
 class TimmModel(nn.Module):
