@@ -1,6 +1,7 @@
 """Losses for long-tailed data, unreduced by default, as the objectives need them.
 
-The formulas are functions in :mod:`lightning_ssesam.losses.functional`. The classes hold counts, weights and checks.
+The formulas are functions in :mod:`lightning_ssesam.losses.functional`. The classes hold counts, weights and
+checks. They raise ``ArgumentError`` if an argument is out of range, or does not fit the others.
 """
 
 from typing import Any, Literal
@@ -39,9 +40,6 @@ class LDAMLoss(LongTailLoss):
         scale: The factor s on the logits, a finite number > 0.
         **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
 
-    Raises:
-        ArgumentError: If an argument is out of range or does not fit the others.
-
     Example:
         >>> loss = LDAMLoss([16, 1], max_margin=0.5, scale=1.0)
         >>> loss.margins
@@ -79,9 +77,6 @@ class LogitAdjustedLoss(LongTailLoss):
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
         tau: Factor on the log of the class frequencies, a finite number >= 0; 0 is plain cross-entropy.
         **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
-
-    Raises:
-        ArgumentError: If an argument is out of range or does not fit the others.
 
     Example:
         >>> LogitAdjustedLoss([9, 1])(torch.zeros(2, 2), torch.tensor([0, 1]))
@@ -124,9 +119,6 @@ class VSLoss(LongTailLoss):
         tau: Factor on the log of the class frequencies, a finite number >= 0.
         **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
 
-    Raises:
-        ArgumentError: If an argument is out of range or does not fit the others.
-
     Example:
         >>> VSLoss([16, 1], gamma=0.25, tau=0.0)(torch.ones(2, 2), torch.tensor([0, 1]))
         tensor([0.4741, 0.9741])
@@ -149,9 +141,6 @@ class ClassBalancedLoss(LongTailLoss):
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later, which sets ``weight``.
         beta: Number in [0, 1), see :func:`class_balanced_weights`.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
 
     Example:
         >>> ClassBalancedLoss([2, 1], beta=0.5)(torch.zeros(2, 2), torch.tensor([0, 1]))

@@ -1,6 +1,10 @@
 """The losses as functions of tensors. Each is the formula of its paper, and returns one loss for each sample.
 
-Nothing is checked here: the classes of :mod:`lightning_ssesam.losses` do that.
+Nothing is checked here: the classes of :mod:`lightning_ssesam.losses` do that. In all functions, ``logits`` z are
+``(N, C)`` or ``(N, C, ...)``, float32 or float64. ``targets`` are class indices y, ``(N, ...)``, int64, or class
+probabilities t of the shape and dtype of the logits. ``class_counts`` n are the training samples of each class,
+``(C,)``, in the dtype of the logits, and pi_j = n_j / sum_k n_k. The loss of a sample is multiplied by the ``weight``
+w, ``(C,)``, of its class; for class probabilities it is the sum of t_j w_j l_j, where l_j is the loss for class j.
 """
 
 from collections.abc import Sequence
@@ -57,30 +61,14 @@ def counts_of(counts: Counts) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropies ``(N, ...)``. No class index is ignored: -100 is out of range, as in the other losses.
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``, float32 or float64.
-        targets: Class indices y, ``(N, ...)``, int64, or class probabilities t of the shape and dtype of the logits.
-        weight: Class weights w, ``(C,)``, of the logits' dtype; none by default. The loss of a sample is multiplied by
-            the weight of its class. For class probabilities it is the sum of t_j w_j l_j over the classes j, where l_j
-            is the loss for class index j.
-
-    Example:
-        >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]), weight=torch.tensor([1.0, 2.0]))
-        tensor([1.3863])
-    """
+    """Return the cross-entropies ``(N, ...)``. No class index is ignored, -100 is out of range as in all losses."""
     return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
 def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
-    r"""Return the margins ``(C,)`` of LDAM (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 13).
+    r"""Return the margins of LDAM, ``(C,)`` (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 13).
 
     .. math:: m_j = m_\max (\min_k n_k / n_j)^{1/4}
-
-    Args:
-        class_counts: Training samples n of each class, ``(C,)``, a floating dtype.
-        max_margin: Margin of the rarest class.
 
     Example:
         >>> ldam_margins(torch.tensor([16.0, 1.0]), max_margin=0.5)
@@ -90,19 +78,12 @@ def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
 
 
 def ldam(logits: Tensor, targets: Tensor, margins: Tensor, scale: float = 30.0, weight: Tensor | None = None) -> Tensor:
-    r"""Return the LDAM losses ``(N, ...)`` (Cao et al., NeurIPS 2019, arXiv:1906.07413, eq. 12).
+    r"""Return the LDAM losses ``(N, ...)`` for ``margins`` m, ``(C,)`` (Cao et al., NeurIPS 2019, eq. 12).
 
     .. math:: l_y(z) = -\log \frac{e^{s (z_y - m_y)}}{e^{s (z_y - m_y)} + \sum_{k \ne y} e^{s z_k}}
 
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        margins: Margins m, ``(C,)``, see :func:`ldam_margins`.
-        scale: Factor s on the logits.
-        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
-
     Example:
-        >>> ldam(torch.tensor([[0.25, 0.0]]), torch.tensor([0]), torch.tensor([0.25, 0.5]), scale=1.0)
+        >>> ldam(torch.tensor([[0.25, 0.0]]), torch.tensor([0]), margins=torch.tensor([0.25, 0.5]), scale=1.0)
         tensor([0.6931])
     """
     margins, logits = scale * margins, scale * _centred(logits)
@@ -129,16 +110,7 @@ def vector_scaling(
 ) -> Tensor:
     r"""Return the vector-scaling losses ``(N, ...)`` (Kini et al., NeurIPS 2021, arXiv:2103.01550).
 
-    The cross-entropy of :math:`\Delta_j z_j + \tau \log \pi_j`, with :math:`\Delta_j = (n_j / \max_k n_k)^\gamma` and
-    the class frequencies :math:`\pi_j = n_j / \sum_k n_k`.
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
-        gamma: Exponent of the factors.
-        tau: Factor on the offsets.
-        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
+    The cross-entropy of :math:`\Delta_j z_j + \tau \log \pi_j`, with :math:`\Delta_j = (n_j / \max_k n_k)^\gamma`.
 
     Example:
         >>> vector_scaling(torch.ones(1, 2), torch.tensor([0]), torch.tensor([16.0, 1.0]), gamma=0.25, tau=0.0)
@@ -151,16 +123,7 @@ def vector_scaling(
 def logit_adjusted(
     logits: Tensor, targets: Tensor, class_counts: Tensor, tau: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
-    r"""Return the logit-adjusted cross-entropies ``(N, ...)`` (Menon et al., ICLR 2021, arXiv:2007.07314, eq. 10).
-
-    The cross-entropy of :math:`z_j + \tau \log \pi_j`, with the class frequencies :math:`\pi_j = n_j / \sum_k n_k`.
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        class_counts: Training samples n of each class, ``(C,)``, of the logits' dtype.
-        tau: Factor on the offsets; 0 is plain cross-entropy.
-        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
+    r"""Return the cross-entropies ``(N, ...)`` of :math:`z_j + \tau \log \pi_j` (Menon et al., ICLR 2021, eq. 10).
 
     Example:
         >>> logit_adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]))
@@ -170,15 +133,9 @@ def logit_adjusted(
 
 
 def adjusted(logits: Tensor, targets: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropies ``(N, ...)`` of logits with an offset for each class.
+    """Return the cross-entropies ``(N, ...)`` of logits to which an offset for each class, ``(C,)``, is added.
 
     With ``offsets = class_counts.log()`` it is balanced softmax (Ren et al., NeurIPS 2020, arXiv:2007.10740).
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        offsets: Offsets of the logits, ``(C,)``.
-        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]).log())
@@ -192,12 +149,6 @@ def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | 
     r"""Return the focal losses ``(N, ...)`` of a softmax (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 4).
 
     .. math:: l = \sum_j t_j (1 - p_j)^\gamma (-\log p_j)
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        gamma: Exponent; 0 is cross-entropy.
-        weight: Class weights ``(C,)``, see :func:`cross_entropy`.
 
     Example:
         >>> focal(torch.zeros(1, 2), torch.tensor([0]), gamma=2.0)
@@ -215,14 +166,8 @@ def sigmoid_focal(
 ) -> Tensor:
     """Return the focal losses ``(N, ...)`` of a sigmoid, summed over the classes; needs torchvision.
 
-    Each class is a question with the answer yes or no (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 5).
-
-    Args:
-        logits: Logits z, ``(N, C)`` or ``(N, C, ...)``.
-        targets: Class indices ``(N, ...)`` or class probabilities ``(N, C, ...)``.
-        gamma: Exponent, 0 or >= 1.
-        alpha: Weight in [0, 1] of yes; the weight of no is 1 - alpha. None weighs both by 1.
-        weight: Class weights ``(C,)``. For class probabilities t the loss is multiplied by the sum of t_j w_j.
+    Each class is a question with the answer yes or no (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 5). ``alpha`` is
+    the weight of yes; that of no is 1 - alpha. For class probabilities the loss is multiplied by the sum of t_j w_j.
 
     Example:
         >>> sigmoid_focal(torch.zeros(1, 2), torch.tensor([0]), gamma=0.0)
