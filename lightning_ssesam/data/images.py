@@ -95,10 +95,7 @@ def read_image(path: str) -> Any:
 
 
 def default_transforms(
-    image_size: int,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    resize: bool = True,
+    image_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD, resize: bool = True
 ) -> tuple[Transform, Transform]:
     """Return the usual transforms of training and of test images, from PIL images to tensors.
 
