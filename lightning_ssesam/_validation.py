@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -24,24 +25,17 @@ def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | N
     )
 
 
-def check_radius(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number >= 0, else raise ``ArgumentError``."""
-    return _check_real(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+def _check_real(expected: str, is_valid: Callable[[float], bool], name: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a valid number, else raise ``ArgumentError``."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
+        raise bad_argument(name, expected, value)
+    return float(value)
 
 
-def check_positive(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it is a finite number > 0, else raise ``ArgumentError``."""
-    return _check_real(name, value, "a finite number > 0", lambda x: 0 < x < math.inf)
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """Return ``value`` as a float if it lies strictly between 0 and 1, else raise ``ArgumentError``."""
-    return _check_real(name, value, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
-
-
-def check_beta(beta: Any) -> float:
-    """Return ``beta`` as a float if it lies in [0, 1), else raise ``ArgumentError``."""
-    return _check_real("beta", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
+check_radius = partial(_check_real, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+check_positive = partial(_check_real, "a finite number > 0", lambda x: 0 < x < math.inf)
+check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
+check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "beta")
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
@@ -63,9 +57,3 @@ def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
     if not isinstance(value, str) or value not in choices:
         raise bad_argument(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
     return value
-
-
-def _check_real(name: str, value: Any, expected: str, is_valid: Callable[[float], bool]) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
-        raise bad_argument(name, expected, value)
-    return float(value)

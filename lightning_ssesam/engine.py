@@ -146,7 +146,7 @@ class SharpnessEngine:
         buffers = buffers_of(modules.modules() if isinstance(modules, nn.Module) else modules)
         step = GradientSum(batch, params, buffers, backward, summands, synchronize if processes == "global" else None)
         gradients, random_state = gradients_of(params), torch_random_state(step.device)
-        self._buffers.save(buffers)
+        self._buffers.save_buffers(buffers)
         try:
             if any(gradient is not None for gradient in gradients):
                 set_gradients(params, None)
@@ -221,7 +221,7 @@ class SharpnessEngine:
         return loss
 
     def _save_clean(self, step: GradientSum) -> None:
-        self._clean_buffers.save(step.buffers)
+        self._clean_buffers.save_buffers(step.buffers)
         self._weights.save([local_part(p) for p in step.params])
 
     def _ascended_passes(self, step: GradientSum, summand: Summand) -> None:

@@ -155,7 +155,7 @@ class ExactResume(Callback):
             return {}
         trainer = self.module.trainer
         mark = self._update_under_way(trainer)
-        states: list[Any] = [_to_plain(get_random_state(trainer) if mark is None else mark.random_state)]
+        states: list[Any] = [get_random_state(trainer) if mark is None else mark.random_state]
         if trainer.world_size > 1 and not self._has_failed:
             # If one process has failed, the others do not come here.
             own_state, states = states[0], [None] * trainer.world_size
@@ -191,7 +191,7 @@ class ExactResume(Callback):
         saved = callbacks.get(self.state_key) or callbacks.get("TrainerSupport", {})
         states = saved.get("random_states", [])
         if trainer.global_rank < len(states):
-            self._to_restore = _from_plain(states[trainer.global_rank])
+            self._to_restore = states[trainer.global_rank]
 
     # When a run ends.
 
@@ -270,10 +270,13 @@ def _let_validation_run(loops: State) -> None:
 
 def get_random_state(trainer: pl.Trainer) -> State:
     """Return the state of the random number generators of torch, Python, NumPy, and those of the loader's own."""
+    numpy_state: Any = np.random.get_state()
+    algorithm, keys, *counters = numpy_state
     return {
         "torch": torch_random_state(trainer.strategy.root_device),
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        # Without arrays, which `torch.load(weights_only=True)` refuses.
+        "numpy": (str(algorithm), torch.from_numpy(keys.astype(np.int64)), *counters),
         "loaders": [generator.get_state() for generator in _generators(trainer)],
     }
 
@@ -282,7 +285,8 @@ def set_random_state(state: State, trainer: pl.Trainer) -> None:
     """Put back what :func:`get_random_state` returned."""
     set_torch_random_state(state["torch"], trainer.strategy.root_device)
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    algorithm, keys, *counters = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *counters))
     for generator, saved in zip(_generators(trainer), state["loaders"], strict=False):
         generator.set_state(saved)
 
@@ -291,14 +295,3 @@ def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
     owners = [owner for loader in internals.loaders(trainer) for owner in (loader, getattr(loader, "sampler", None))]
     generators = [getattr(owner, "generator", None) for owner in owners]
     return list(dict.fromkeys(generator for generator in generators if isinstance(generator, torch.Generator)))
-
-
-def _to_plain(state: State) -> State:
-    """Return a random state without NumPy arrays, which ``torch.load(weights_only=True)`` refuses."""
-    name, keys, *rest = state["numpy"]
-    return {**state, "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), *rest)}
-
-
-def _from_plain(state: State) -> State:
-    name, keys, *rest = state["numpy"]
-    return {**state, "numpy": (name, keys.numpy().astype(np.uint32), *rest)}

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 Buffers = dict[str, Tensor | None]
 
@@ -59,41 +60,37 @@ class Snapshot:
         self._tensors = []
 
 
-class BufferSnapshot:
+class BufferSnapshot(Snapshot):
     """Snapshot of buffers. A layer may replace a buffer by a new tensor, so bindings are restored as well as values."""
 
     def __init__(self) -> None:
-        self._values = Snapshot()
+        super().__init__()
         self._bindings: list[tuple[Buffers, Buffers]] = []
 
-    def save(self, buffers: list[Buffers]) -> None:
+    def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
         tensors = [t for names in buffers for t in names.values() if t is not None]
-        self._values.save([t for t in tensors if t.is_contiguous() or not _overlaps_itself(t)])
+        self.save([t for t in tensors if t.is_contiguous() or not _overlaps_itself(t)])
         self._bindings = [(names, dict(names)) for names in buffers]
 
+    @override
     def restore(self) -> None:
-        """Put the buffers back, and their values."""
         for names, saved in self._bindings:
             names.update(saved)
-        self._values.restore()
+        super().restore()
 
-    def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
-        """Return clones of the copies, by the memory of their originals."""
-        return self._values.copies()
-
+    @override
     def differs(self) -> bool:
-        """Return whether a buffer is another tensor, or has another value, than when it was saved."""
         rebound = any(names[name] is not t for names, saved in self._bindings for name, t in saved.items())
-        return rebound or self._values.differs()
+        return rebound or super().differs()
 
     def any(self) -> bool:
         """Return whether there is any buffer."""
         return any(t is not None for _, saved in self._bindings for t in saved.values())
 
+    @override
     def forget(self) -> None:
-        """Discard the saved values but keep the allocated memory."""
-        self._values.forget()
+        super().forget()
         self._bindings = []
 
 
