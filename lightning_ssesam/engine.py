@@ -1,16 +1,20 @@
 """From terms to the gradient, in the fewest passes over the model. Needs torch only."""
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.ascent import ascend, gradient_norm
 from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
+from lightning_ssesam.mixing import counts_batch, samples_mix
 from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, divides_batch, group_terms
-from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of, set_torch_random_state, torch_random_state
+from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
 
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]
@@ -72,7 +76,8 @@ class SharpnessEngine:
 
         For checkpoints that are written in the middle of a pass, for example by the handler of a signal.
         """
-        saved = {**self._buffers.copies(), **self._weights.copies()}
+        of_forward = {} if self._start is None else self._start.originals()
+        saved = {**of_forward, **self._buffers.copies(), **self._weights.copies()}
         if not saved:
             return state
         return {
@@ -87,7 +92,11 @@ class SharpnessEngine:
         self._weights = Snapshot()
         self._buffers = BufferSnapshot()
         self._clean_buffers = BufferSnapshot()
-        self._forward_moves_buffers: bool | None = None
+        self._start: Moment | None = None
+        self._state: ForwardState | None = None
+        self._modules: list[nn.Module] = []
+        self._mark = 0
+        self.mixes: dict[int, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
@@ -140,13 +149,17 @@ class SharpnessEngine:
         check_choice("passes", passes, ("auto", "full", "split", "difference"))
         check_choice("processes", processes, ("global", "local"))
         summands = [Summand(rho, terms) for rho, terms in group_terms(batch)]
+        parameters = list(parameters)
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
-        buffers = buffers_of(modules.modules() if isinstance(modules, nn.Module) else modules)
-        step = GradientSum(batch, params, buffers, backward, summands, synchronize if processes == "global" else None)
-        gradients, random_state = gradients_of(params), torch_random_state(step.device)
+        modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
+        state, buffers = self._state_of(modules, parameters, params[0].device), buffers_of(modules)
+        self._start = start = state.moment()
         self._buffers.save_buffers(buffers)
+        shared = synchronize if processes == "global" else None
+        step = GradientSum(batch, params, buffers, backward, summands, shared, state, start, self._clean_buffers)
+        gradients = gradients_of(params)
         try:
             if any(gradient is not None for gradient in gradients):
                 set_gradients(params, None)
@@ -158,11 +171,12 @@ class SharpnessEngine:
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
             self._weights.restore()
+            start.restore()
             self._buffers.restore()
             set_gradients(params, gradients)
-            set_torch_random_state(random_state, step.device)
             raise
         finally:
+            self._start = None
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
@@ -175,12 +189,36 @@ class SharpnessEngine:
             if divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
-        has_no_buffers_to_move = not self._buffers.any() or self._forward_moves_buffers is False
-        loss = step.clean_passes(step.plan(passes == "split" or (passes == "auto" and has_no_buffers_to_move)))
-        if passes == "auto" and self._forward_moves_buffers is None:
-            self._forward_moves_buffers = self._buffers.differs()
+        mixes = self.mixes.get(self._mark) if passes == "auto" else passes == "full"
+        split_plan = step.plan(splits=not mixes)
+        if mixes is None and any(len(forwards) > 1 for forwards in split_plan):
+            loss = step.clean_passes(step.plan(splits=False))
+            self.mixes[self._mark] = self._measure_mixing(step, split_plan)
+        else:
+            loss = step.clean_passes(split_plan)
         self._perturbed_passes(step, reports_plain)
         return loss
+
+    def _measure_mixing(self, step: GradientSum, split_plan: Plan) -> bool:
+        """Return whether full passes are needed, after the clean passes of a step that were full."""
+        if self._buffers.differs() or step.state.moves_parameters or counts_batch(self._modules):
+            return True
+        number = next(number for number, forwards in enumerate(split_plan) if len(forwards) > 1)
+        perturbed = next(summand for summand in step.summands if summand.rho > 0)
+        met, end = perturbed.passes[number].met, step.state.moment()
+        try:
+            return samples_mix(step.batch[number], split_plan[number], step.losses[number], met)
+        finally:
+            end.restore()
+            self._clean_buffers.restore()
+
+    def _state_of(self, modules: list[nn.Module], parameters: list[Tensor], device: torch.device) -> ForwardState:
+        """Return what the forwards of the model move. A change of the model asks for a new one."""
+        layers = bytes(module.training for module in modules) + bytes(len(m._buffers) % 256 for m in modules)
+        mark = zlib.crc32(layers + bytes(p.requires_grad for p in parameters))
+        if self._state is None or mark != self._mark or modules != self._modules:
+            self._state, self._mark, self._modules = ForwardState(modules, device), mark, modules
+        return self._state
 
     def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:
         """Leave in ``.grad`` the sum of the summands' gradients, given those at the unperturbed weights."""
@@ -192,11 +230,11 @@ class SharpnessEngine:
                 step.hold(summand)
                 summand.norm = gradient_norm(step.params, gradients_of(step.params)) if reports_plain else None
         if perturbed:
-            random_state = torch_random_state(step.device)
-            self._save_clean(step)
+            end = step.state.moment()
+            self._weights.save([local_part(p) for p in step.params])
             for summand in perturbed:
                 self._ascended_passes(step, summand)
-            set_torch_random_state(random_state, step.device)
+            end.restore()
 
     def _difference_passes(self, step: GradientSum, split_plan: Plan) -> Tensor:
         """Leave in ``.grad`` the gradient of ``"difference"``. Return the mean loss."""
@@ -204,25 +242,21 @@ class SharpnessEngine:
         step.summands, step.is_difference = [whole], True
         loss = step.clean_passes(step.plan(splits=False))
         step.summands = terms
-        random_state = torch_random_state(step.device)
-        self._save_clean(step)
+        end = step.state.moment()
+        self._weights.save([local_part(p) for p in step.params])
         for number, summand in enumerate(terms):
             if summand.rho > 0:
                 plan = [[forward for forward in forwards if number in forward.shares] for forwards in split_plan]
                 if any(plan):
-                    step.clean_passes(plan, self._clean_buffers)
+                    step.clean_passes(plan, repeats=True)
                 step.hold(None)
                 whole.subtract(summand)
                 step.find_norm(summand)
                 step.hold(whole)
                 self._ascended_passes(step, summand)
-        set_torch_random_state(random_state, step.device)
+        end.restore()
         step.summands = [whole, *(summand for summand in terms if summand.rho > 0)]
         return loss
-
-    def _save_clean(self, step: GradientSum) -> None:
-        self._clean_buffers.save_buffers(step.buffers)
-        self._weights.save([local_part(p) for p in step.params])
 
     def _ascended_passes(self, step: GradientSum, summand: Summand) -> None:
         """Add to ``.grad`` the gradient of a summand at its ascended weights."""
@@ -234,7 +268,7 @@ class SharpnessEngine:
         # Free the direction, because the passes need its memory.
         summand.gradient = None
         for clean in summand.passes:
-            set_torch_random_state(clean.random_state, step.device)
+            clean.met.restore()
             loss = weighted_sum(clean.sample_losses(clean.samples, False), clean.weights)
             step.backward(loss, retain_graph=False)
             summand.sharpness = summand.sharpness + loss.detach()

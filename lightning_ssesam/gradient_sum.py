@@ -8,20 +8,21 @@ from torch import Tensor
 
 from lightning_ssesam.ascent import gradient_norm
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.objectives import Term
-from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, plan_forwards
-from lightning_ssesam.snapshots import Buffers, BufferSnapshot, torch_random_state
+from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, plan_forwards
+from lightning_ssesam.snapshots import Buffers, BufferSnapshot
 from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
 
 
 @dataclass(frozen=True)
 class CleanPass:
-    """A clean pass as a perturbed one has to repeat it: which samples, their weights, the random numbers."""
+    """A clean pass as a perturbed one has to repeat it: which samples, their weights, what the forward met."""
 
     sample_losses: SampleLosses
     samples: Tensor | None
     weights: Tensor
-    random_state: list[Tensor]
+    met: Moment
 
 
 @dataclass(eq=False)
@@ -54,7 +55,8 @@ class Summand:
 class GradientSum:
     """The gradient of one step, made of summands whose gradients take turns in the parameters' ``.grad``.
 
-    ``params`` require a gradient, and only clean passes may move ``buffers``. See :meth:`SharpnessEngine.compute`.
+    ``params`` require a gradient, and only clean passes may move ``buffers`` and ``state``. See
+    :meth:`SharpnessEngine.compute`.
     """
 
     batch: Sequence[MicroBatch]
@@ -63,8 +65,18 @@ class GradientSum:
     backward: Callable[..., None]
     summands: list[Summand]
     synchronize: Callable[[], None] | None
+    state: ForwardState
+    start: Moment
+    clean_buffers: BufferSnapshot
     is_difference: bool = False
+    losses: list[Tensor] = field(default_factory=list)
+    _has_begun: bool = False
     _holder: Summand | None = None
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether perturbed passes follow."""
+        return self.is_difference or any(summand.rho > 0 for summand in self.summands)
 
     @property
     def device(self) -> torch.device:
@@ -91,33 +103,45 @@ class GradientSum:
             summand.gradient = None
         self._holder = summand
 
-    def clean_passes(self, plan: Plan, buffers: BufferSnapshot | None = None) -> Tensor:
+    def clean_passes(self, plan: Plan, repeats: bool = False) -> Tensor:
         """Run passes at the unperturbed weights, which leave each summand its gradient there. Return the mean loss.
 
         Args:
             plan: Forward passes of every part of the batch.
-            buffers: Buffers to restore after each pass. With them the samples have had their clean pass before, and
-                these passes leave nothing but gradients.
+            repeats: Whether the samples have had their clean pass before. These passes then leave only gradients.
         """
-        sums, count = [], 0
-        for part, forwards in zip(self.batch, plan, strict=True):
-            for samples, shares in forwards:
-                random_state = torch_random_state(self.device)
-                losses = part.sample_losses(samples, buffers is None)
-                remaining = len(shares)
-                for number, weights in shares.items():
-                    summand, remaining = self.summands[number], remaining - 1
-                    loss = weighted_sum(losses, weights)
-                    self.hold(summand)
-                    self.backward(loss, retain_graph=remaining > 0)
-                    if summand.rho > 0:
-                        summand.sharpness = summand.sharpness - loss.detach()
-                        summand.passes.append(CleanPass(part.sample_losses, samples, weights, random_state))
-                if buffers is not None:
-                    buffers.restore()
-                sums.append(losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).sum())
-                count += losses.numel()
+        pairs = [(part, forward) for part, forwards in zip(self.batch, plan, strict=True) for forward in forwards]
+        self.losses = [self._clean_pass(*pair, repeats, is_last=pair is pairs[-1]) for pair in pairs]
+        sums = [losses.to(torch.promote_types(losses.dtype, torch.float32)).sum() for losses in self.losses]
+        count = sum(losses.numel() for losses in self.losses)
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
+
+    def _clean_pass(self, part: MicroBatch, forward: Forward, repeats: bool, is_last: bool) -> Tensor:
+        """Run one forward pass and its backward passes. Return its losses."""
+        samples, shares = forward
+        met = self.state.moment() if self._has_begun else self.start
+        self._has_begun = True
+        losses = part.sample_losses(samples, not repeats)
+        if self.state.is_new:
+            self.state.learn(met)
+        # A backward pass may forward again (activation checkpointing), and move buffers once more.
+        checks = not repeats and self.is_perturbed and self.state.backward_moves is not False
+        if not repeats and self.is_perturbed and (is_last or checks):
+            self.clean_buffers.save_buffers(self.buffers)
+        remaining = len(shares)
+        for number, weights in shares.items():
+            summand, remaining = self.summands[number], remaining - 1
+            loss = weighted_sum(losses, weights)
+            self.hold(summand)
+            self.backward(loss, retain_graph=remaining > 0)
+            if summand.rho > 0:
+                summand.sharpness = summand.sharpness - loss.detach()
+                summand.passes.append(CleanPass(part.sample_losses, samples, weights, met))
+        if checks and self.state.backward_moves is None:
+            self.state.backward_moves = self.clean_buffers.differs()
+        if repeats or (checks and self.state.backward_moves):
+            self.clean_buffers.restore()
+        return losses.detach()
 
     def find_norm(self, summand: Summand) -> None:
         """Find the norm of a summand's direction, that of all processes if they share the perturbation."""

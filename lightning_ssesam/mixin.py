@@ -190,7 +190,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         return self._step.engine.compute(
             [MicroBatch(self._losses_of(part), terms[number]) for number, part in enumerate(parts)],
             list({id(p): p for p in (*layers.parameters, *others)}.values()),
-            layers.buffered,
+            layers.modules,
             processes.backward(partial(self._backward, share=share)),
             choose_passes(self, layers, options, processes),
             synchronize=processes.synchronize,

@@ -18,46 +18,40 @@ class Survey(NamedTuple):
 
     Attributes:
         parameters: Its parameters, each once.
-        buffered: The layers that have buffers.
+        modules: The module and all layers.
         batch_norms: The batch norm layers that normalize by statistics of the batch.
-        has_unknown_buffers: Whether a layer that is no batch norm has buffers.
+        is_compiled: Whether ``torch.compile`` has been called on a layer.
     """
 
     parameters: list[Tensor]
-    buffered: list[nn.Module]
+    modules: list[nn.Module]
     batch_norms: list[nn.Module]
-    has_unknown_buffers: bool
     is_compiled: bool
 
 
 def survey(module: nn.Module) -> Survey:
     """Walk the module tree once. Called in every step, since layers may be frozen or replaced between steps."""
     parameters: dict[int, Tensor] = {}
-    buffered: list[nn.Module] = []
     batch_norms: list[nn.Module] = []
-    has_unknown_buffers = has_compiled = False
+    has_compiled = False
     # By hand and from the layers' dictionaries: `modules()` and each layer's `parameters()` would take several times as
     # long, in every step. The order is that of `module.parameters()`.
-    seen: set[nn.Module] = set()
+    seen: dict[nn.Module, None] = {}
     stack: list[nn.Module | None] = [module]
     while stack:
         layer = stack.pop()
         if layer is None or layer in seen:
             continue
-        seen.add(layer)
+        seen[layer] = None
         attributes = vars(layer)
         if children := attributes["_modules"]:
             stack.extend(reversed(children.values()))
         parameters.update((id(p), p) for p in attributes["_parameters"].values() if p is not None)
-        if buffers := attributes["_buffers"]:
-            buffered.append(layer)
-            is_batch_norm = isinstance(layer, _BatchNorm)
-            has_unknown_buffers = has_unknown_buffers or not is_batch_norm
-            # In evaluation mode it uses the statistics of the batch only if it has no others.
-            if is_batch_norm and (attributes["training"] or buffers["running_mean"] is None):
-                batch_norms.append(layer)
+        # In evaluation mode batch norm uses the statistics of the batch only if it has no others.
+        if isinstance(layer, _BatchNorm) and (attributes["training"] or layer.running_mean is None):
+            batch_norms.append(layer)
         has_compiled = has_compiled or is_compiled(layer)
-    return Survey(list(parameters.values()), buffered, batch_norms, has_unknown_buffers, has_compiled)
+    return Survey(list(parameters.values()), list(seen), batch_norms, has_compiled)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -81,10 +75,7 @@ def choose_passes(
             raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
     elif obstacle is not None or layers.is_compiled:
         return "full"
-    if layers.batch_norms:
-        return "difference"
-    # It is known when batch norm changes its buffers. The engine finds out about other layers.
-    return options.passes if layers.has_unknown_buffers else "split"
+    return "difference" if layers.batch_norms else options.passes
 
 
 def _obstacles(module: nn.Module, layers: Survey, options: StepOptions, processes: Processes) -> Iterator[str]:

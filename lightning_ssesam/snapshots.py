@@ -70,7 +70,7 @@ class BufferSnapshot(Snapshot):
     def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
         tensors = [t for names in buffers for t in names.values() if t is not None]
-        self.save([t for t in tensors if t.is_contiguous() or not _overlaps_itself(t)])
+        self.save([t for t in tensors if t.is_contiguous() or not overlaps_itself(t)])
         self._bindings = [(names, dict(names)) for names in buffers]
 
     @override
@@ -100,7 +100,8 @@ def buffers_of(modules: Iterable[nn.Module]) -> list[Buffers]:
     return [module._buffers for module in modules if module._buffers]
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether elements of a tensor share memory."""
     # An expanded buffer cannot be written to, neither by a layer nor by a restore.
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 

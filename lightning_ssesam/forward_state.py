@@ -1,0 +1,198 @@
+"""What a forward draws from and moves, beside gradients: random generators, and tensors that are not trained."""
+
+import pickle
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_ssesam.snapshots import Snapshot, overlaps_itself, set_torch_random_state, torch_random_state
+
+# Attributes of modules that torch looks after, or that lead out of the model to the Trainer.
+_NOT_STATE = {"_modules", "_parameters", "_buffers", "_trainer", "_fabric", "_step"}
+# How deep to look for generators in the containers and plain objects that a module holds.
+_DEPTH = 3
+
+
+class _Generator(NamedTuple):
+    """A random number generator: functions that return its state and put it back."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Holder:
+    """A dictionary, list or deque that holds tensors. Of a dictionary, only untrained tensors and None count."""
+
+    owner: Any
+
+    def read(self) -> Any:
+        if isinstance(self.owner, dict):
+            return {name: value for name, value in self.owner.items() if value is None or _is_untrained(value)}
+        return list(self.owner)
+
+    def write(self, held: Any) -> None:
+        if isinstance(self.owner, dict):
+            for name in self.read().keys() - held.keys():
+                del self.owner[name]
+            self.owner.update(held)
+        elif len(held) != len(self.owner) or any(a is not b for a, b in zip(held, self.owner, strict=True)):
+            self.owner.clear()
+            self.owner.extend(held)
+
+    def tensors(self) -> list[Tensor]:
+        held = self.read()
+        values = held.values() if isinstance(held, dict) else held
+        return [t for t in values if _is_untrained(t) and not overlaps_itself(t)]
+
+    def is_rebound(self, held: Any) -> bool:
+        now = self.read()
+        if isinstance(now, dict):
+            return now.keys() != held.keys() or any(now[name] is not value for name, value in held.items())
+        # A list that grows is taken for a record of what happened.
+        return len(now) == len(held) and any(a is not b for a, b in zip(now, held, strict=True))
+
+
+class Moment:
+    """What a forward meets: the states of generators, the tensors that are held, and copies of them.
+
+    Args:
+        generators: Generators whose state is saved.
+        holders: Holders whose bindings are saved.
+        copied: Holders whose tensors are copied as well.
+    """
+
+    def __init__(self, generators: list[_Generator], holders: list[_Holder], copied: list[_Holder]) -> None:
+        self.states = [(generator, generator.get()) for generator in generators]
+        self.bindings = [(holder, holder.read()) for holder in holders]
+        self.copies = [(holder, Snapshot()) for holder in copied]
+        for holder, snapshot in self.copies:
+            snapshot.save(holder.tensors())
+
+    def restore(self) -> None:
+        """Let the next forward meet the same."""
+        self.restore_generators()
+        for holder, held in self.bindings:
+            holder.write(held)
+        for _, snapshot in self.copies:
+            snapshot.restore()
+
+    def restore_generators(self) -> None:
+        """Let the next forward draw the same random numbers."""
+        for generator, state in self.states:
+            generator.put(state)
+
+    def originals(self) -> dict[tuple[int, torch.Size], Tensor]:
+        """Return clones of the copies, by the memory of their originals."""
+        return {place: copy for _, snapshot in self.copies for place, copy in snapshot.copies().items()}
+
+    def used_generators(self) -> list[_Generator]:
+        """Return the generators that have been drawn from since."""
+        return [generator for generator, state in self.states if pickle.dumps(generator.get()) != pickle.dumps(state)]
+
+
+class ForwardState:
+    """What the forwards of a model draw from and move, apart from buffers of torch's normalizations.
+
+    The first forward tells: :meth:`learn` compares before and after. From then on only what has moved is saved.
+
+    Args:
+        modules: All modules of the model.
+        device: Device of the model.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        self.is_new = True
+        self._modules = modules
+        self.backward_moves: bool | None = None
+        self.moves_parameters = False
+        # Torch's own generators are always saved: it costs next to nothing, and dropout may begin at any time.
+        self._of_torch = _Generator(
+            lambda: torch_random_state(device), lambda states: set_torch_random_state(states, device)
+        )
+        self._generators = [self._of_torch, *_global_generators(), *_generators_of(modules)]
+        self._holders = self._copied = list(_holders_of(modules))
+
+    def moment(self) -> Moment:
+        """Return what the next forward will meet."""
+        return Moment(self._generators, self._holders, self._copied)
+
+    def learn(self, first: Moment) -> None:
+        """Find out what the first forward has drawn from and moved."""
+        self._generators = [self._of_torch, *(g for g in first.used_generators() if g is not self._of_torch)]
+        self._copied = [holder for holder, copies in first.copies if copies.differs()]
+        rebound = [holder for holder, held in first.bindings if holder.is_rebound(held)]
+        self._holders = list(dict.fromkeys([*rebound, *self._copied]))
+        first.copies = [(holder, copies) for holder, copies in first.copies if holder in self._copied]
+        parameters = [vars(module)["_parameters"] for module in self._modules]
+        self.moves_parameters = any(holder.owner is names for holder in self._holders for names in parameters)
+        self.is_new = False
+
+
+def _is_untrained(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.requires_grad
+
+
+def _holders_of(modules: Sequence[nn.Module]) -> Iterator[_Holder]:
+    for module in modules:
+        attributes = vars(module)
+        yield _Holder(attributes)
+        if any(_is_untrained(p) for p in attributes["_parameters"].values()):
+            yield _Holder(attributes["_parameters"])
+        # Those of torch's normalizations do not change what a forward in training mode returns.
+        if attributes["_buffers"] and not isinstance(module, _NormBase):
+            yield _Holder(attributes["_buffers"])
+        for name, value in attributes.items():
+            if name not in _NOT_STATE and "hooks" not in name and isinstance(value, list | dict | deque):
+                yield _Holder(value)
+
+
+def _global_generators() -> Iterator[_Generator]:
+    yield _Generator(random.getstate, random.setstate)
+    # A program that has not imported NumPy does not draw from it.
+    if (numpy := sys.modules.get("numpy")) is not None:
+        yield _Generator(numpy.random.get_state, numpy.random.set_state)
+
+
+def _generators_of(modules: Sequence[nn.Module]) -> Iterator[_Generator]:
+    """Yield the generators that modules hold, also in containers and plain objects."""
+    seen: set[int] = set()
+    pending = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _NOT_STATE]
+    while pending:
+        value, depth = pending.pop()
+        if id(value) in seen or isinstance(value, nn.Module | Tensor | type):
+            continue
+        seen.add(id(value))
+        if generator := _as_generator(value):
+            yield generator
+        elif depth < _DEPTH:
+            pending += [(item, depth + 1) for item in _inside(value)]
+
+
+def _as_generator(value: Any) -> _Generator | None:
+    if isinstance(value, torch.Generator):
+        return _Generator(value.get_state, value.set_state)
+    if isinstance(value, random.Random):
+        return _Generator(value.getstate, value.setstate)
+    if type(value).__module__.startswith("numpy.random"):
+        if isinstance(value, sys.modules["numpy"].random.RandomState):
+            return _Generator(value.get_state, value.set_state)
+        bits = getattr(value, "bit_generator", value)
+        return _Generator(lambda: bits.state, partial(setattr, bits, "state"))
+    return None
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | deque):
+        return value
+    return vars(value).values() if hasattr(type(value), "__dict__") and hasattr(value, "__dict__") else ()
