@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
         loss: Mean loss of the batch at the unperturbed weights; 0 for an empty batch.
         gradient_norm: Norm of the final gradient, if asked for.
         gradient_norms: Norm of each term's gradient at the unperturbed weights. With ``processes="global"`` it is that
-            of all processes together. None if it was not needed, or the term shares its backward pass with others.
+            of all processes together. None if it was not needed, or if the term shares its backward pass.
         sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
             None for a term of radius 0.
         is_difference: Whether the passes were those of ``"difference"``.
@@ -41,17 +41,16 @@ class Outcome(NamedTuple):
 
 
 class SharpnessEngine:
-    r"""Leaves in ``.grad`` the sum over an objective's terms of the gradients at their ascended weights.
+    r"""Computes the gradient of each term at its ascended weights, and leaves their sum in ``.grad``.
 
-    A term :math:`(a, \rho)` contributes the gradient of :math:`L_a(w) = \sum_i a_i l_i(w)` taken at
-    :math:`w + \rho \, g / \|g\|`, where :math:`g = \nabla L_a(w)` and the norm runs over all trainable parameters
-    together (Foret et al., ICLR 2021, eq. 2 and 3, without their second-order term). It is taken at :math:`w` if
-    either is 0.
+    A term :math:`(a, \rho)` contributes the gradient of :math:`L_a(w) = \sum_i a_i l_i(w)` at
+    :math:`w + \rho \, g / \|g\|`, with :math:`g = \nabla L_a(w)`. The norm runs over all trainable parameters together
+    (Foret et al., ICLR 2021, eq. 2 and 3, without the second-order term). If :math:`\rho` or g is 0, it contributes g.
 
-    Terms of radius 0 share one clean backward pass. A term of positive radius costs a clean backward pass, and a
-    forward and a backward pass at its ascended weights. These draw the same random numbers (dropout) as the clean
-    pass. Buffers, such as batch norm's statistics, keep the values of the clean pass. If a pass raises an exception,
-    weights, buffers, gradients and random state are those from before the call again.
+    A clean pass runs at the unperturbed weights w. Terms of radius 0 share one clean backward pass. Every other term
+    costs a clean backward pass, and a forward and a backward pass at its ascended weights. These draw the same random
+    numbers (dropout) as the clean pass. Buffers, such as batch norm's statistics, keep the values of the clean pass. If
+    a pass raises an exception, weights, buffers, gradients and random state are those from before the call again.
 
     Scratch memory is kept from call to call: one copy of the parameters and two of the buffers. It is never saved.
 
@@ -74,7 +73,7 @@ class SharpnessEngine:
     def restored(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state dictionary with the weights and buffers from before the step, if a step is under way.
 
-        For checkpoints that are written in the middle of a pass, for example by the handler of a signal.
+        For checkpoints that are written in the middle of a pass, for example by a signal handler.
         """
         of_forward = {} if self._start is None else self._start.originals()
         saved = {**of_forward, **self._buffers.copies(), **self._weights.copies()}
@@ -116,9 +115,9 @@ class SharpnessEngine:
         r"""Run the passes of one step.
 
         Args:
-            batch: Parts of the batch. All clean passes come before the first perturbed pass, and the result is that of
-                the union of the parts (for layers that do not mix samples). Memory holds the activations of one part
-                at a time.
+            batch: Parts of the batch. All clean passes come before the first perturbed pass, unless ``passes`` is
+                ``"difference"``. If no layer mixes samples, the result is that of the whole batch. Memory holds the
+                activations of one part at a time.
             parameters: The model's parameters. Those that do not require a gradient are left alone.
             modules: The model, or all of its modules (``net.modules()``): a perturbed pass does not move their buffers.
             backward: Called as ``backward(loss, retain_graph=bool)``; accumulates into ``.grad``.
@@ -132,8 +131,8 @@ class SharpnessEngine:
                 samples, or one has a single sample in a part, which has no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes. Called
                 equally often in each process: once per term of positive radius, and once at the end.
-            processes: Processes that a perturbation is computed from. With ``"local"``, each process perturbs for its
-                own samples, and ``synchronize`` is called only at the end.
+            processes: Processes whose samples a perturbation is computed from. With ``"local"``, each process perturbs
+                for its own samples, and ``synchronize`` is called only at the end.
             check_finite: Called at the end with whether the loss and the gradient are finite in this process. Returns
                 whether they are in every process.
             report: Whether to compute the norm of the final gradient, and that of the terms of radius 0. The latter is

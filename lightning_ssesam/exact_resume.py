@@ -32,11 +32,12 @@ class _Mark(NamedTuple):
 
 
 class ExactResume(Callback):
-    """Puts the random state into checkpoints and back, and dates checkpoints from within an update before it.
+    """Saves and restores the random state. A checkpoint from within an update records the state before it.
 
     Lightning saves no random state. A checkpoint that is written while batches are accumulated, or by an exception
-    within a step, counts batches as read that no update has seen; they would be lost. Since the last update only
-    counters, the position of the loader and the random state have moved. Such a checkpoint gets those of that moment.
+    within a step, counts batches that no update has used. They would be lost. Since the last update only counters, the
+    position of the loader and the random state have moved, so such a checkpoint gets their values from right after that
+    update.
 
     It is exact in the middle of an epoch if the loader is stateful, as
     ``torchdata.stateful_dataloader.StatefulDataLoader`` is. With other loaders, Lightning begins the data of the epoch
@@ -44,7 +45,7 @@ class ExactResume(Callback):
     ``StepOptions(exact_resume=False)`` leaves it out.
 
     Args:
-        module: The module whose runs resume exactly. Its training step runs in Lightning's loop for manual
+        module: The module whose runs resume exactly. Its training step must run in Lightning's loop for manual
             optimization.
 
     Raises:
@@ -67,7 +68,7 @@ class ExactResume(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called before a checkpoint is loaded: find out when loaders begin and steps end."""
+        """Called before a checkpoint is loaded: watch where iterators are made and steps end."""
         if stage != "fit":
             return
         self._replacements.undo()
@@ -77,13 +78,13 @@ class ExactResume(Callback):
             loops = trainer.fit_loop.epoch_loop
             self._replacements.follow(loops.manual_optimization, "run", lambda: self._after_step(trainer))
             internals.precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
-            # To skip a validation that the checkpoint has behind it, Lightning may make an iterator over its data. An
-            # unbroken run has not made it, and an iterator draws random numbers.
+            # To skip a finished validation, a resumed run may make an iterator over its data. That draws random
+            # numbers, which an unbroken run does not draw.
             name = "increment_progress_to_evaluation_end"
             self._replacements.replace(loops.val_loop, name, isolate_rng()(getattr(loops.val_loop, name)))
 
     def _on_iterator(self, trainer: pl.Trainer) -> None:
-        """Called before the run's first iterator over the data is made, which may draw random numbers."""
+        """Called before the run's first iterator over the data is made, because making it may draw random numbers."""
         if self._to_restore is not None:
             if self._loader_states and _tells_epochs_apart(trainer):
                 _continue_order(trainer, self._loader_states)
@@ -99,7 +100,7 @@ class ExactResume(Callback):
         if self._before_iterator is None and trainer.num_training_batches > 0:
             raise internals.missing(*internals.FIRST_ITERATOR, _WITHOUT)
         if self._to_restore is not None and not _uses_first_iterator(trainer):
-            # A run that is resumed in the middle of an epoch drew random numbers for its iterator long ago.
+            # The unbroken run made the iterator of this epoch long ago. Undo what making it again has drawn.
             set_random_state(self._to_restore, trainer)
         self._has_resumed = self._to_restore is not None
         self._to_restore = None
@@ -176,7 +177,7 @@ class ExactResume(Callback):
             # Lightning would leave it out.
             _let_validation_run(loops)
         if begins_epoch and not _tells_epochs_apart(trainer):
-            # The loader begins anew, as after other checkpoints from the end of an epoch.
+            # Without its state, the loader begins the epoch anew.
             loops["state_dict"].pop("combined_loader", None)
 
     @override
@@ -203,14 +204,14 @@ class ExactResume(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called when the run is interrupted, after which Lightning does not call :meth:`teardown`."""
+        """Called when the run is interrupted: undo what :meth:`setup` did, since Lightning skips :meth:`teardown`."""
         self._replacements.undo()
         # These two are raised in every process at once.
         self._has_failed = not isinstance(exception, NonFiniteError | SIGTERMException)
 
 
 def _uses_first_iterator(trainer: pl.Trainer) -> bool:
-    """Whether the epoch that begins takes the iterator that was made before the training started."""
+    """Whether the epoch that begins uses the iterator that was made before the training started."""
     loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if loop.restarted_mid_epoch or loop.restarted_on_epoch_end:
         return _ended_with_last_batch(trainer) or epoch_loop.batch_progress.current.ready == 0
@@ -224,7 +225,7 @@ def _ended_with_last_batch(trainer: pl.Trainer) -> bool:
 
 
 def _tells_epochs_apart(trainer: pl.Trainer) -> bool:
-    """Whether the loader takes its state at the end of an epoch for the start of the next, as torchdata's does."""
+    """Whether the loader, given its state from the end of an epoch, starts the next one, as torchdata's does."""
     are_torchdata = all(type(loader).__module__.startswith("torchdata.") for loader in internals.loaders(trainer))
     return are_torchdata and internals.loaders_are_unlimited(trainer)
 
@@ -238,19 +239,19 @@ def _continue_order(trainer: pl.Trainer, states: list[Any]) -> None:
         return
     internals.load_loader_states(trainer, states)
     if loop.restarting or getattr(loop, "is_resuming", False):
-        # This iterator has nothing left. The next is that of the new epoch, and Lightning makes just one.
+        # The first iterator is exhausted. Make it here, so that the one that Lightning makes is the new epoch's.
         for loader in internals.loaders(trainer):
             iter(loader)
 
 
 def _awaits_validation(trainer: pl.Trainer) -> bool:
-    """Whether a validation is due after a batch that has been trained on, and has not begun."""
+    """Whether a validation is due after a trained batch, but has not begun."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(batches.completed == batches.processed - 1 and internals.validation_is_due(trainer))
 
 
 def _rewind(loops: State, mark: _Mark) -> None:
-    """Put a checkpoint's counters and loaders to where the run was before the update that is under way."""
+    """Set a checkpoint's counters and loaders back to before the update that is under way."""
     progress = loops["epoch_loop.batch_progress"]
     for name in ("ready", "started", "processed", "completed"):
         progress["total"][name] = mark.total_batches
@@ -260,7 +261,7 @@ def _rewind(loops: State, mark: _Mark) -> None:
 
 
 def _let_validation_run(loops: State) -> None:
-    """Put counters to where Lightning takes a checkpoint for one of a validation that has just begun."""
+    """Set the counters so that, to Lightning, the validation has just begun."""
     progress, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
     for which in ("total", "current"):
         progress[which]["completed"] = progress[which]["processed"]
@@ -269,7 +270,7 @@ def _let_validation_run(loops: State) -> None:
 
 
 def get_random_state(trainer: pl.Trainer) -> State:
-    """Return the state of the random number generators of torch, Python, NumPy, and those of the loader's own."""
+    """Return the state of the random number generators of torch, Python, NumPy and the loaders."""
     numpy_state: Any = np.random.get_state()
     algorithm, keys, *counters = numpy_state
     return {

@@ -1,45 +1,31 @@
 """Accuracy of groups of classes: head and tail; many-, medium- and few-shot."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.split import ClassSplit
 
 
-class _GroupAccuracy(Metric):
-    """Base of the accuracies: counts correct predictions per class. A subclass names groups of classes."""
+class _GroupMetric(Metric):
+    """Base of the metrics: holds the split, checks batches, and counts the samples of each class."""
 
     is_differentiable = False
-    higher_is_better = True
     full_state_update: bool = False
-    plot_lower_bound: float = 0.0
-    plot_upper_bound: float = 1.0
 
-    correct: Tensor
     total: Tensor
 
     def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
-        self.validate_args = validate_args
-        self.num_classes = split.num_classes
-        self._groups = {**self._class_groups(split), "all": torch.ones(split.num_classes, dtype=torch.bool)}
-        for state in ("correct", "total"):
-            self.add_state(state, torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
-
-    @staticmethod
-    @abstractmethod
-    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
-        """Return the mask ``(C,)`` of the classes of each group."""
+        self.split, self.num_classes, self.validate_args = split, split.num_classes, validate_args
+        self.add_state("total", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     @override
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -55,9 +41,39 @@ class _GroupAccuracy(Metric):
         """
         if self.validate_args:
             _check_batch(preds, target, self.num_classes)
-        correct, total = _count(preds, target, self.num_classes)
-        self.correct += correct
-        self.total += total
+        target = target.flatten().long()
+        self._count(_predicted(preds).flatten(), target)
+        # `bincount` would wait for the device.
+        self.total.scatter_add_(0, target, torch.ones_like(target))
+
+    @abstractmethod
+    def _count(self, predicted: Tensor, target: Tensor) -> None:
+        """Count the predictions of a batch; -1 is never right. Both are vectors."""
+
+
+class _GroupAccuracy(_GroupMetric):
+    """Base of the accuracies: counts correct predictions per class. A subclass names groups of classes."""
+
+    higher_is_better = True
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
+    plot = Metric._plot
+
+    correct: Tensor
+
+    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__(split, validate_args, **kwargs)
+        self._groups = {**self._class_groups(split), "all": torch.ones(split.num_classes, dtype=torch.bool)}
+        self.add_state("correct", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    @staticmethod
+    @abstractmethod
+    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
+        """Return the mask ``(C,)`` of the classes of each group."""
+
+    @override
+    def _count(self, predicted: Tensor, target: Tensor) -> None:
+        self.correct.scatter_add_(0, target, (predicted == target).long())
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -68,24 +84,6 @@ class _GroupAccuracy(Metric):
     def class_recalls(self) -> Tensor:
         """Return the recall of every class ``(C,)``, as counted in this process; NaN for classes without samples."""
         return self.correct / self.total
-
-    @override
-    def plot(
-        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: _AX_TYPE | None = None
-    ) -> _PLOT_OUT_TYPE:
-        """Plot one result, or several in the order of time.
-
-        Args:
-            val: Result of :meth:`compute` or ``forward``, or a list of results; calls :meth:`compute` by default.
-            ax: Axes to draw on; a new figure by default.
-
-        Returns:
-            The figure, or None if ``ax`` was given, and the axes.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        return self._plot(val, ax)  # type: ignore[arg-type]
 
 
 class HeadTailAccuracy(_GroupAccuracy):
@@ -106,10 +104,8 @@ class HeadTailAccuracy(_GroupAccuracy):
         ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
 
     Example:
-        >>> from torch import tensor
-        >>> split = ClassSplit([100, 50, 5], tail=[2])
-        >>> metric = HeadTailAccuracy(split)
-        >>> metric.update(tensor([0, 0, 1, 1, 2]), tensor([0, 0, 1, 0, 2]))
+        >>> metric = HeadTailAccuracy(ClassSplit([100, 50, 5], tail=[2]))
+        >>> metric.update(torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 1, 0, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'head': 0.833, 'tail': 1.0, 'all': 0.889}
     """
@@ -123,24 +119,15 @@ class HeadTailAccuracy(_GroupAccuracy):
 class ManyMediumFewAccuracy(_GroupAccuracy):
     """Mean per-class recall of the many-, medium- and few-shot classes, and of all (Liu et al., CVPR 2019).
 
-    Counted like :class:`HeadTailAccuracy`.
-
-    Args:
-        split: Class split, whose ``many_above`` and ``few_below`` bound the groups.
-        validate_args: See :class:`HeadTailAccuracy`.
-        **kwargs: See :class:`torchmetrics.Metric`.
+    Counted like :class:`HeadTailAccuracy`, whose arguments and errors it has. The split's ``many_above`` and
+    ``few_below`` bound the groups.
 
     Returns:
         A dictionary of scalars ``{"many", "medium", "few", "all"}``, from ``forward`` and ``compute``.
 
-    Raises:
-        ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
-
     Example:
-        >>> from torch import tensor
-        >>> split = ClassSplit([500, 50, 5], tail=[2], many_above=100, few_below=20)
-        >>> metric = ManyMediumFewAccuracy(split)
-        >>> metric.update(tensor([0, 1, 1, 2, 0]), tensor([0, 1, 0, 2, 2]))
+        >>> metric = ManyMediumFewAccuracy(ClassSplit([500, 50, 5], tail=[2], many_above=100, few_below=20))
+        >>> metric.update(torch.tensor([0, 1, 1, 2, 0]), torch.tensor([0, 1, 0, 2, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'many': 0.5, 'medium': 1.0, 'few': 0.5, 'all': 0.667}
     """
@@ -151,60 +138,38 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
         return {"many": split.many, "medium": split.medium, "few": split.few}
 
 
-class HeadTailConfusion(Metric):
+class HeadTailConfusion(_GroupMetric):
     """Error rates by group: the share of a group's samples that is misclassified as another head or tail class.
 
-    Every class of a group counts the same, as in :class:`HeadTailAccuracy`. The accuracy of a group and its two error
-    rates add up to 1, unless a score is NaN. A group without samples in the evaluation data is NaN.
-
-    Args:
-        split: Class split, with head and tail.
-        **kwargs: See :class:`torchmetrics.Metric`.
+    Every class of a group counts the same, as in :class:`HeadTailAccuracy`, whose arguments and errors this has. The
+    accuracy of a group and its two error rates add up to 1, unless a score is NaN. A group without samples in the
+    evaluation data is NaN.
 
     Returns:
         A dictionary of scalars in [0, 1], from ``forward`` and ``compute``: ``{"head_to_head", "head_to_tail",
         "tail_to_head", "tail_to_tail"}``. ``"tail_to_head"`` is the share of tail samples predicted as a head class.
 
-    Raises:
-        ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`.
-
     Example:
-        >>> from torch import tensor
         >>> metric = HeadTailConfusion(ClassSplit([100, 50, 5], tail=[2]))
-        >>> metric.update(tensor([0, 1, 2, 1, 0]), tensor([0, 0, 1, 2, 2]))
+        >>> metric.update(torch.tensor([0, 1, 2, 1, 0]), torch.tensor([0, 0, 1, 2, 2]))
         >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
         {'head_to_head': 0.25, 'head_to_tail': 0.5, 'tail_to_head': 1.0, 'tail_to_tail': 0.0}
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update: bool = False
 
     wrong: Tensor
-    total: Tensor
 
-    def __init__(self, split: ClassSplit, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if not isinstance(split, ClassSplit):
-            raise bad_argument("split", "a ClassSplit", split)
-        self.split = split
+    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
+        super().__init__(split, validate_args, **kwargs)
         self.add_state("wrong", torch.zeros(2, split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     @override
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch; ``preds`` and ``target`` as in :meth:`HeadTailAccuracy.update`.
-
-        Raises:
-            ArgumentError: If shapes, dtypes or class indices do not fit.
-        """
-        _check_batch(preds, target, self.split.num_classes)
-        predicted, target = _predicted(preds).flatten(), target.flatten().long()
+    def _count(self, predicted: Tensor, target: Tensor) -> None:
         is_error = (predicted != target) & (predicted >= 0)
         is_tail = self.split.tail_on(target.device)[predicted.clamp(min=0)]
         for row, chosen in enumerate((is_error & ~is_tail, is_error & is_tail)):
             self.wrong[row].scatter_add_(0, target, chosen.long())
-        self.total.scatter_add_(0, target, torch.ones_like(target))
 
     @override
     def compute(self) -> dict[str, Tensor]:
@@ -221,17 +186,12 @@ class HeadTailConfusion(Metric):
 def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
     if target.is_floating_point():
         raise bad_argument("target", "class indices of an integer dtype", target.dtype)
-    if preds.is_floating_point():
-        expected = (*target.shape[:1], num_classes, *target.shape[1:])
-        if preds.shape != expected:
-            raise bad_argument("preds", f"scores of shape {expected}", got_text=f"shape {tuple(preds.shape)}")
-        checked = {"target": target}
-    else:
-        if preds.shape != target.shape:
-            raise bad_argument(
-                "preds", f"class indices of shape {tuple(target.shape)}", got_text=f"shape {tuple(preds.shape)}"
-            )
-        checked = {"preds": preds, "target": target}
+    has_scores = preds.is_floating_point()
+    shape = (*target.shape[:1], num_classes, *target.shape[1:]) if has_scores else tuple(target.shape)
+    if preds.shape != shape:
+        expected = f"{'scores' if has_scores else 'class indices'} of shape {shape}"
+        raise bad_argument("preds", expected, got_text=f"shape {tuple(preds.shape)}")
+    checked = {"target": target} if has_scores else {"preds": preds, "target": target}
     for name, indices in checked.items():
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_classes):
             found = f"values from {int(indices.min())} to {int(indices.max())}"
@@ -242,12 +202,3 @@ def _predicted(preds: Tensor) -> Tensor:
     """Return the predicted classes ``(N, ...)``; -1, which is never right, for samples with a NaN score."""
     # `argmax` treats NaN as the largest score.
     return preds.argmax(dim=1).masked_fill(preds.isnan().any(dim=1), -1) if preds.is_floating_point() else preds
-
-
-def _count(preds: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return the correct predictions and the samples of each class, both ``(C,)``."""
-    target = target.flatten().long()
-    hits = (_predicted(preds).flatten() == target).long()
-    zeros = torch.zeros(num_classes, dtype=torch.long, device=target.device)
-    # `bincount` would wait for the device.
-    return zeros.scatter_add(0, target, hits), zeros.scatter_add(0, target, torch.ones_like(target))

@@ -39,8 +39,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     """Trains a ``LightningModule`` on a sharpness-aware objective.
 
     Put it first among the bases, set ``self.objective`` and define :meth:`sample_losses`; leave ``training_step`` to
-    the mixin (docs/own_module.md). It uses Lightning's manual optimization and makes one ``optimizer.step()`` per
-    update, so that ``global_step``, schedulers and callbacks count as they do under automatic optimization.
+    the mixin (docs/own_module.md). The step optimizes by hand, with one ``optimizer.step()`` per update; for everything
+    else, Lightning works as under automatic optimization (see ``replace_step`` in ``lightning_internals.py``).
 
     Attributes:
         objective: The objective: :class:`~lightning_ssesam.ERM`, :class:`~lightning_ssesam.SAM`,
@@ -50,9 +50,9 @@ class SharpnessAwareMixin(pl.LightningModule):
         skipped_updates: Number of updates that ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
 
     Raises:
-        MisconfigurationException: Before training, if ``objective`` or ``sample_losses`` is missing, the objective
-            lacks its split, ``step_options`` is no StepOptions, ``configure_optimizers`` returns several optimizers,
-            or the mixin cannot work with the Trainer's strategy. At once, if ``automatic_optimization`` is assigned.
+        MisconfigurationException: Before training, if ``objective``, its split or ``sample_losses`` is missing,
+            ``step_options`` has another type, there are several optimizers, or the Trainer's strategy cannot work. At
+            once, if ``automatic_optimization`` is assigned.
     """
 
     objective: Objective
@@ -69,15 +69,16 @@ class SharpnessAwareMixin(pl.LightningModule):
         """Return the unreduced losses of a batch, shape ``(N,)``, or dense ``(N, ...)`` like the targets.
 
         Called once or more in a training step, at perturbed weights too. The values that it logs are logged once, from
-        the clean pass. Guard anything else that must happen once, such as metrics, with :attr:`in_clean_pass`.
+        the clean pass, which is at the unperturbed weights. Guard anything else that must happen once, such as metrics,
+        with :attr:`in_clean_pass`.
         """
         raise NotImplementedError(f"`{type(self).__name__}` must define `sample_losses(self, batch)`.")
 
     def sample_targets(self, batch: Any) -> Tensor:
         """Return the targets of a batch: class indices ``(N,)`` or ``(N, ...)``, or probabilities ``(N, C)``.
 
-        Called once for each batch, and once for each selection of its samples. On an accelerator it is also called
-        with the batch before it is moved to the device.
+        Called once for each batch, and once for each selection of its samples. On an accelerator it is also called with
+        the batch before its move to the device.
 
         The default is the second item of a pair, or ``batch["target"]``, ``batch["label"]`` or ``batch["labels"]``.
         Override it for other batches.
@@ -85,11 +86,11 @@ class SharpnessAwareMixin(pl.LightningModule):
         return find_targets(batch, type(self).__name__)
 
     def select_samples(self, batch: Any, index: Tensor) -> Any:
-        """Return the batch with only the samples at ``index`` ``(M,)``, a CPU tensor. Split passes call it.
+        """Return the batch with only the samples at ``index`` ``(M,)``, a CPU tensor. Passes over some samples call it.
 
-        The default picks the rows of every tensor in the batch that has one row per sample, whatever the nesting, and
-        the items of every list of plain values (file names) that has one per sample. Override it for other batches, or
-        if another tensor happens to have as many rows as there are samples.
+        The default picks the rows of every tensor, at any nesting, that has one row per sample. It also picks the items
+        of lists of plain values (file names) that have one per sample. Override it for other batches, or if another
+        tensor happens to have as many rows as there are samples.
         """
         return pick_samples(batch, index, len(self.sample_targets(batch)))
 
@@ -97,8 +98,7 @@ class SharpnessAwareMixin(pl.LightningModule):
     def in_clean_pass(self) -> bool:
         """Whether a training step is calling :meth:`sample_losses` at the unperturbed weights.
 
-        Each sample is seen once there: with split passes once per group of samples, with accumulated batches once per
-        batch.
+        Each sample is seen once there, in one call for each group of samples (split passes) and each accumulated batch.
         """
         return self._step.is_clean is True
 
@@ -112,10 +112,9 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     @property
     def automatic_optimization(self) -> bool:
-        """True during a fit, except within a training step, which makes its passes by hand.
+        """False within a training step, which makes its passes by hand, and outside of a fit. Otherwise True.
 
-        Lightning then decides everything as for automatic optimization: clipping, accumulation, schedulers, logged
-        rows, checkpoints.
+        So Lightning does clipping, accumulation, schedulers, logged rows and checkpoints as usual.
         """
         return self._step.is_fitting and not self._step.is_by_hand
 
@@ -128,10 +127,10 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """Make one update of the objective. Log the clean loss as ``train/loss``, unless the user has logged that.
+        """Update the weights once. Log the clean loss as ``train/loss``, unless the user has logged that.
 
-        With ``Trainer(accumulate_grad_batches=k)``, batches are kept, and the last of ``k`` makes the update of all of
-        them together. Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
+        With ``Trainer(accumulate_grad_batches=k)``, batches are kept, and the last of ``k`` makes one update for all of
+        them. Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
 
         Returns:
             The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept.
@@ -154,7 +153,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             return self._update(parts, batch_idx)
 
     def _update(self, parts: list[Part], batch_idx: int) -> Tensor:
-        # The last group of an epoch may be shorter, and Lightning divides its gradients as if it was not.
+        # At the end of an epoch there may be fewer parts, and Lightning divides their gradients by k all the same.
         share, layers = len(parts) / self.trainer.accumulate_grad_batches, survey(self)
         try:
             with self._step.having(is_clean=None):
@@ -167,7 +166,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         with self._step.having(is_by_hand=False):
             self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
         if self.trainer.global_step == steps:
-            # An override may leave the optimizer alone; Lightning counts its call.
+            # An override may make no step with the optimizer; Lightning counts it all the same.
             count_step(self.trainer)
         # Free the gradients now: until the next step they would only take up memory.
         zero_grad(self.trainer, batch_idx)
@@ -200,14 +199,14 @@ class SharpnessAwareMixin(pl.LightningModule):
         )
 
     def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
-        # An override of `backward` may know no arguments, and need none for a single term.
+        # An override of `backward` may take no arguments, and needs none for a single term.
         options = {"retain_graph": True} if retain_graph else {}
         self.manual_backward(loss if share == 1 else share * loss, **options)
 
     def _losses_of(self, part: Part) -> SampleLosses:
         def sample_losses(index: Tensor | None, is_clean: bool) -> Tensor:
             chosen = part if index is None else self._select(part, index)
-            # Until the next pass begins, since the backward of this one may forward again (activation checkpointing).
+            # Kept until the next pass begins, since the backward may forward again (activation checkpointing).
             self._step.is_clean = is_clean
             self._step.logs.samples = len(chosen)
             with self.trainer.precision_plugin.train_step_context():
@@ -240,7 +239,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         if self.step_options.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"The loss or the gradient of step {self.global_step} is infinite or not a number. Weights, buffers and"
-                " optimizer are those from before the step. Look at the data of the step, lower the learning rate or"
+                " optimizer are as before the step. Look at the data of the step, lower the learning rate or"
                 " the radii, or set `on_nonfinite='skip'` to go on without such steps.",
                 error.loss,
             ) from None
@@ -256,10 +255,9 @@ class SharpnessAwareMixin(pl.LightningModule):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log as ``LightningModule.log`` does, but each value once a step: from the clean passes.
 
-        Perturbed passes log nothing. The values that :meth:`sample_losses` logs for each group of samples (split
-        passes) or each of several batches (accumulation) become one value: their mean over the samples, or what
-        ``reduce_fx`` makes of them. For a ``Metric`` object, the epoch's value is exact and the step's value is that of
-        the last group.
+        Perturbed passes log nothing. A value that :meth:`sample_losses` logs for several groups of samples (split
+        passes) or batches (accumulation) becomes one: the mean over the samples, or what ``reduce_fx`` makes of them.
+        For a ``Metric`` object, the epoch's value is exact and the step's value is that of the last group.
         """
         if self._step.is_clean:
             self._step.logs.add(name, value, *args, **kwargs)
@@ -274,7 +272,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         if options.on_nonfinite == "skip":
             self.log("train/skipped_updates", float(self.skipped_updates))
         if options.batch_norm_statistics == "group" and any(rise is not None for rise in outcome.sharpness):
-            # Made on the device: copying a number there would wait for it.
+            # Made on the device, because copying a number there would wait for it.
             share_of_full = torch.full((), float(not outcome.is_difference), device=self.device)
             self.log("train/full_passes", share_of_full, on_step=False, on_epoch=True)
         if not options.log_sharpness or outcome.gradient_norm is None:
@@ -318,10 +316,10 @@ class SharpnessAwareMixin(pl.LightningModule):
                 f"`{name}.training_step` makes an update and needs `Trainer.fit` around it. Call"
                 " `sample_losses(batch)` for the losses of a batch."
             )
-        # Trainer support runs the step by hand.
+        # TrainerSupport sets this around every step.
         if not self._step.is_by_hand:
             raise MisconfigurationException(
-                f"`{name}.configure_callbacks` overrides SharpnessAwareMixin's and drops what it attaches. Return"
+                f"`{name}.configure_callbacks` overrides SharpnessAwareMixin's and drops its callbacks. Return"
                 " `[*super().configure_callbacks(), ...]` from it."
             )
 

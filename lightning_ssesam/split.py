@@ -56,14 +56,9 @@ class ClassSplit:
         few_below = check_integer("few_below", few_below, minimum=0)
         if few_below > many_above + 1:
             raise bad_argument("few_below", f"at most many_above + 1 = {many_above + 1}", few_below)
-        for name, value in {
-            "class_counts": counts,
-            "tail": _as_mask(tail, counts.numel()),
-            "many_above": many_above,
-            "few_below": few_below,
-            "_moved": {},
-        }.items():
-            object.__setattr__(self, name, value)
+        mask = _as_mask(tail, counts.numel())
+        # The dataclass is frozen, and refuses to set an attribute.
+        vars(self).update(class_counts=counts, tail=mask, many_above=many_above, few_below=few_below, _moved={})
 
     @classmethod
     def from_counts(
@@ -225,30 +220,28 @@ def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     counts = counts.to(torch.int64, copy=True)
     wrong = (counts < 1).nonzero().flatten()
     if wrong.numel():
-        first = int(wrong[0])
-        raise bad_argument(
-            "class_counts", "integers >= 1 for every class", got_text=f"{int(counts[first])} for class {first}"
-        )
+        found = f"{int(counts[wrong[0]])} for class {int(wrong[0])}"
+        raise bad_argument("class_counts", "integers >= 1 for every class", got_text=found)
     return counts
 
 
 def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
+    expected = "a boolean mask or a vector of class indices"
     if isinstance(tail, list | tuple) and len({isinstance(value, bool) for value in tail}) > 1:
-        raise bad_argument("tail", "a boolean mask or a vector of class indices", tail)
-    values = _as_tensor("tail", "a boolean mask or a vector of class indices", tail)
+        raise bad_argument("tail", expected, tail)
+    values = _as_tensor("tail", expected, tail)
     if values.dtype == torch.bool:
         if values.shape != (num_classes,):
-            raise bad_argument(
-                "tail", f"a mask of shape ({num_classes},), one per class", got_text=f"shape {tuple(values.shape)}"
-            )
+            got = f"shape {tuple(values.shape)}"
+            raise bad_argument("tail", f"a mask of shape ({num_classes},), one per class", got_text=got)
         return values.clone()
+    mask = torch.zeros(num_classes, dtype=torch.bool)
     if values.numel() == 0:
-        return torch.zeros(num_classes, dtype=torch.bool)
+        return mask
     if values.ndim != 1 or values.is_floating_point():
-        raise bad_argument("tail", "a boolean mask or a vector of class indices", tail)
+        raise bad_argument("tail", expected, tail)
     if int(values.min()) < 0 or int(values.max()) >= num_classes:
         raise bad_argument("tail", f"class indices in [0, {num_classes})", tail)
-    mask = torch.zeros(num_classes, dtype=torch.bool)
     mask[values.long()] = True
     return mask
 

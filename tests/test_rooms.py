@@ -137,7 +137,7 @@ def own_names():
 # Private names of torch, torchmetrics, jsonargparse and Python, each in the file that uses it.
 OTHERS = {
     "_fields", "_replace",  # NamedTuple
-    "_AX_TYPE", "_PLOT_OUT_TYPE", "_plot",  # torchmetrics, its recipe for metrics
+    "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch", "_modules", "_parameters", "_version",
     "_processes", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_weight_norm",
 }  # fmt: skip

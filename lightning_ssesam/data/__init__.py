@@ -1,4 +1,4 @@
-"""Long-tailed data sets."""
+"""Long-tailed data sets. All classes and functions raise ``ArgumentError`` if an argument is out of range."""
 
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.cifar import CIFAR10LT, CIFAR100LT

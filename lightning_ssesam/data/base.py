@@ -38,9 +38,6 @@ class LongTailDataModule(pl.LightningDataModule):
         sampler: Class or function that makes the sampler of the training set from its labels ``(N,)``, such as
             ``ClassBalancedSampler``. By default the training set is shuffled.
 
-    Raises:
-        ArgumentError: If an argument is out of range.
-
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> class Points(LongTailDataModule):

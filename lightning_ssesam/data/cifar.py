@@ -21,9 +21,6 @@ class CIFAR10LT(ImageDataModule):
     Class 0 keeps most training images, and the balanced test set of 10,000 is also the validation set, as published.
     Batches are pairs of images ``(N, 3, 32, 32)``, float32, and class indices ``(N,)``, int64.
 
-    Attributes:
-        val_is_test: Whether the validation set is the test set: if ``val_per_class`` is 0.
-
     Args:
         root: Folder that holds the files, or receives them.
         imbalance_factor: Largest over smallest class size, or its inverse; > 0.
@@ -37,7 +34,7 @@ class CIFAR10LT(ImageDataModule):
             4 pixels, cropped at random and flipped at random.
 
     Raises:
-        ArgumentError: If an argument is out of range; from ``setup``, if the files are missing.
+        ArgumentError: From ``setup``, if the files are missing.
     """
 
     _dataset = "CIFAR10"
@@ -60,14 +57,12 @@ class CIFAR10LT(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, **kwargs)
         if check_integer("val_per_class", val_per_class, minimum=0) >= self._train_per_class:
-            raise bad_argument(
-                "val_per_class", f"less than the {self._train_per_class} images of a class", val_per_class
-            )
-        self.root = Path(root)
+            expected = f"less than the {self._train_per_class} images of a class"
+            raise bad_argument("val_per_class", expected, val_per_class)
+        self.root, self.download = Path(root), download
         self.imbalance_factor, self.profile = imbalance_factor, profile
         self.val_per_class, self.val_is_test = val_per_class, val_per_class == 0
         self.seed = check_integer("seed", seed, minimum=0)
-        self.download = download
         largest = self._train_per_class - val_per_class
         self.class_counts = long_tailed_counts(self._num_classes, largest, imbalance_factor, profile)
 

@@ -31,7 +31,6 @@ class DigitsLT(LongTailDataModule):
         **kwargs: See :class:`~lightning_ssesam.data.LongTailDataModule`.
 
     Raises:
-        ArgumentError: If an argument is out of range.
         ModuleNotFoundError: From ``setup``, if scikit-learn is not installed.
     """
 

@@ -30,7 +30,6 @@ class ImageFolderLT(ImageDataModule):
 
     Attributes:
         class_names: Names of the folders, length C.
-        val_is_test: Whether the validation set is the test set: if there is no ``val`` and ``val_fraction`` is 0.
 
     Args:
         root: Folder of the images.
@@ -44,9 +43,8 @@ class ImageFolderLT(ImageDataModule):
         **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
-        ArgumentError: If an argument is out of range, the folder is not as above, or a test class has no training
-            images; when a batch is made, if an image cannot be read.
-        ModuleNotFoundError: If torchvision is not installed.
+        ArgumentError: If the folder is not as above, or a test class has no training images; when a batch is made, if
+            an image cannot be read.
     """
 
     def __init__(
@@ -125,10 +123,9 @@ def _folders(root: Path) -> list[str]:
     from torchvision.datasets.folder import find_classes
 
     try:
-        names: list[str] = find_classes(root)[0]
+        return list(find_classes(root)[0])
     except OSError as error:
         raise bad_argument("root", "a folder with folders of images", got_text=f"{root}: {error}") from error
-    return names
 
 
 def _samples(root: Path, names: list[str], allow_empty: bool = False) -> Samples:
@@ -136,10 +133,9 @@ def _samples(root: Path, names: list[str], allow_empty: bool = False) -> Samples
 
     classes = {name: label for label, name in enumerate(names)}
     try:
-        samples: Samples = make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=allow_empty)
+        return list(make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=allow_empty))
     except FileNotFoundError as error:
         raise bad_argument("root", "a folder with images of every class", got_text=f"{root}: {error}") from error
-    return samples
 
 
 def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:

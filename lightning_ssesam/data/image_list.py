@@ -64,7 +64,6 @@ class ImageList(ImageFiles):
 
     @override
     def path(self, index: int) -> str:
-        """Return the path of an image."""
         # Opened each time, because an open file cannot be shared with the processes of a loader.
         try:
             with open(self.list_file, "rb") as file:
@@ -78,7 +77,6 @@ class ImageList(ImageFiles):
 
     @override
     def image(self, index: int) -> Any:
-        """Return an image before its transform, a PIL image in RGB."""
         path = self.path(index)
         try:
             return read_image(path)
@@ -100,9 +98,6 @@ class ImageListLT(ImageDataModule):
     image of every list, so that a wrong folder is found before training. Batches are pairs of images
     ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64.
 
-    Attributes:
-        val_is_test: Whether the validation set is the test set: if ``val`` is not given.
-
     Args:
         train: List file of the training images; see :class:`~lightning_ssesam.data.ImageList`.
         test: List file of the test images.
@@ -115,8 +110,7 @@ class ImageListLT(ImageDataModule):
         **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
-        ArgumentError: If an argument is out of range, a file cannot be read, a line of it is wrong, or a class has no
-            training image.
+        ArgumentError: If a file cannot be read, a line of it is wrong, or a class has no training image.
     """
 
     def __init__(
@@ -179,8 +173,6 @@ def _class_counts(images: ImageList) -> list[int]:
     if missing:
         gaps = np.flatnonzero(present != np.arange(len(present)))
         first = int(gaps[0]) if len(gaps) else len(present)
-        expected = f"an image of every class in [0, {images.num_classes})"
-        raise ArgumentError(
-            f"{images.list_file}: Expected {expected}, but got none of {missing} of them, such as class {first}."
-        )
+        expected = f"{images.list_file}: Expected an image of every class in [0, {images.num_classes})"
+        raise ArgumentError(f"{expected}, but got none of {missing} of them, such as class {first}.")
     return [int(count) for count in counts]

@@ -10,21 +10,19 @@ from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.split import as_labels
 
 
-def labels_of(dataset: Any) -> Tensor:
+def labels_of(dataset: Any, labels: Any = None) -> Tensor:
     """Return the labels ``(N,)``, int64, of a map-style data set, without loading a sample.
 
-    They are its attribute ``targets`` or ``labels``, the second entries of its ``samples``, the second tensor of a
-    ``TensorDataset``, or those of the samples that a ``Subset`` selects.
+    They are ``labels``, if given, or those that the data set has, as :class:`~lightning_ssesam.data.LongTailed` says.
 
     Raises:
-        ArgumentError: If none of these exists, or it does not hold one class index for each sample.
+        ArgumentError: If there are none, or not one class index for each sample.
     """
-    labels = as_labels(_kept_labels(dataset), f"labels of {type(dataset).__name__}")
-    if len(labels) != len(dataset):
-        raise bad_argument(
-            f"labels of {type(dataset).__name__}", f"one for each of {len(dataset)} samples", got_text=str(len(labels))
-        )
-    return labels
+    name = f"labels of {type(dataset).__name__}" if labels is None else "labels"
+    values = as_labels(_kept_labels(dataset) if labels is None else labels, name)
+    if len(values) != len(dataset):
+        raise bad_argument(name, f"one for each of {len(dataset)} samples", got_text=str(len(values)))
+    return values
 
 
 def _kept_labels(dataset: Any) -> Any:

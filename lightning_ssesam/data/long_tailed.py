@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.profiles import Profile, largest_max_count, long_tailed_counts, long_tailed_indices
-from lightning_ssesam.split import ClassSplit, as_labels, count_labels
+from lightning_ssesam.split import ClassSplit, count_labels
 
 Sample = TypeVar("Sample", covariant=True)
 
@@ -38,7 +38,7 @@ class LongTailed(Dataset[Sample]):
         labels: Label of every sample of ``dataset``, if it has none of these attributes or a transform changes them.
 
     Raises:
-        ArgumentError: If an argument is out of range, the labels cannot be found, or a class has too few samples.
+        ArgumentError: If the labels cannot be found, or a class has too few samples.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -56,10 +56,7 @@ class LongTailed(Dataset[Sample]):
         max_count: int | None = None,
         labels: Sequence[int] | Tensor | None = None,
     ) -> None:
-        found = labels_of(dataset) if labels is None else as_labels(labels)
-        size = len(dataset)  # type: ignore[arg-type]
-        if len(found) != size:
-            raise bad_argument("labels", f"one for each of {size} samples", got_text=str(len(found)))
+        found = labels_of(dataset, labels)
         self.dataset = dataset
         self.class_counts = _class_counts(found, imbalance_factor, profile, max_count)
         generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
@@ -87,10 +84,10 @@ def _class_counts(labels: Tensor, imbalance_factor: float, profile: Profile, max
     sizes = count_labels(labels)
     order = sizes.argsort(descending=True, stable=True)
     largest = largest_max_count(sizes[order].tolist(), imbalance_factor, profile)
-    if max_count is not None and check_integer("max_count", max_count, minimum=1) > largest:
+    if max_count is None:
+        max_count = largest
+    elif check_integer("max_count", max_count, minimum=1) > largest:
         raise bad_argument("max_count", f"at most {largest}, for which every class has enough samples", max_count)
     counts = torch.empty_like(sizes)
-    counts[order] = torch.tensor(
-        long_tailed_counts(len(sizes), largest if max_count is None else max_count, imbalance_factor, profile)
-    )
+    counts[order] = torch.tensor(long_tailed_counts(len(sizes), max_count, imbalance_factor, profile))
     return [int(count) for count in counts]

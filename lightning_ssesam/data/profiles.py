@@ -31,7 +31,7 @@ def long_tailed_counts(
         profile: ``"exponential"`` or ``"step"``.
 
     Raises:
-        ArgumentError: If an argument is out of range, or the smallest class would get no sample.
+        ArgumentError: If the smallest class would get no sample.
 
     Example:
         >>> long_tailed_counts(10, 5000, 100)
@@ -49,10 +49,7 @@ def long_tailed_counts(
 def largest_max_count(class_sizes: Sequence[int], imbalance_factor: float, profile: Profile = "exponential") -> int:
     """Return the largest ``max_count`` for which every class has enough samples for :func:`long_tailed_counts`.
 
-    Args:
-        class_sizes: Available samples of each class, length C, the largest class first, integers >= 1.
-        imbalance_factor: Factor as in :func:`long_tailed_counts`.
-        profile: Profile as in :func:`long_tailed_counts`.
+    ``class_sizes`` are the available samples of each class, length C, the largest class first, integers >= 1.
 
     Example:
         >>> largest_max_count([60, 50, 7], 4)
@@ -83,7 +80,7 @@ def long_tailed_indices(
         Indices into ``labels``, ascending, int64.
 
     Raises:
-        ArgumentError: If an argument is out of range, or a class has fewer samples than it should keep.
+        ArgumentError: If a class has fewer samples than it should keep.
     """
     labels = as_labels(labels, num_classes=len(class_counts))
     # Sorting once is fast with thousands of classes, where a search for each class is not.

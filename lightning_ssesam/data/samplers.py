@@ -27,9 +27,6 @@ class ClassSampler(DistributedSampler[int]):
         labels: Label of every training sample, shape ``(N,)``, integers >= 0.
         num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
         seed: Seed of the draws, an integer >= 0.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_samples: int | None = None, seed: int = 0) -> None:
@@ -128,9 +125,6 @@ class ProgressivelyBalancedSampler(ClassSampler):
         labels: Label of every training sample, shape ``(N,)``, integers >= 0.
         num_epochs: T, an integer >= 1.
         **kwargs: ``num_samples`` and ``seed``, see :class:`ClassSampler`.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_epochs: int, **kwargs: Any) -> None:

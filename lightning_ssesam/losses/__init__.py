@@ -29,10 +29,10 @@ __all__ = [
 
 
 class LDAMLoss(LongTailLoss):
-    r"""Label-distribution-aware margin loss (Cao et al., NeurIPS 2019, arXiv:1906.07413).
+    """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019, arXiv:1906.07413); see :func:`.ldam`.
 
-    See :func:`~lightning_ssesam.losses.functional.ldam`. It is made for a normalized classifier, whose logits are
-    cosines in [-1, 1]. With :class:`~lightning_ssesam.callbacks.DeferredReweighting` it is the paper's LDAM-DRW.
+    It is made for a normalized classifier, whose logits are cosines in [-1, 1]. With
+    :class:`~lightning_ssesam.callbacks.DeferredReweighting` it is the paper's LDAM-DRW.
 
     Args:
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
@@ -69,9 +69,7 @@ class LDAMLoss(LongTailLoss):
 
 
 class LogitAdjustedLoss(LongTailLoss):
-    r"""Logit-adjusted cross-entropy (Menon et al., ICLR 2021, arXiv:2007.07314).
-
-    See :func:`~lightning_ssesam.losses.functional.logit_adjusted`.
+    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021, arXiv:2007.07314); see :func:`.logit_adjusted`.
 
     Args:
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
@@ -109,9 +107,7 @@ class BalancedSoftmaxLoss(LongTailLoss):
 
 
 class VSLoss(LongTailLoss):
-    r"""Vector-scaling loss (Kini et al., NeurIPS 2021, arXiv:2103.01550).
-
-    See :func:`~lightning_ssesam.losses.functional.vector_scaling`.
+    """Vector-scaling loss (Kini et al., NeurIPS 2021, arXiv:2103.01550); see :func:`.vector_scaling`.
 
     Args:
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
@@ -169,22 +165,15 @@ class ClassBalancedLoss(LongTailLoss):
 
 
 class FocalLoss(LongTailLoss):
-    r"""Focal loss (Lin et al., ICCV 2017, arXiv:1708.02002).
-
-    See :func:`~lightning_ssesam.losses.functional.focal` and
-    :func:`~lightning_ssesam.losses.functional.sigmoid_focal`.
+    """Focal loss (Lin et al., ICCV 2017, arXiv:1708.02002); see :func:`.focal` and :func:`.sigmoid_focal`.
 
     Args:
         gamma: Exponent, a finite number >= 0; 0 is cross-entropy. With ``"sigmoid"`` not between 0 and 1, because the
             gradient of certain answers would be infinite.
-        kind: ``"softmax"``, or ``"sigmoid"``, which needs torchvision.
+        kind: ``"softmax"`` or ``"sigmoid"``.
         alpha: Weight in [0, 1] of yes, with ``"sigmoid"``; no has the weight 1 - alpha. None by default.
         weight: Class weights ``(C,)``, finite and >= 0; none by default.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-
-    Raises:
-        ArgumentError: If an argument is out of range or does not fit the others.
-        ModuleNotFoundError: From a call with ``"sigmoid"``, if torchvision is not installed.
 
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(1, 2), torch.tensor([0]))

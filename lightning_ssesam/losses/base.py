@@ -25,9 +25,6 @@ class LongTailLoss(nn.Module):
         weight: Class weights ``(C,)``, finite and >= 0; none by default.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
-    Raises:
-        ArgumentError: If an argument is out of range, or ``weight`` does not have one value for each class.
-
     Example:
         >>> from lightning_ssesam.losses import functional
         >>> class PriorLoss(LongTailLoss):
@@ -150,14 +147,10 @@ def _check_batch(logits: Tensor, targets: Tensor, num_classes: int | None) -> No
     """Check shapes and dtypes only, because reading values would wait for the device."""
     if not logits.is_floating_point() or logits.ndim < 2 or num_classes not in (None, logits.shape[1]):
         shape = "(N, C) or (N, C, ...)" if num_classes is None else f"(N, {num_classes}) or (N, {num_classes}, ...)"
-        raise bad_argument(
-            "logits", f"of shape {shape}, a floating dtype", got_text=f"{tuple(logits.shape)} of {logits.dtype}"
-        )
-    indices, probabilities = logits.shape[:1] + logits.shape[2:], logits.shape
+        found = f"{tuple(logits.shape)} of {logits.dtype}"
+        raise bad_argument("logits", f"of shape {shape}, a floating dtype", got_text=found)
+    indices, probabilities = (*logits.shape[:1], *logits.shape[2:]), tuple(logits.shape)
     is_other = targets.is_complex() or targets.dtype == torch.bool
     if is_other or targets.shape != (probabilities if targets.is_floating_point() else indices):
-        raise bad_argument(
-            "targets",
-            f"class indices of shape {tuple(indices)} or class probabilities of shape {tuple(probabilities)}",
-            got_text=f"shape {tuple(targets.shape)} of {targets.dtype}",
-        )
+        expected = f"class indices of shape {indices} or class probabilities of shape {probabilities}"
+        raise bad_argument("targets", expected, got_text=f"shape {tuple(targets.shape)} of {targets.dtype}")

@@ -164,7 +164,7 @@ def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | 
 def sigmoid_focal(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = None, weight: Tensor | None = None
 ) -> Tensor:
-    """Return the focal losses ``(N, ...)`` of a sigmoid, summed over the classes; needs torchvision.
+    """Return the focal losses ``(N, ...)`` of a sigmoid, summed over the classes.
 
     Each class is a question with the answer yes or no (Lin et al., ICCV 2017, arXiv:1708.02002, eq. 5). ``alpha`` is
     the weight of yes; that of no is 1 - alpha. For class probabilities the loss is multiplied by the sum of t_j w_j.

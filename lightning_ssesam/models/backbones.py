@@ -1,4 +1,7 @@
-"""Networks for small images, and larger ones by name."""
+"""Networks for small images, and larger ones by name. All raise ``ArgumentError`` if an argument is out of range.
+
+A network of images is an ``nn.Sequential``, whose parts run in the order in which ``__init__`` sets them.
+"""
 
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -10,6 +13,8 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 
+Norm = Literal["batch", "group"]
+
 
 @runtime_checkable
 class BackboneFactory(Protocol):
@@ -19,25 +24,19 @@ class BackboneFactory(Protocol):
         """Return a network from inputs ``(N, ...)`` to logits ``(N, num_classes)``."""
 
 
-class SmallConvNet(nn.Module):
+class SmallConvNet(nn.Sequential):
     """Three convolutions, two of them with stride 2, then mean pooling and a linear classifier.
+
+    It maps images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
 
     Args:
         num_classes: C, an integer >= 1.
         in_channels: Channels of the images, an integer >= 1.
         width: Channels of the first layer, a multiple of 8; the others have twice as many.
         norm: ``"group"``, which allows the cheaper split passes, or ``"batch"``.
-
-    Shape:
-        Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
     """
 
-    def __init__(
-        self, num_classes: int, in_channels: int = 1, width: int = 32, norm: Literal["group", "batch"] = "group"
-    ) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 1, width: int = 32, norm: Norm = "group") -> None:
         super().__init__()
         check_integer("num_classes", num_classes, minimum=1)
         check_integer("in_channels", in_channels, minimum=1)
@@ -51,43 +50,28 @@ class SmallConvNet(nn.Module):
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(2 * width, num_classes)
 
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(images))
-        return logits
 
-
-class NormalizedLinear(nn.Module):
+class NormalizedLinear(nn.Linear):
     """A linear classifier without bias on normalized features and weights, whose logits are cosines.
 
-    LDAM expects it (Cao et al., NeurIPS 2019): the loss multiplies the cosines by its scale.
+    It maps features ``(N, D)`` to logits ``(N, C)`` in [-1, 1]. LDAM expects it (Cao et al., NeurIPS 2019): the loss
+    multiplies the cosines by its scale.
 
     Args:
         in_features: D, an integer >= 1.
         out_features: C, an integer >= 1.
-
-    Shape:
-        Features ``(N, D)`` to logits ``(N, C)`` in [-1, 1].
-
-    Raises:
-        ArgumentError: If an argument is out of range.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
         check_integer("in_features", in_features, minimum=1)
         check_integer("out_features", out_features, minimum=1)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias=False)
         # Only the directions matter, and the directions of normal vectors are uniform.
-        self.weight = nn.Parameter(nn.init.normal_(nn.Linear(in_features, out_features, bias=False).weight.detach()))
+        nn.init.normal_(self.weight)
 
     @override
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(_directions(features), _directions(self.weight))
-
-    @override
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def _directions(vectors: Tensor) -> Tensor:
@@ -95,11 +79,12 @@ def _directions(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, eps=max(1e-12, torch.finfo(vectors.dtype).tiny))
 
 
-class CIFARResNet(nn.Module):
+class CIFARResNet(nn.Sequential):
     """ResNet-20, 32, 44, 56 or 110 for images of 32x32 pixels (He et al., CVPR 2016, section 4.2).
 
-    Three stages of 16, 32 and 64 channels. Shortcuts have no parameters: at the beginning of a stage they take every
-    second pixel and fill the new channels with 0 (option A of the paper).
+    It maps images ``(N, in_channels, H, W)`` to logits ``(N, C)``, in three stages of 16, 32 and 64 channels. Shortcuts
+    have no parameters: at the beginning of a stage they take every second pixel and fill the new channels with 0
+    (option A of the paper).
 
     Args:
         num_classes: C, an integer >= 1.
@@ -107,21 +92,10 @@ class CIFARResNet(nn.Module):
         in_channels: Channels of the images, an integer >= 1.
         norm: ``"batch"`` as in the paper, or ``"group"``, which allows the cheaper split passes.
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
-
-    Shape:
-        Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        depth: int = 32,
-        in_channels: int = 3,
-        norm: Literal["batch", "group"] = "batch",
-        normalized: bool = False,
+        self, num_classes: int, depth: int = 32, in_channels: int = 3, norm: Norm = "batch", normalized: bool = False
     ) -> None:
         super().__init__()
         check_integer("num_classes", num_classes, minimum=1)
@@ -138,17 +112,12 @@ class CIFARResNet(nn.Module):
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = NormalizedLinear(64, num_classes) if normalized else nn.Linear(64, num_classes)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, NormalizedLinear):
                 nn.init.kaiming_normal_(layer.weight)
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(images))
-        return logits
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, norm: Literal["batch", "group"]) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: Norm) -> None:
         super().__init__()
         self.stride = 1 if inputs == outputs else 2
         self.added = outputs - inputs
@@ -171,12 +140,12 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
-def _norm(norm: Literal["batch", "group"], channels: int) -> nn.Module:
+def _norm(norm: Norm, channels: int) -> nn.Module:
     return nn.GroupNorm(8, channels) if norm == "group" else nn.BatchNorm2d(channels)
 
 
-class TorchvisionResNet(nn.Module):
-    """A ResNet of torchvision, by default with a stem for small images.
+class TorchvisionResNet(nn.Sequential):
+    """A torchvision ResNet from images ``(N, 3, H, W)`` to logits ``(N, C)``, by default with a stem for small images.
 
     Args:
         num_classes: C, an integer >= 1.
@@ -187,13 +156,6 @@ class TorchvisionResNet(nn.Module):
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
         weights: Name of pretrained weights in torchvision, such as ``"DEFAULT"``, for all layers but the classifier.
             They need ``stem="imagenet"`` and ``norm="batch"``.
-
-    Shape:
-        Images ``(N, 3, H, W)`` to logits ``(N, C)``.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
-        ModuleNotFoundError: If torchvision is not installed.
     """
 
     def __init__(
@@ -201,7 +163,7 @@ class TorchvisionResNet(nn.Module):
         num_classes: int,
         arch: str = "resnet34",
         stem: Literal["cifar", "imagenet"] = "cifar",
-        norm: Literal["batch", "group"] = "batch",
+        norm: Norm = "batch",
         normalized: bool = False,
         weights: str | None = None,
     ) -> None:
@@ -225,14 +187,9 @@ class TorchvisionResNet(nn.Module):
         net.fc = (NormalizedLinear if normalized else nn.Linear)(net.fc.in_features, num_classes)
         self.net = net
 
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(images)
-        return logits
 
-
-class TimmModel(nn.Module):
-    """A model of timm by its name (``pip install timm``).
+class TimmModel(nn.Sequential):
+    """A model of timm (``pip install timm``) by its name, from images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
 
     Args:
         num_classes: C, an integer >= 1.
@@ -241,12 +198,9 @@ class TimmModel(nn.Module):
         in_channels: Channels of the images, an integer >= 1.
         options: Further arguments of ``timm.create_model``.
 
-    Shape:
-        Images ``(N, in_channels, H, W)`` to logits ``(N, C)``.
-
     Raises:
         ModuleNotFoundError: If timm is not installed.
-        ArgumentError: If an argument is out of range, or timm has no model of that name.
+        ArgumentError: If timm has no model of that name.
     """
 
     def __init__(
@@ -270,8 +224,3 @@ class TimmModel(nn.Module):
         self.net = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **(options or {})
         )
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(images)
-        return logits

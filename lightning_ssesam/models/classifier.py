@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice
@@ -90,15 +89,13 @@ class LongTailClassifier(SharpnessAwareMixin):
         if not isinstance(self.objective, Objective):
             raise bad_argument("objective", "an Objective", objective)
         if self.objective.split is not None:
-            raise ArgumentError(
-                "Pass `objective` without a split: LongTailClassifier builds the split from `class_counts`."
-            )
+            message = "Pass `objective` without a split: LongTailClassifier builds the split from `class_counts`."
+            raise ArgumentError(message)
         self.objective.bind(self.split)
         self.loss = _bound_loss(loss, self.split)
         self.val_metrics = _make_metrics(self.split)
         self.test_metrics = _make_metrics(self.split).append(HeadTailConfusion(self.split))
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
         check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
         self._scheduler_options = {"interval": scheduler_interval, "monitor": scheduler_monitor}
         if not isinstance(step_options, StepOptions):
@@ -157,21 +154,17 @@ class LongTailClassifier(SharpnessAwareMixin):
         self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(targets))
         if self.tta == "hflip":
             logits = logits.softmax(1) + self(inputs.flip(-1)).softmax(1)
-        for metric in self._metrics(stage):
+        for metric in getattr(self, f"{stage}_metrics"):
             metric.update(logits, targets)
 
     def _log_accuracies(self, stage: Literal["val", "test"]) -> None:
         values: dict[str, Tensor] = {}
-        for metric in self._metrics(stage):
+        for metric in getattr(self, f"{stage}_metrics"):
             prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
             values.update({prefix + name: value for name, value in metric.compute().items()})
             metric.reset()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in ("acc_head", "acc_tail"))
-
-    def _metrics(self, stage: Literal["val", "test"]) -> list[Metric]:
-        metrics = self.val_metrics if stage == "val" else self.test_metrics
-        return [metric for metric in metrics if isinstance(metric, Metric)]
 
 
 def _make_metrics(split: ClassSplit) -> nn.ModuleList:
