@@ -13,7 +13,7 @@ from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
 from lightning_ssesam.mixing import counts_batch, samples_mix
-from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, divides_batch, group_terms
+from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, divides_batch, group_terms
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
 
@@ -95,7 +95,7 @@ class SharpnessEngine:
         self._state: ForwardState | None = None
         self._modules: list[nn.Module] = []
         self._mark = 0
-        self.mixes: dict[int, bool] = {}
+        self._mixes: dict[int, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
@@ -188,28 +188,35 @@ class SharpnessEngine:
             if divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
-        mixes = self.mixes.get(self._mark) if passes == "auto" else passes == "full"
-        split_plan = step.plan(splits=not mixes)
-        if mixes is None and any(len(forwards) > 1 for forwards in split_plan):
-            loss = step.clean_passes(step.plan(splits=False))
-            self.mixes[self._mark] = self._measure_mixing(step, split_plan)
-        else:
-            loss = step.clean_passes(split_plan)
+        if passes == "auto":
+            passes = self._measured_passes(step)
+        loss = step.clean_passes(step.plan(splits=passes == "split"))
         self._perturbed_passes(step, reports_plain)
         return loss
 
-    def _measure_mixing(self, step: GradientSum, split_plan: Plan) -> bool:
-        """Return whether full passes are needed, after the clean passes of a step that were full."""
+    def _measured_passes(self, step: GradientSum) -> Literal["full", "split"]:
+        """Return the passes of ``"auto"``. Where they are not known, forward a part of the batch to find out."""
+        mixes = self._mixes.get(self._mark)
+        if mixes is None:
+            pairs = zip(step.batch, step.plan(splits=True), strict=True)
+            part, groups = next(((part, groups) for part, groups in pairs if len(groups) > 1), (None, []))
+            if part is None:
+                return "full"
+            try:
+                mixes = self._mixes[self._mark] = self._forward_mixes(step, part, groups)
+            finally:
+                step.start.restore()
+                self._buffers.restore()
+        return "full" if mixes else "split"
+
+    def _forward_mixes(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> bool:
+        with torch.no_grad():
+            losses = part.sample_losses(None, False)
+        if step.state.is_new:
+            step.state.learn(step.start)
         if self._buffers.differs() or step.state.moves_parameters or counts_batch(self._modules):
             return True
-        number = next(number for number, forwards in enumerate(split_plan) if len(forwards) > 1)
-        perturbed = next(summand for summand in step.summands if summand.rho > 0)
-        met, end = perturbed.passes[number].met, step.state.moment()
-        try:
-            return samples_mix(step.batch[number], split_plan[number], step.losses[number], met)
-        finally:
-            end.restore()
-            self._clean_buffers.restore()
+        return samples_mix(part, groups, losses, step.start)
 
     def _state_of(self, modules: list[nn.Module], parameters: list[Tensor], device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""

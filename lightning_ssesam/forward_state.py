@@ -1,6 +1,5 @@
 """What a forward draws from and moves, beside gradients: random generators, and tensors that are not trained."""
 
-import pickle
 import random
 import sys
 from collections import deque
@@ -15,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_ssesam.snapshots import Snapshot, overlaps_itself, set_torch_random_state, torch_random_state
 
-# Attributes of modules that torch looks after, or that lead out of the model to the Trainer.
-_NOT_STATE = {"_modules", "_parameters", "_buffers", "_trainer", "_fabric", "_step"}
+# Attributes of modules that hold what is looked at by itself.
+_NOT_STATE = {"_modules", "_parameters", "_buffers"}
 # How deep to look for generators in the containers and plain objects that a module holds.
 _DEPTH = 3
 
@@ -58,7 +57,8 @@ class _Holder:
         if isinstance(now, dict):
             return now.keys() != held.keys() or any(now[name] is not value for name, value in held.items())
         # A list that grows is taken for a record of what happened.
-        return len(now) == len(held) and any(a is not b for a, b in zip(now, held, strict=True))
+        pairs = zip(now, held, strict=True) if len(now) == len(held) else ()
+        return any(isinstance(a, Tensor) and a is not b for a, b in pairs)
 
 
 class Moment:
@@ -96,7 +96,7 @@ class Moment:
 
     def used_generators(self) -> list[_Generator]:
         """Return the generators that have been drawn from since."""
-        return [generator for generator, state in self.states if pickle.dumps(generator.get()) != pickle.dumps(state)]
+        return [generator for generator, state in self.states if not _are_same(generator.get(), state)]
 
 
 class ForwardState:
@@ -131,10 +131,20 @@ class ForwardState:
         self._copied = [holder for holder, copies in first.copies if copies.differs()]
         rebound = [holder for holder, held in first.bindings if holder.is_rebound(held)]
         self._holders = list(dict.fromkeys([*rebound, *self._copied]))
+        first.bindings = [(holder, held) for holder, held in first.bindings if holder in self._holders]
         first.copies = [(holder, copies) for holder, copies in first.copies if holder in self._copied]
         parameters = [vars(module)["_parameters"] for module in self._modules]
         self.moves_parameters = any(holder.owner is names for holder in self._holders for names in parameters)
         self.is_new = False
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Return whether two states of a generator are the same."""
+    if isinstance(first, list | tuple):
+        return all(map(_are_same, first, second))
+    if isinstance(first, dict):
+        return all(_are_same(value, second[name]) for name, value in first.items())
+    return bool((first == second).all()) if hasattr(first, "all") else bool(first == second)
 
 
 def _is_untrained(value: Any) -> bool:
@@ -168,7 +178,9 @@ def _generators_of(modules: Sequence[nn.Module]) -> Iterator[_Generator]:
     pending = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _NOT_STATE]
     while pending:
         value, depth = pending.pop()
-        if id(value) in seen or isinstance(value, nn.Module | Tensor | type):
+        # What belongs to Lightning (the Trainer) leads out of the model.
+        is_outside = type(value).__module__.startswith("lightning")
+        if id(value) in seen or is_outside or isinstance(value, nn.Module | Tensor | type):
             continue
         seen.add(id(value))
         if generator := _as_generator(value):

@@ -69,7 +69,6 @@ class GradientSum:
     start: Moment
     clean_buffers: BufferSnapshot
     is_difference: bool = False
-    losses: list[Tensor] = field(default_factory=list)
     _has_begun: bool = False
     _holder: Summand | None = None
 
@@ -111,9 +110,9 @@ class GradientSum:
             repeats: Whether the samples have had their clean pass before. These passes then leave only gradients.
         """
         pairs = [(part, forward) for part, forwards in zip(self.batch, plan, strict=True) for forward in forwards]
-        self.losses = [self._clean_pass(*pair, repeats, is_last=pair is pairs[-1]) for pair in pairs]
-        sums = [losses.to(torch.promote_types(losses.dtype, torch.float32)).sum() for losses in self.losses]
-        count = sum(losses.numel() for losses in self.losses)
+        every = [self._clean_pass(*pair, repeats, is_last=pair is pairs[-1]) for pair in pairs]
+        sums = [losses.to(torch.promote_types(losses.dtype, torch.float32)).sum() for losses in every]
+        count = sum(losses.numel() for losses in every)
         return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
 
     def _clean_pass(self, part: MicroBatch, forward: Forward, repeats: bool, is_last: bool) -> Tensor:

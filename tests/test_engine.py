@@ -297,13 +297,13 @@ def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
     for number in range(1, 4):
         step()
         assert net.calls == number
-    assert net.forwards == 3 * 3
-    engine.release()
+    # One forward more, to see whether a buffer moves.
+    assert net.forwards == 1 + 3 * 3
     net.eval()
     step()
     step()
-    # Full passes first, to see whether a buffer moves.
-    assert net.forwards == 9 + 3 + 4
+    # Three forwards more, to see whether samples mix.
+    assert net.forwards == 10 + 3 + 2 * 4
 
 
 def test_auto_passes_are_split_from_the_first_step_without_buffers():
@@ -312,7 +312,8 @@ def test_auto_passes_are_split_from_the_first_step_without_buffers():
     net.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
     x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 3, 4])
     compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net, passes="auto")
-    assert samples == [4, 2, 4, 2]
+    # The whole batch, copies of the smaller group in the places of the other, that group alone; then the passes.
+    assert samples == [6, 6, 2, 4, 2, 4, 2]
 
 
 @pytest.mark.parametrize("passes", ["full", "split"])
