@@ -21,6 +21,7 @@ class Survey(NamedTuple):
         buffered: The layers that have buffers.
         batch_norms: The batch norm layers that normalize by statistics of the batch.
         has_unknown_buffers: Whether a layer that is no batch norm has buffers.
+        is_compiled: Whether ``torch.compile`` has been called on a layer.
     """
 
     parameters: list[Tensor]
