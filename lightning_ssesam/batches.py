@@ -115,7 +115,10 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
         return [list(objective.terms(targets[0]))]
     # The targets of some batches may be known on the host, those of others only on the device.
     device = next((t.device for t in targets if t.device.type != "cpu"), targets[0].device)
-    flat = _in_one_form([move(_flatten(t), device) for t in targets])
+    flat = [move(t.movedim(1, -1).flatten(0, -2) if t.is_floating_point() else t.flatten(), device) for t in targets]
+    if num_classes := max(t.shape[1] if t.ndim > 1 else 0 for t in flat):
+        # Some are class indices and some class probabilities, or all are probabilities.
+        flat = [one_hot(t, num_classes) for t in flat]
     start, scale, union = 0, 1, torch.cat(flat)
     if gather is not None:
         everywhere, rank = gather(union)
@@ -129,16 +132,6 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
         parts.append([term._replace(weights=scale * term.weights[start:stop].reshape(shape)) for term in terms])
         start = stop
     return parts
-
-
-def _flatten(targets: Tensor) -> Tensor:
-    return targets.movedim(1, -1).flatten(0, -2) if targets.is_floating_point() else targets.flatten()
-
-
-def _in_one_form(targets: list[Tensor]) -> list[Tensor]:
-    """Bring class indices and class probabilities to one form."""
-    num_classes = max(t.shape[1] if t.ndim > 1 else 0 for t in targets)
-    return [one_hot(t, num_classes) for t in targets] if num_classes > 0 else targets
 
 
 def one_hot(targets: Tensor, num_classes: int) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning_ssesam
 from lightning_ssesam.errors import ArgumentError
@@ -38,14 +38,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
-        commands = "\n".join(f"  {command:<10} {entry.help}" for command, entry in COMMANDS.items())
+        commands = "\n".join(f"  {command:<10} {text}" for command, (_, text) in COMMANDS.items())
         shipped = {command: ", ".join(_shipped_configs(command)) for command in ("fit", "compare")}
         print(_USAGE.format(commands=commands, **shipped), end="")
     elif name == "--version":
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif name in COMMANDS:
+        run, _ = COMMANDS[name]
         with _without_traceback():
-            COMMANDS[name].run(_with_shipped_configs(name, options))
+            run(_with_shipped_configs(name, options))
     else:
         sys.exit(f"error: Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.")
 
@@ -76,8 +77,7 @@ def _lightning(command: str, options: list[str]) -> None:
 
 
 def _compare(options: list[str]) -> None:
-    from lightning_ssesam.experiments.compare import compare
-    from lightning_ssesam.experiments.jobs import usable_jobs
+    from lightning_ssesam.compare import compare, usable_jobs
 
     _call(compare, "compare", options, jobs=usable_jobs())
 
@@ -99,25 +99,18 @@ def _curvature(options: list[str]) -> None:
     curvature(**vars(parser.parse_args(options)))
 
 
-class _Command(NamedTuple):
-    run: Callable[[list[str]], None]
-    help: str
-
-
-COMMANDS = {
-    "fit": _Command(partial(_lightning, "fit"), "train a LongTailClassifier"),
-    "validate": _Command(partial(_lightning, "validate"), "evaluate a classifier on the validation data"),
-    "test": _Command(partial(_lightning, "test"), "evaluate a classifier on the test data"),
-    "compare": _Command(
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "fit": (partial(_lightning, "fit"), "train a LongTailClassifier"),
+    "validate": (partial(_lightning, "validate"), "evaluate a classifier on the validation data"),
+    "test": (partial(_lightning, "test"), "evaluate a classifier on the test data"),
+    "compare": (
         _compare,
         "train ERM, SAM, ImbSAM and SSESAM, or your own methods, and write tables, pictures and an HTML report",
     ),
-    "sweep": _Command(_sweep, "search for the radii and the switch of SSESAM, on validation data"),
-    "curvature": _Command(
-        _curvature, "measure and draw the curvature of head loss and tail loss, at checkpoints of fit"
-    ),
+    "sweep": (_sweep, "search for the radii and the switch of SSESAM, on validation data"),
+    "curvature": (_curvature, "measure and draw the curvature of head loss and tail loss, at checkpoints of fit"),
 }
-"""The commands by name. Usage text, dispatch and the error for unknown commands come from here."""
+"""By name, the function of each command and its text for the usage. The error for unknown commands lists the names."""
 
 
 def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
@@ -183,17 +176,16 @@ def _find_argument_error(error: BaseException | None) -> ArgumentError | None:
 
 def _shipped_configs(command: str) -> list[str]:
     """Return the names of the shipped YAML files for a command, without their suffix."""
-    names = sorted(resource.name for resource in files("lightning_ssesam.configs").iterdir())
-    names = [name.removesuffix(".yaml") for name in names if name.endswith(".yaml")]
     if command == "sweep":
         return []
+    paths = [Path(resource.name) for resource in files("lightning_ssesam.configs").iterdir()]
+    names = sorted(path.stem for path in paths if path.suffix == ".yaml")
     return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 
 def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
     """Replace the names of shipped YAML files by their paths."""
-    shipped = _shipped_configs(command)
-    resolved = list(options)
+    shipped, resolved = _shipped_configs(command), list(options)
     for position, arg in enumerate(options):
         option, equals, value = arg.partition("=")
         if not equals and position > 0:

@@ -43,12 +43,11 @@ def survey(module: nn.Module) -> Survey:
         if layer is None or layer in seen:
             continue
         seen[layer] = None
-        attributes = vars(layer)
-        if children := attributes["_modules"]:
-            stack.extend(reversed(children.values()))
-        parameters.update((id(p), p) for p in attributes["_parameters"].values() if p is not None)
+        if children := layer._modules:
+            stack.extend(reversed(list(children.values())))
+        parameters.update((id(p), p) for p in layer._parameters.values() if p is not None)
         # In evaluation mode batch norm uses the statistics of the batch only if it has no others.
-        if isinstance(layer, _BatchNorm) and (attributes["training"] or layer.running_mean is None):
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             batch_norms.append(layer)
         has_compiled = has_compiled or is_compiled(layer)
     return Survey(list(parameters.values()), list(seen), batch_norms, has_compiled)

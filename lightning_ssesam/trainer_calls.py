@@ -46,10 +46,7 @@ def unscaled(trainer: pl.Trainer, norm: Tensor) -> Tensor:
 
 @contextmanager
 def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
-    """Leave the precision of the step, as automatic optimization does for backward passes and updates.
-
-    ``dtype`` is the default dtype outside of the step.
-    """
+    """Leave the precision of the step for backward passes and updates: the default dtype is that outside of it."""
     inside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

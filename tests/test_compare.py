@@ -25,10 +25,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import METHODS, Method, compare
-from lightning_ssesam.experiments.comparison import Comparison
 from lightning_ssesam.experiments.figures import FIGURES, Figure, draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.report import write_report
+from lightning_ssesam.experiments.runs import Comparison
 from lightning_ssesam.experiments.tables import (
     differences,
     format_table,

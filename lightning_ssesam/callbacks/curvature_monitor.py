@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -39,9 +38,8 @@ class CurvatureMonitor(Callback):
     """Measures and logs the curvature of each group's loss while a model trains.
 
     It measures every few epochs, and right before and right after the first update of another stage
-    (:class:`~lightning_ssesam.StageSwitch`). The numbers of
-    :meth:`Curvature.numbers <lightning_ssesam.curvature.Curvature.numbers>` go to every logger of the Trainer, as
-    ``curvature/tail/smallest`` and so on, and into :attr:`history`.
+    (:class:`~lightning_ssesam.StageSwitch`). The :meth:`~lightning_ssesam.curvature.Curvature.numbers` go to every
+    logger of the Trainer, as ``curvature/tail/smallest`` and so on, and into :attr:`history`.
 
     The training is the same with and without the callback, bit for bit. If the loss is not finite, a warning replaces
     the measurement. In several processes each measures the same. Sharded models are refused.
@@ -52,11 +50,9 @@ class CurvatureMonitor(Callback):
         samples: Number of training samples of each group, an integer >= 1; all if it has fewer. They are chosen at
             random and loaded once, when training starts.
         batch_size: Number of samples that are forwarded at a time, an integer >= 1.
-        batches: Data to measure on instead: any iterable of batches that can be iterated again and again, or a
-            dictionary with one for each group.
+        batches: Data to measure on instead, see :func:`~lightning_ssesam.curvature.measure_curvature`.
         split: Head and tail classes; by default those of the module's objective.
-        sample_losses: Function of ``(module, batch)`` that returns the losses ``(N,)``; ``module.sample_losses(batch)``
-            by default.
+        sample_losses: Function of ``(module, batch)`` for losses ``(N,)``; by default ``module.sample_losses(batch)``.
         seed: Seed of the choice of samples and of all random vectors, an integer >= 0.
         progress: Whether to show a progress display.
         **settings: Fields of :class:`~lightning_ssesam.curvature.CurvatureSettings`. Here ``tolerance`` is 0.05,
@@ -88,76 +84,71 @@ class CurvatureMonitor(Callback):
     ) -> None:
         super().__init__()
         self.every_n_epochs = check_integer("every_n_epochs", every_n_epochs, minimum=1)
-        self.groups = groups
         self.samples = check_integer("samples", samples, minimum=1)
         self.batch_size = check_integer("batch_size", batch_size, minimum=1)
         if isinstance(batches, Iterator):
             raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
-        self.batches, self.split, self.sample_losses = batches, split, sample_losses
+        self.groups, self.batches, self.split = groups, batches, split
+        self.sample_losses, self.progress = sample_losses, progress
         self.settings = _MonitorSettings(seed=seed, **settings)
-        self.progress = progress
         self.history: list[dict[str, Any]] = []
         self._data: Batches | None = None
         # The weights that were measured last (the step, and a sum of each parameter), and their numbers by group.
         self._measured: tuple[Any, dict[str, dict[str, float]]] | None = None
-        self._stage: int | None = None
-        self._switched_at: int | None = None
+        # The stage, 0 before the first update, and the step of a switch that is not measured yet, -1 for none.
+        self._stage, self._switched_at = 0, -1
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run starts, before a checkpoint is loaded: forget earlier runs, and refuse sharded models."""
         if stage != "fit":
             return
         if Processes(trainer.strategy).is_sharded:
-            raise MisconfigurationException(
-                "CurvatureMonitor does not support models that are sharded over processes. Train without it, and"
-                " measure checkpoints with `lightning-ssesam curvature`."
-            )
+            problem = "CurvatureMonitor does not support models that are sharded over processes."
+            advice = "Train without it, and measure checkpoints with `lightning-ssesam curvature`."
+            raise MisconfigurationException(f"{problem} {advice}")
         # Lightning calls no `teardown` for a run that was interrupted.
         self._data = self._measured = None
         if trainer.global_step == 0:
-            self.history, self._stage, self._switched_at = [], None, None
+            self.history, self._stage, self._switched_at = [], 0, -1
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the data loaders are ready: choose the samples."""
         split = self._find_split(pl_module)
         if self.sample_losses is None and not callable(getattr(pl_module, "sample_losses", None)):
-            raise MisconfigurationException(
-                f"CurvatureMonitor needs the loss of each sample, but `{type(pl_module).__name__}` has no method"
-                " `sample_losses`. Use SharpnessAwareMixin, or give `sample_losses`."
-            )
+            problem = f"the loss of each sample, but `{type(pl_module).__name__}` has no method `sample_losses`"
+            advice = "Use SharpnessAwareMixin, or give `sample_losses`."
+            raise MisconfigurationException(f"CurvatureMonitor needs {problem}. {advice}")
         check_batches(self.batches, group_masks(split, self.groups))
         self._data = self._choose(trainer.train_dataloader, split) if self.batches is None else self.batches
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before every update: measure if it is the first of a stage."""
         stage = _current_stage(pl_module)
-        if self._stage not in (None, stage):
+        if self._stage not in (0, stage):
             self._record(trainer, pl_module, "before")
             self._switched_at = trainer.global_step
         self._stage = stage
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after every batch: measure if it made the first update of a stage."""
-        if self._switched_at is not None and trainer.global_step > self._switched_at:
-            self._switched_at = None
+        if 0 <= self._switched_at < trainer.global_step:
+            self._switched_at = -1
             self._record(trainer, pl_module, "after")
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after every epoch: measure after every ``every_n_epochs``-th."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._record(trainer, pl_module, "epoch")
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: free the samples."""
         self._data = self._measured = None
 
@@ -170,26 +161,20 @@ class CurvatureMonitor(Callback):
     @override
     def state_key(self) -> str:
         """Key of the state in checkpoints. It tells apart monitors of different groups."""
-        distinction = {"groups": list(self.groups)}
-        return f"{type(self).__qualname__}{distinction}"
+        return type(self).__qualname__ + repr({"groups": list(self.groups)})
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the history, the stage (0 before the first update) and the step of a switch that is not measured yet.
-
-        The step is -1 if there is no such switch.
-        """
-        switched_at = -1 if self._switched_at is None else self._switched_at
-        return {"history": list(self.history), "stage": self._stage or 0, "switched_at": switched_at}
+        """Return the history, the stage (0 before the first update) and the step of a switch to measure (-1: none)."""
+        return {"history": list(self.history), "stage": self._stage, "switched_at": self._switched_at}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state that :meth:`state_dict` returned."""
         self.history = list(state_dict["history"])
-        self._stage = state_dict["stage"] or None
-        self._switched_at = None if state_dict["switched_at"] < 0 else state_dict["switched_at"]
+        self._stage, self._switched_at = state_dict["stage"], state_dict["switched_at"]
 
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+    def _record(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         step = trainer.global_step
         # A switch right after the end of an epoch sees the same weights; they are measured once. The step alone does
         # not identify them, because weight averaging changes the weights between two steps.
@@ -207,57 +192,43 @@ class CurvatureMonitor(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(logged, step=step)
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, dict[str, float]]:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
         assert self._data is not None
-        measured = measure_curvature(
-            pl_module,
-            self._data,
-            self._find_split(pl_module),
-            self.groups,
-            self.sample_losses,
-            progress=self.progress and trainer.is_global_zero,
-            **vars(self.settings),
-        )
+        split = self._find_split(pl_module)
+        options = {**vars(self.settings), "progress": self.progress and trainer.is_global_zero}
+        measured = measure_curvature(pl_module, self._data, split, self.groups, self.sample_losses, **options)
         # The eigenvectors, which are as large as the model, are not kept.
         return {group: curvature.numbers() for group, curvature in measured.items()}
 
-    def _find_split(self, pl_module: pl.LightningModule) -> ClassSplit:
+    def _find_split(self, pl_module: LightningModule) -> ClassSplit:
         split = self.split or getattr(getattr(pl_module, "objective", None), "split", None)
         if not isinstance(split, ClassSplit):
-            raise MisconfigurationException(
-                "CurvatureMonitor needs to know which classes are head and tail. Give it `split=...`, or train with an"
-                " objective that has a split."
-            )
+            advice = "Give it `split=...`, or train with an objective that has a split."
+            raise MisconfigurationException(f"CurvatureMonitor needs to know which classes are head and tail. {advice}")
         return split
 
     def _choose(self, loader: Any, split: ClassSplit) -> dict[str, list[Any]]:
-        """Return batches of each group, with a choice of samples of the training set."""
         try:
             if not isinstance(loader, DataLoader):
                 raise ValueError(f"The training data is a {type(loader).__name__}, not a DataLoader.")
             labels = labels_of(loader.dataset)
         except (TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"CurvatureMonitor cannot find the classes of the training samples. {error} Give it `batches=...` to"
-                " measure on."
-            ) from error
-        seed = self.settings.seed
-        return choose_samples(
-            loader.dataset, loader.collate_fn, split, self.groups, self.samples, self.batch_size, seed, labels
-        )
+            problem = f"CurvatureMonitor cannot find the classes of the training samples. {error}"
+            raise MisconfigurationException(f"{problem} Give it `batches=...` to measure on.") from error
+        options = self.samples, self.batch_size, self.settings.seed, labels
+        return choose_samples(loader.dataset, loader.collate_fn, split, self.groups, *options)
 
 
-def _current_stage(pl_module: pl.LightningModule) -> int:
+def _current_stage(pl_module: LightningModule) -> int:
     objective = getattr(pl_module, "objective", None)
     return objective.stage if isinstance(objective, Objective) else 1
 
 
-def _epochs(trainer: pl.Trainer, when: str) -> float:
+def _epochs(trainer: Trainer, when: str) -> float:
     """Return the number of epochs that the weights have seen, with fractions."""
     if when == "epoch":
         return trainer.current_epoch + 1.0
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     # Before an update, the weights have not seen its batches yet.
-    waiting = (batches.ready - 1) % trainer.accumulate_grad_batches + 1
-    done = batches.ready - waiting if when == "before" else batches.ready
-    return trainer.current_epoch + done / trainer.num_training_batches
+    waiting = (ready - 1) % trainer.accumulate_grad_batches + 1 if when == "before" else 0
+    return trainer.current_epoch + (ready - waiting) / trainer.num_training_batches

@@ -2,14 +2,13 @@
 
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_beta
-from lightning_ssesam.callbacks.switch import Switch
+from lightning_ssesam.callbacks.switch import Switch, unfit
 from lightning_ssesam.losses import class_balanced_weights
 from lightning_ssesam.split import ClassSplit
 
@@ -21,9 +20,8 @@ class DeferredReweighting(Switch):
     weights; here the weights have mean 1 over the classes.
 
     It sets ``weight`` of the module's ``loss``, which may be any of ``lightning_ssesam.losses`` or
-    ``torch.nn.CrossEntropyLoss``. The new weight stays when the training ends. Another training from scratch begins
-    with the loss's own weight again, and a run that is resumed after the switch continues with the new one. One object
-    can serve any number of runs.
+    ``torch.nn.CrossEntropyLoss``. The new weight stays when the training ends, and in a run that is resumed after the
+    switch. A training from scratch begins with the loss's own weight again. One object can serve any number of runs.
 
     Args:
         at: Share of the training's optimizer steps after which the classes are weighed, in (0, 1). It is 0.8 unless
@@ -39,8 +37,7 @@ class DeferredReweighting(Switch):
     """
 
     default_at: ClassVar[float] = 0.8
-    begins: ClassVar[str] = "class-balanced weights"
-    missing: ClassVar[str] = "class-balanced weights"
+    begins = missing = "class-balanced weights"
 
     def __init__(
         self, at: float | None = None, *, epoch: int | None = None, step: int | None = None, beta: float = 0.9999
@@ -49,44 +46,41 @@ class DeferredReweighting(Switch):
         self.beta = check_beta(beta)
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called when a run starts, before a checkpoint is loaded: put the loss's own weight back, and note it.
-
-        It must be noted now, because loading a checkpoint overwrites a weight that is a buffer.
-        """
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when a run starts, before a checkpoint is loaded: put the loss's own weight back, and note it."""
         super().setup(trainer, pl_module, stage)
-        # Some modules create the loss in `configure_model`, which runs later. Its weight is noted in `on_train_start`.
+        # It must be noted now, because loading a checkpoint overwrites a weight that is a buffer. Some modules create
+        # the loss in `configure_model`, which runs later. Its weight is noted in `on_train_start`.
         if stage == "fit" and isinstance(getattr(pl_module, "loss", None), nn.Module):
             self.apply(pl_module, switched=False)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a run ends: leave nothing in a loss that has its own weight."""
         if stage == "fit" and not _OwnWeight.kept_in(_loss(pl_module)).is_replaced:
             del pl_module.loss._own_weight  # type: ignore[union-attr]
 
     @override
-    def concerns(self, pl_module: pl.LightningModule) -> bool:
+    def concerns(self, pl_module: LightningModule) -> bool:
         """Return True. Raise ``MisconfigurationException`` if the module has no split or no loss with a weight."""
         return all((_split(pl_module), _loss(pl_module)))
 
     @override
-    def apply(self, pl_module: pl.LightningModule, switched: bool) -> None:
-        """Set the weight of the loss."""
-        own_weight = _OwnWeight.kept_in(_loss(pl_module))
+    def apply(self, pl_module: LightningModule, switched: bool) -> None:
+        loss = _loss(pl_module)
+        own_weight = _OwnWeight.kept_in(loss)
         if switched and not own_weight.is_replaced:
             like = next(pl_module.parameters())
-            weight = class_balanced_weights(_split(pl_module), self.beta)
-            own_weight.replace(_loss(pl_module), weight.to(like.device, like.dtype))
+            own_weight.replace(loss, class_balanced_weights(_split(pl_module), self.beta).to(like.device, like.dtype))
         elif own_weight.is_replaced and not switched:
-            own_weight.restore(_loss(pl_module))
+            own_weight.restore(loss)
 
 
 class _OwnWeight:
     """The weight that a loss had before a callback replaced it, None for no weight.
 
-    It is kept in the loss as ``_own_weight``, and not in the callback: another callback may train the module next, or a
-    copy of the module, and has to begin with this weight.
+    It is kept in the loss as ``_own_weight``, not in the callback: another callback may train the module or a copy of
+    it next, and has to begin with this weight.
     """
 
     def __init__(self, weight: Tensor | None) -> None:
@@ -128,10 +122,8 @@ class _OwnWeight:
         assert self._hook is not None
         self._hook.remove()
         del vars(loss)["weight"]
-        if self._was_buffer:
-            loss._buffers["weight"] = None
-        else:
-            vars(loss)["weight"] = None
+        place: dict[str, Any] = loss._buffers if self._was_buffer else vars(loss)
+        place["weight"] = None
 
 
 def _move_weight_to_logits(loss: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -140,21 +132,16 @@ def _move_weight_to_logits(loss: nn.Module, inputs: tuple[Any, ...]) -> None:
         vars(loss)["weight"] = weight.to(inputs[0].device)
 
 
-def _loss(pl_module: pl.LightningModule) -> nn.Module:
+def _loss(pl_module: LightningModule) -> nn.Module:
     loss = getattr(pl_module, "loss", None)
     if not isinstance(loss, nn.Module) or isinstance(getattr(loss, "weight", False), nn.Parameter | bool):
-        raise MisconfigurationException(
-            "DeferredReweighting needs a module whose `loss` has class weights in `weight`, such as `LDAMLoss()`, but"
-            f" `{type(pl_module).__name__}.loss` is {loss!r}."
-        )
+        need = "DeferredReweighting needs a module whose `loss` has class weights in `weight`, such as `LDAMLoss()`"
+        raise unfit(pl_module, "loss", need)
     return loss
 
 
-def _split(pl_module: pl.LightningModule) -> ClassSplit:
+def _split(pl_module: LightningModule) -> ClassSplit:
     split = getattr(pl_module, "split", None)
     if not isinstance(split, ClassSplit):
-        raise MisconfigurationException(
-            "DeferredReweighting needs a module with a ClassSplit as its `split`, but"
-            f" `{type(pl_module).__name__}.split` is {split!r}."
-        )
+        raise unfit(pl_module, "split", "DeferredReweighting needs a module with a ClassSplit as its `split`")
     return split

@@ -2,12 +2,11 @@
 
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_ssesam.callbacks.switch import Switch
+from lightning_ssesam.callbacks.switch import Switch, unfit
 from lightning_ssesam.objectives import Objective
 
 
@@ -35,37 +34,30 @@ class StageSwitch(Switch):
     missing: ClassVar[str] = "the second stage"
 
     @override
-    def concerns(self, pl_module: pl.LightningModule) -> bool:
+    def concerns(self, pl_module: LightningModule) -> bool:
         """Return whether the objective has stages."""
         return _objective(pl_module).num_stages > 1
 
     @override
-    def apply(self, pl_module: pl.LightningModule, switched: bool) -> None:
-        """Set the stage."""
+    def apply(self, pl_module: LightningModule, switched: bool) -> None:
         _objective(pl_module).stage = 2 if switched else 1
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the module is set up: warn if its objective has no stages."""
         if not self.concerns(pl_module):
-            name = type(_objective(pl_module)).__name__
-            rank_zero_warn(f"StageSwitch has no effect: {name} has a single stage.")
+            rank_zero_warn(f"StageSwitch has no effect: {type(_objective(pl_module)).__name__} has a single stage.")
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before every batch: switch if its point is reached, and log the stage."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.log("stage", float(_objective(pl_module).stage), on_step=True, on_epoch=False)
 
 
-def _objective(pl_module: pl.LightningModule) -> Objective:
+def _objective(pl_module: LightningModule) -> Objective:
     objective = getattr(pl_module, "objective", None)
     if not isinstance(objective, Objective):
-        raise MisconfigurationException(
-            f"StageSwitch needs a module with an `objective`, such as `SSESAM(split)`, but"
-            f" `{type(pl_module).__name__}.objective` is {objective!r}."
-        )
+        raise unfit(pl_module, "objective", "StageSwitch needs a module with an `objective`, such as `SSESAM(split)`")
     return objective

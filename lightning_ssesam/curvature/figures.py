@@ -1,29 +1,23 @@
-"""Pictures of the curvature: spectra, and landscapes of the loss."""
-
-from __future__ import annotations
+"""Pictures of the curvature: spectra, and landscapes of the loss. They show the first six groups; the table has all."""
 
 import math
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from lightning_ssesam.curvature.lanczos import SpectralDensity
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from lightning_ssesam.curvature.landscape import EigenLine
-    from lightning_ssesam.curvature.measure import Curvature
+from lightning_ssesam.curvature.landscape import EigenLine
+from lightning_ssesam.curvature.measure import Curvature
 
 # Okabe and Ito's blue and vermilion, for positive and negative curvature.
 _UP, _DOWN = "#0072B2", "#D55E00"
-# Number of groups that a picture has room for. The table has all of them.
 _MAX_GROUPS = 6
 # Standard deviation of the smoothing, in decades of the eigenvalue.
 _WIDTH = 0.15
@@ -34,8 +28,8 @@ def asinh_density(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a spectral density on an axis that is linear around 0 and logarithmic far from it, on both sides.
 
-    The coordinate is u = asinh(eigenvalue / scale) / ln 10. The density is smoothed in u. It is the share of the
-    eigenvalues per unit of u, and integrates to 1 over u. Far beyond ``scale``, a unit of u is a decade.
+    The coordinate is u = asinh(eigenvalue / scale) / ln 10; far beyond ``scale``, a unit of u is a decade. The density
+    is smoothed in u. It is the share of the eigenvalues per unit of u, and integrates to 1 over u.
 
     Args:
         density: The spectral density.
@@ -67,7 +61,9 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
     columns = {title: dict(islice(groups.items(), _MAX_GROUPS)) for title, groups in measured.items()}
     names = list(next(iter(columns.values())))
     shown = [curvature for groups in columns.values() for curvature in groups.values()]
-    scale = _scale(shown)
+    # A tenth of the geometric mean of the smallest eigenvalues, so that the negative side has a decade.
+    sizes = [max(abs(c.eigenvalues.smallest), 1e-3 * abs(c.eigenvalues.largest)) or 1.0 for c in shown]
+    scale = 0.1 * math.exp(float(np.mean(np.log(sizes))))
     figure = Figure(figsize=(1.2 + 5.6 * len(columns), 1.1 + 2.1 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), len(columns), sharex=True, sharey=True, squeeze=False)
     for column, (title, groups) in enumerate(columns.items()):
@@ -76,8 +72,7 @@ def draw_spectra(measured: Mapping[str, Mapping[str, Curvature]], path: Path) ->
             ends = curvature.eigenvalues
             heading = f"{name}: from {_short(ends.smallest)} to {_short(ends.largest)}"
             ax.set_title(f"{title}\n{heading}" if ax is grid[0, column] else heading, fontsize=10)
-    size = shown[0].eigenvalues.vectors[0].numel()
-    single = 1 / size / (_WIDTH * math.sqrt(2 * math.pi))
+    single = 1 / shown[0].eigenvalues.vectors[0].numel() / (_WIDTH * math.sqrt(2 * math.pi))
     grid[0, 0].set_ylim(0.3 * single, 10)
     _set_asinh_scale(grid[0, 0], shown, scale)
     figure.supxlabel("eigenvalue of the Hessian", fontsize=10)
@@ -148,15 +143,13 @@ def draw_planes(losses: Mapping[str, np.ndarray], offsets: np.ndarray, title: st
 
 def _draw_spectrum(ax: Axes, curvature: Curvature, scale: float) -> None:
     assert curvature.density is not None
-    ends = curvature.eigenvalues
     eigenvalues, values = asinh_density(curvature.density, scale)
     for color, part in ((_UP, eigenvalues >= 0), (_DOWN, eigenvalues <= 0)):
         ax.fill_between(eigenvalues[part], values[part], 1e-12, color=color, alpha=0.25, linewidth=0)
         ax.plot(eigenvalues[part], values[part], color=color, linewidth=1.4)
     ax.axvline(0, color="black", linewidth=0.8)
-    for value in (ends.smallest, ends.largest):
-        color = _DOWN if value < 0 else _UP
-        ax.axvline(value, color=color, linestyle=":", linewidth=1.4)
+    for value in (curvature.eigenvalues.smallest, curvature.eigenvalues.largest):
+        ax.axvline(value, color=_DOWN if value < 0 else _UP, linestyle=":", linewidth=1.4)
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
 
@@ -164,8 +157,7 @@ def _draw_spectrum(ax: Axes, curvature: Curvature, scale: float) -> None:
 def _set_asinh_scale(ax: Axes, shown: list[Curvature], scale: float) -> None:
     ax.set_xscale("asinh", linear_width=scale)
     ends = [end for c in shown for end in (c.eigenvalues.smallest, c.eigenvalues.largest)]
-    margin = 4 * _WIDTH
-    limits = _to_axis(np.array([min(ends), max(ends)]), scale) + np.array([-margin, margin])
+    limits = _to_axis(np.array([min(ends), max(ends)]), scale) + 4 * _WIDTH * np.array([-1, 1])
     ax.set_xlim(*_from_axis(limits, scale))
     powers = 10.0 ** np.arange(math.ceil(math.log10(scale)), math.ceil(math.log10(max(scale, *map(abs, ends)))) + 1)
     # The labels of powers that are closer to 0 than half a decade would overlap with that of 0.
@@ -174,21 +166,12 @@ def _set_asinh_scale(ax: Axes, shown: list[Curvature], scale: float) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _scale(shown: list[Curvature]) -> float:
-    """Return a tenth of the geometric mean of the smallest eigenvalues, so that the negative side has a decade."""
-    sizes = [max(abs(c.eigenvalues.smallest), 1e-3 * abs(c.eigenvalues.largest)) or 1.0 for c in shown]
-    return 0.1 * math.exp(float(np.mean(np.log(sizes))))
-
-
 def _to_axis(eigenvalues: np.ndarray, scale: float) -> np.ndarray:
-    """Return the coordinates of :func:`asinh_density`."""
-    coordinates: np.ndarray = np.arcsinh(eigenvalues / scale) / math.log(10)
-    return coordinates
+    return np.asarray(np.arcsinh(eigenvalues / scale) / math.log(10))
 
 
 def _from_axis(coordinates: np.ndarray, scale: float) -> np.ndarray:
-    eigenvalues: np.ndarray = np.sinh(coordinates * math.log(10)) * scale
-    return eigenvalues
+    return np.asarray(np.sinh(coordinates * math.log(10)) * scale)
 
 
 def _levels(shown: Mapping[str, Any]) -> tuple[np.ndarray, LogNorm | None]:

@@ -3,8 +3,8 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 SampleLosses = Callable[[Any, Any], Tensor]
 
-# Relative difference between the losses of two passes. Over the same samples they differ by rounding alone.
-_SAME_LOSS = 1e-3
-
 
 class _Sums(NamedTuple):
     """Sums over the samples of a group, from one pass over the data."""
@@ -45,9 +42,9 @@ class _Sums(NamedTuple):
 class Hessian:
     r"""The Hessian of the mean loss over a group of classes, :math:`H = \nabla^2 \sum_i a_i l_i(w) / \sum_i a_i`.
 
-    ``hessian @ v`` goes through the batches once. It costs a forward and two backwards for each batch, and another
-    backward for every further column of ``v``. (It is reverse over reverse, which every twice differentiable layer
-    supports.) Only the group's samples are forwarded, and memory does not grow with the number of batches.
+    Its ``shape`` is ``(P, P)``. ``hessian @ v`` goes through the batches once. It costs a forward and two backwards for
+    each batch, and another backward for every further column of ``v``. Every layer must be twice differentiable. Only
+    the group's samples are forwarded, and memory does not grow with the number of batches.
 
     Passes run on copies of the weights, in evaluation mode and in full precision. The model, its ``.grad`` and the
     random state are left as they are.
@@ -69,17 +66,12 @@ class Hessian:
         NonFiniteError: At the first pass, if the loss or its gradient is infinite or not a number.
 
     Example:
-        The loss :math:`2 w_0^2 - w_1^2` has a saddle at 0.
+        The loss :math:`2 w_0^2 - w_1^2` has a saddle.
 
-        >>> class Saddle(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.w = torch.nn.Parameter(torch.zeros(2))
-        ...
-        ...     def sample_losses(self, batch):
-        ...         return (2 * self.w[0] ** 2 - self.w[1] ** 2).expand(len(batch))
-        >>> hessian = Hessian(Saddle(), batches=[torch.zeros(3, 1)])
-        >>> hessian @ torch.eye(2)
+        >>> def sample_losses(model, batch):
+        ...     return (2 * model.weight[0, 0] ** 2 - model.weight[0, 1] ** 2).expand(len(batch))
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> Hessian(model, [torch.zeros(3, 1)], sample_losses) @ torch.eye(2)
         tensor([[ 4.,  0.],
                 [ 0., -2.]])
     """
@@ -109,42 +101,33 @@ class Hessian:
             raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
         self.dtype = check_dtype(dtype) or torch.promote_types(trained[0].dtype, torch.float32)
         self.device = trained[0].device
-        self._size = sum(p.numel() for p in trained)
-        self._first: _Sums | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(P, P)``, where P is the number of trained parameters."""
-        return self._size, self._size
+        size = sum(p.numel() for p in trained)
+        self.shape = (size, size)
 
     @property
     def weight(self) -> float:
         r"""The number of samples in the group, :math:`\sum_i a_i`."""
-        return self._survey().weight
+        return self._at_weights.weight
 
     def loss(self, at: Tensor | None = None) -> float:
-        """Return the mean loss of the group.
-
-        Args:
-            at: Offset from the weights, ``(P,)``; 0 by default.
-        """
-        sums = self._survey() if at is None else self._pass(at)
+        """Return the mean loss of the group, at the weights or at an offset ``(P,)`` from them."""
+        sums = self._at_weights if at is None else self._pass(at)
         return float(sums.loss) / sums.weight
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss, ``(P,)``."""
-        sums = self._survey()
+        sums = self._at_weights
         assert sums.gradient is not None
         return sums.gradient / sums.weight
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Return the product with a vector ``(P,)`` or with each column of ``(P, K)``, in the shape of ``vectors``."""
-        first = self._survey()
+        first = self._at_weights
         columns = vectors.to(self.device, self.dtype).reshape(self.shape[0], -1)
         sums = self._pass(vectors=columns.T)
         assert sums.products is not None
-        # The samples may come in another order.
-        is_close = (sums.loss - first.loss).abs() <= _SAME_LOSS * first.loss.abs() + 1e-12
+        # The same samples may come in another order; the sums then differ by rounding alone.
+        is_close = (sums.loss - first.loss).abs() <= 1e-3 * first.loss.abs() + 1e-12
         if not (is_close and math.isclose(sums.weight, first.weight)):
             expected = "an iterable that gives the same samples every time"
             got = f"a loss of {float(sums.loss) / sums.weight:.6g} after {float(first.loss) / first.weight:.6g}"
@@ -156,21 +139,19 @@ class Hessian:
         from scipy.sparse.linalg import LinearOperator
 
         def product(vectors: np.ndarray) -> np.ndarray:
-            columns: np.ndarray = (self @ torch.from_numpy(np.ascontiguousarray(vectors))).cpu().numpy()
-            return columns
+            return (self @ torch.from_numpy(np.ascontiguousarray(vectors))).cpu().numpy()
 
         dtype = np.dtype(str(self.dtype).removeprefix("torch."))
         return LinearOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=dtype)
 
-    def _survey(self) -> _Sums:
-        """Return the sums at the weights themselves, from the first pass."""
-        if self._first is None:
-            first = self._pass(gradient=True)
-            assert first.gradient is not None
-            if not bool(first.loss.isfinite() & first.gradient.isfinite().all()):
-                raise NonFiniteError("The loss or its gradient is infinite or not a number.", first.loss / first.weight)
-            self._first = first
-        return self._first
+    @cached_property
+    def _at_weights(self) -> _Sums:
+        """The sums at the weights themselves, from the first pass."""
+        sums = self._pass(gradient=True)
+        assert sums.gradient is not None
+        if not bool(sums.loss.isfinite() & sums.gradient.isfinite().all()):
+            raise NonFiniteError("The loss or its gradient is infinite or not a number.", sums.loss / sums.weight)
+        return sums
 
     def _pass(self, offset: Tensor | None = None, gradient: bool = False, vectors: Tensor | None = None) -> _Sums:
         """Go through the data once, at an offset ``(P,)`` from the weights. Vectors to multiply with are ``(K, P)``."""
@@ -198,7 +179,8 @@ class Hessian:
                 continue
             loss += weighted.detach().to(loss)
             if total is not None:
-                total += _flatten(torch.autograd.grad(weighted, trained, allow_unused=True), trained)
+                parts = torch.autograd.grad(weighted, trained, materialize_grads=True)
+                total += torch.cat([part.reshape(-1) for part in parts])
             if vectors is not None and products is not None:
                 _add_products(products, weighted, trained, vectors)
             # Free this batch's graph before the next forward pass.
@@ -209,13 +191,17 @@ class Hessian:
 
     def _weighted_loss(self, call: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor | None, float]:
         """Return the sum of the group's losses in a batch, and their weight. The sum is None if there are none."""
-        targets, mass = self._mass(batch)
-        if targets is not None and mass is not None:
+        mass = None
+        if self.classes is not None:
+            find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
+            mass = _mass(find(batch).detach().cpu(), self.classes)
             rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             if not len(rows):
                 return None, 0.0
-            if len(rows) < len(mass) and not self._mixes_samples:
-                select = getattr(self.model, "select_samples", None) or partial(pick_samples, size=len(targets))
+            norms = [layer for layer in self.model.modules() if isinstance(layer, _BatchNorm)]
+            mixes_samples = any(norm.training or norm.running_mean is None for norm in norms)
+            if len(rows) < len(mass) and not mixes_samples:
+                select = getattr(self.model, "select_samples", None) or partial(pick_samples, size=len(mass))
                 batch, mass = select(batch, index=rows), mass[rows]
         losses = call(_cast(move_data_to_device(batch, self.device), self.dtype))
         if losses.ndim == 0 or (mass is not None and losses.shape != mass.shape):
@@ -225,31 +211,15 @@ class Hessian:
             return losses.sum(), float(losses.numel())
         return (losses * mass.to(losses)).sum(), float(mass.sum())
 
-    def _mass(self, batch: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Return the targets, and the mass of each sample on the classes of the group."""
-        if self.classes is None:
-            return None, None
-        find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
-        targets = find(batch).detach().cpu()
-        if targets.is_floating_point():
-            return targets, targets.double().movedim(1, -1) @ self.classes.double()
-        check_class_indices(targets, len(self.classes))
-        return targets, self.classes[targets.long()].double()
-
-    @property
-    def _mixes_samples(self) -> bool:
-        norms = (layer for layer in self.model.modules() if isinstance(layer, _BatchNorm))
-        return any(norm.training or norm.running_mean is None for norm in norms)
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Prepare the model and the settings of torch for a pass, and put everything back after it."""
-        modes = {layer: layer.training for layer in self.model.modules()}
-        with ExitStack() as stack:
-            stack.enter_context(_without_logging(self.model))
-            stack.enter_context(isolate_rng())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
+        # So that a module with `SharpnessAwareMixin` logs nothing. It is asked by name, because a module wrapped by
+        # `torch.compile` hands its attributes on but has another type.
+        measuring = getattr(self.model, "measuring", None)
+        with isolate_rng(), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            if callable(measuring):
+                stack.enter_context(measuring())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             # Fused attention and compiled code have no second derivatives. They are switched off in all passes, so that
             # passes with and without derivatives give the same losses.
@@ -264,24 +234,18 @@ class Hessian:
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(0)
             # `eval()` is not called, because an override may change weights (LoRA merges them).
-            for layer in modes:
+            for layer in self.model.modules():
+                stack.callback(setattr, layer, "training", layer.training)
                 layer.training = self.batch_norm == "batch" and isinstance(layer, _BatchNorm)
-            try:
-                yield
-            finally:
-                # Layer by layer, because some layers may have been in evaluation mode.
-                for layer, mode in modes.items():
-                    layer.training = mode
+            yield
 
     @torch.no_grad()
     def _copies(self, wrapped: nn.Module, offset: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
-        values = {name: _cast(buffer.clone(), self.dtype) for name, buffer in wrapped.named_buffers()}
-        trained = []
-        for name, parameter in wrapped.named_parameters():
-            values[name] = _cast(parameter.detach().clone(), self.dtype)
-            # `sample_losses` may be a module too, and its parameters are not the model's.
-            if parameter.requires_grad and name.startswith("model."):
-                trained.append(values[name])
+        tensors = dict(wrapped.named_buffers()) | dict(wrapped.named_parameters())
+        values = {name: _cast(tensor.detach().clone(), self.dtype) for name, tensor in tensors.items()}
+        # `sample_losses` may be a module too, and its parameters are not the model's.
+        names = [name for name, p in wrapped.named_parameters() if p.requires_grad and name.startswith("model.")]
+        trained = [values[name] for name in names]
         if offset is not None:
             parts = torch.split(offset.to(trained[0]), [t.numel() for t in trained])
             for copy, part in zip(trained, parts, strict=True):
@@ -312,20 +276,16 @@ class _TwiceDifferentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _without_logging(model: Any) -> AbstractContextManager[None]:
-    """Let a module with :class:`~lightning_ssesam.SharpnessAwareMixin` log nothing; other models need no such thing."""
-    # Asked by name, because a module wrapped by `torch.compile` hands its attributes on but has another type.
-    return model.measuring() if callable(getattr(model, "measuring", None)) else nullcontext()
+def _mass(targets: Tensor, classes: Tensor) -> Tensor:
+    """Return the mass of each sample on some classes, ``(C,)``."""
+    if targets.is_floating_point():
+        return targets.double().movedim(1, -1) @ classes.double()
+    check_class_indices(targets, len(classes))
+    return classes[targets.long()].double()
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
     return apply_to_collection(values, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
-def _flatten(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    return torch.cat(
-        [(torch.zeros_like(p) if part is None else part).reshape(-1) for part, p in zip(parts, like, strict=True)]
-    )
 
 
 def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors: Tensor) -> None:
@@ -335,14 +295,9 @@ def _add_products(products: Tensor, loss: Tensor, trained: list[Tensor], vectors
     curved = [position for position, part in enumerate(gradient) if part is not None and part.requires_grad]
     if not curved:
         return
-    sizes = [t.numel() for t in trained]
+    slopes, sizes = [gradient[position] for position in curved], [t.numel() for t in trained]
     for number, vector in enumerate(vectors):
-        parts = torch.split(vector, sizes)
-        rows = torch.autograd.grad(
-            [gradient[position] for position in curved],
-            trained,
-            [parts[position].view_as(trained[position]) for position in curved],
-            retain_graph=number + 1 < len(vectors),
-            allow_unused=True,
-        )
-        products[number] += _flatten(rows, trained)
+        parts, is_last = torch.split(vector, sizes), number + 1 == len(vectors)
+        along = [parts[position].view_as(trained[position]) for position in curved]
+        rows = torch.autograd.grad(slopes, trained, along, retain_graph=not is_last, materialize_grads=True)
+        products[number] += torch.cat([row.reshape(-1) for row in rows])

@@ -17,31 +17,21 @@ from lightning_ssesam.errors import NonFiniteError
 _SMALLEST = 1e-3
 # ... and products that are less symmetric than this cause a warning.
 _SYMMETRIC = 1e-3
-
 # Vectors of the basis that are stored together. Larger blocks make fewer calls, and waste more memory in the last one.
 _BLOCK = 8
 
-# Keeps the seeds of random signs apart from those of start vectors.
-_SEED_OFFSET_OF_SIGNS = 1_000_003
 
+class Matrix(Protocol):
+    """A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
 
-class SymmetricMatrix(Protocol):
-    """A symmetric matrix ``(P, P)`` that is known by its products: a :class:`Hessian`, or a tensor."""
+    It is known by its products with a vector ``(P,)``, or several ``(P, K)``, of its ``dtype`` on its ``device``.
+    """
 
-    @property
-    def shape(self) -> Any:
-        """``(P, P)``."""
+    shape: Any
+    dtype: torch.dtype
+    device: torch.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the vectors."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors."""
-
-    def __matmul__(self, vectors: Tensor, /) -> Tensor:
-        """Return the product with ``(P,)`` or ``(P, K)``."""
+    def __matmul__(self, vectors: Tensor, /) -> Tensor: ...
 
 
 class Lanczos:
@@ -52,10 +42,11 @@ class Lanczos:
     density, and the iteration can stop as soon as both ends are known.
     """
 
-    def __init__(self, matrix: SymmetricMatrix, start: Tensor) -> None:
+    def __init__(self, matrix: Matrix, start: Tensor) -> None:
         self._matrix = matrix
         self._blocks: list[Tensor] = []
-        self._diagonal: list[float] = []
+        # The diagonal of the tridiagonal matrix; its sum is the trace within the space of the basis.
+        self.diagonal: list[float] = []
         self._off_diagonal: list[float] = []
         self._next: Tensor | None = start / norm(start)
         # Largest abs(u . Hv - v . Hu) of two successive vectors of the basis; of a symmetric matrix, rounding alone.
@@ -64,7 +55,7 @@ class Lanczos:
     @property
     def steps(self) -> int:
         """Number of products that were made."""
-        return len(self._diagonal)
+        return len(self.diagonal)
 
     @property
     def is_exhausted(self) -> bool:
@@ -80,19 +71,17 @@ class Lanczos:
             self._blocks.append(self._next.new_empty(_BLOCK, len(self._next)))
         self._blocks[-1][row] = self._next
         product = self._matrix @ self._next
-        self._diagonal.append(dot(product, self._next))
+        self.diagonal.append(dot(product, self._next))
         length = norm(product)
         if not math.isfinite(length):
             raise NonFiniteError("A product with the matrix is infinite or not a number.", product.new_tensor(length))
         if last is not None:
             self.asymmetry = max(self.asymmetry, abs(dot(product, last) - self._off_diagonal[-1]))
         # Rounding leaves parts of the basis in the product; removing them twice is enough (Parlett).
-        for _ in range(2):
-            for block in self._filled():
-                product = product - block.T @ (block @ product)
+        product = self.project_out(self.project_out(product))
         remainder = norm(product)
         self._off_diagonal.append(remainder)
-        scale = max(map(abs, self._diagonal + self._off_diagonal))
+        scale = max(map(abs, self.diagonal + self._off_diagonal))
         is_full = self.steps == self._matrix.shape[0] or remainder <= 10 * torch.finfo(product.dtype).eps * scale
         self._next = None if is_full else product / remainder
 
@@ -103,28 +92,27 @@ class Lanczos:
         """
         from scipy.linalg import eigh_tridiagonal
 
-        values, vectors = eigh_tridiagonal(self._diagonal, self._off_diagonal[:-1])
+        values, vectors = eigh_tridiagonal(self.diagonal, self._off_diagonal[:-1])
         return values, vectors, self._off_diagonal[-1] * np.abs(vectors[-1])
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Return the vector ``(P,)`` that has these coefficients ``(m,)`` in the basis."""
-        vector, start = torch.zeros_like(self._blocks[0][0]), 0
-        for block in self._filled():
-            part = torch.from_numpy(coefficients[start : start + len(block)]).to(block)
+        parts = torch.split(torch.from_numpy(coefficients).to(self._blocks[0]), _BLOCK)
+        vector = torch.zeros_like(self._blocks[0][0])
+        for part, block in zip(parts, self._filled(), strict=True):
             vector += part @ block
-            start += len(block)
         return vector
 
     def project_out(self, vectors: Tensor) -> Tensor:
-        """Return the vectors ``(P, K)`` without their components in the space of the basis."""
+        """Return a vector ``(P,)``, or several ``(P, K)``, without the components in the space of the basis."""
         for block in self._filled():
             vectors = vectors - block.T @ (block @ vectors)
         return vectors
 
-    @property
-    def basis_trace(self) -> float:
-        """Trace of the matrix within the space of the basis."""
-        return math.fsum(self._diagonal)
+    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nodes and the weights of the Gaussian quadrature of the spectrum, each ``(m,)``."""
+        values, vectors, _ = self.ritz()
+        return values, vectors[0] ** 2
 
     def _filled(self) -> list[Tensor]:
         """Return the vectors of the basis in blocks ``(K, P)``."""
@@ -181,8 +169,7 @@ class SpectralDensity:
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             bells = np.exp(-0.5 * ((grid[:, None] - nodes) / width) ** 2) / (width * math.sqrt(2 * math.pi))
             total += bells @ weights
-        smoothed: np.ndarray = total / len(self.nodes)
-        return smoothed
+        return np.asarray(total / len(self.nodes))
 
     def share_below(self, value: float) -> float:
         """Return the share of the eigenvalues below ``value``, in [0, 1]."""
@@ -216,10 +203,10 @@ def norm(vector: Tensor) -> float:
     return math.sqrt(dot(vector, vector))
 
 
-def random_vectors(matrix: SymmetricMatrix, number: int, seed: int, signs: bool = False) -> Tensor:
+def random_vectors(matrix: Matrix, number: int, seed: int, signs: bool = False) -> Tensor:
     """Return independent vectors ``(number, P)``, Gaussian or of random signs, the same on every device."""
     # Signs must not depend on the start vector of an iteration with the same seed: the estimate would be biased.
-    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET_OF_SIGNS if signs else seed)
+    generator = torch.Generator().manual_seed(seed + 1_000_003 if signs else seed)
     size = (number, matrix.shape[0])
     if signs:
         values = torch.randint(2, size, generator=generator, dtype=torch.int8) * 2 - 1
@@ -229,50 +216,37 @@ def random_vectors(matrix: SymmetricMatrix, number: int, seed: int, signs: bool 
 
 
 def find_ends(
-    matrix: SymmetricMatrix,
-    tolerance: float = 0.01,
-    max_iterations: int = 200,
-    seed: int = 0,
-    progress: str | None = None,
+    matrix: Matrix, tolerance: float = 0.01, max_iterations: int = 200, seed: int = 0, progress: str | None = None
 ) -> tuple[Eigenvalues, Lanczos]:
-    """Find the ends of the spectrum as :func:`extreme_eigenvalues` does. Return the iteration too, for other uses."""
+    """Find the ends of the spectrum as :func:`extreme_eigenvalues` does, and return the iteration too."""
     check_positive("tolerance", tolerance)
     check_integer("max_iterations", max_iterations, minimum=1)
     iteration = Lanczos(matrix, random_vectors(matrix, 1, seed)[0])
     with tqdm(desc=progress, unit="product", leave=False, disable=progress is None) as bar:
-        while True:
+        for _ in range(max_iterations):
             iteration.step()
             values, vectors, residuals = iteration.ritz()
-            floor = _SMALLEST * np.abs(values).max()
-            is_accurate = bool((residuals[[0, -1]] <= tolerance * np.maximum(np.abs(values[[0, -1]]), floor)).all())
+            ends, errors, size = values[[0, -1]], residuals[[0, -1]], np.abs(values).max()
+            is_accurate = bool((errors <= tolerance * np.maximum(np.abs(ends), _SMALLEST * size)).all())
             bar.update()
-            bar.set_postfix_str(f"{values[0]:.4g} ± {residuals[0]:.1g} to {values[-1]:.4g} ± {residuals[-1]:.1g}")
+            bar.set_postfix_str(f"{ends[0]:.4g} ± {errors[0]:.1g} to {ends[1]:.4g} ± {errors[1]:.1g}")
             # In the first steps, residuals are also small if the start vector is nearly an eigenvector of the bulk.
-            if iteration.is_exhausted or (is_accurate and iteration.steps > 4) or iteration.steps >= max_iterations:
+            if iteration.is_exhausted or (is_accurate and iteration.steps > 4):
                 break
-    if iteration.asymmetry > _SYMMETRIC * np.abs(values).max():
+    if iteration.asymmetry > _SYMMETRIC * size:
         rank_zero_warn(
             f"The products are not those of a symmetric matrix: they differ by {iteration.asymmetry:.2g}, and the"
-            f" largest absolute eigenvalue is {np.abs(values).max():.2g}. The cause is rounding at a loss near 0 (use"
-            " float64), data that changes from pass to pass, or a layer with wrong second derivatives."
+            f" largest absolute eigenvalue is {size:.2g}. The cause is rounding at a loss near 0 (use float64), data"
+            " that changes from pass to pass, or a layer with wrong second derivatives."
         )
-    ends = Eigenvalues(
-        largest=float(values[-1]),
-        smallest=float(values[0]),
-        errors=(float(residuals[0]), float(residuals[-1])),
-        iterations=iteration.steps,
-        converged=is_accurate,
-        vectors=(iteration.combine(vectors[:, 0]), iteration.combine(vectors[:, -1])),
-    )
-    return ends, iteration
+    smallest, largest = ends.tolist()
+    bounds = float(errors[0]), float(errors[1])
+    eigenvectors = iteration.combine(vectors[:, 0]), iteration.combine(vectors[:, -1])
+    return Eigenvalues(largest, smallest, bounds, iteration.steps, is_accurate, eigenvectors), iteration
 
 
 def extreme_eigenvalues(
-    matrix: SymmetricMatrix,
-    tolerance: float = 0.01,
-    max_iterations: int = 200,
-    seed: int = 0,
-    progress: str | None = None,
+    matrix: Matrix, tolerance: float = 0.01, max_iterations: int = 200, seed: int = 0, progress: str | None = None
 ) -> Eigenvalues:
     """Find the largest and the smallest eigenvalue, with their eigenvectors.
 
@@ -298,9 +272,11 @@ def extreme_eigenvalues(
 
 
 def spectral_density(
-    matrix: SymmetricMatrix, probes: int = 4, steps: int = 40, seed: int = 0, progress: str | None = None
+    matrix: Matrix, probes: int = 4, steps: int = 40, seed: int = 0, progress: str | None = None
 ) -> SpectralDensity:
     """Estimate the distribution of the eigenvalues by stochastic Lanczos quadrature.
+
+    The errors that it raises are those of :func:`extreme_eigenvalues`.
 
     Args:
         matrix: A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
@@ -309,10 +285,6 @@ def spectral_density(
             ``2 * steps - 1``.
         seed: Seed of the start vectors.
         progress: Title of a progress display; no display by default.
-
-    Raises:
-        ArgumentError: If an argument is out of range.
-        NonFiniteError: If a product is infinite or not a number.
     """
     check_integer("probes", probes, minimum=1)
     check_integer("steps", steps, minimum=1)
@@ -323,22 +295,17 @@ def spectral_density(
             while iteration.steps < steps and not iteration.is_exhausted:
                 iteration.step()
                 bar.update()
-            quadratures.append(quadrature(iteration))
+            quadratures.append(iteration.quadrature())
     return SpectralDensity([nodes for nodes, _ in quadratures], [weights for _, weights in quadratures])
 
 
-def quadrature(iteration: Lanczos) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nodes and weights of the Gaussian quadrature that an iteration has found."""
-    values, vectors, _ = iteration.ritz()
-    return values, vectors[0] ** 2
-
-
-def estimate_trace(matrix: SymmetricMatrix, samples: int = 10, seed: int = 0, known: Lanczos | None = None) -> Trace:
+def estimate_trace(matrix: Matrix, samples: int = 10, seed: int = 0, known: Lanczos | None = None) -> Trace:
     r"""Estimate the trace by Hutchinson's method; it is exact within the space that an iteration has explored.
 
     With the basis Q of the iteration, :math:`\mathrm{tr} H = \mathrm{tr}(Q^T H Q) + \mathrm{tr}((I-QQ^T) H (I-QQ^T))`.
     The first part is known. The second is estimated with vectors of random signs. It has far smaller variance, because
-    the large eigenvalues are gone (Meyer et al., "Hutch++", SOSA 2021; here on a Krylov basis).
+    the large eigenvalues are gone (Meyer et al., "Hutch++", SOSA 2021; here on a Krylov basis). The errors that it
+    raises are those of :func:`extreme_eigenvalues`.
 
     Args:
         matrix: A symmetric matrix ``(P, P)``: a :class:`Hessian`, or a tensor.
@@ -346,22 +313,19 @@ def estimate_trace(matrix: SymmetricMatrix, samples: int = 10, seed: int = 0, kn
         seed: Seed of the vectors.
         known: Iteration on the same matrix; Hutchinson's method alone by default.
 
-    Raises:
-        ArgumentError: If an argument is out of range.
-        NonFiniteError: If a product is infinite or not a number.
-
     Example:
         >>> estimate_trace(torch.diag(torch.tensor([4.0, 1.0, -1.0])))
         Trace(value=4.0, standard_error=0.0)
     """
     check_integer("samples", samples, minimum=1)
-    vectors = random_vectors(matrix, samples, seed, signs=True).T
+    vectors, explored = random_vectors(matrix, samples, seed, signs=True).T, 0.0
     if known is not None:
+        explored = math.fsum(known.diagonal)
         if known.is_exhausted and known.steps == matrix.shape[0]:
-            return Trace(known.basis_trace, 0.0)
+            return Trace(explored, 0.0)
         vectors = known.project_out(vectors)
     values = ((matrix @ vectors) * vectors).double().sum(0)
     if not bool(values.isfinite().all()):
         raise NonFiniteError("A product with the matrix is infinite or not a number.", values.sum())
     error = float(values.std()) / math.sqrt(samples) if samples > 1 else math.nan
-    return Trace((0.0 if known is None else known.basis_trace) + float(values.mean()), error)
+    return Trace(explored + float(values.mean()), error)

@@ -38,8 +38,7 @@ class EigenLine:
     @property
     def quadratic(self) -> np.ndarray:
         """Losses ``(A,)`` that slope and eigenvalue predict, L + t g . v + eigenvalue t^2 / 2."""
-        predicted: np.ndarray = self.loss + self.slope * self.offsets + 0.5 * self.eigenvalue * self.offsets**2
-        return predicted
+        return np.asarray(self.loss + self.slope * self.offsets + 0.5 * self.eigenvalue * self.offsets**2)
 
 
 def eigen_lines(
@@ -60,9 +59,8 @@ def eigen_lines(
     norms = [p.detach().double().norm() for p in hessian.model.parameters() if p.requires_grad]
     furthest = _FURTHEST * math.hypot(*map(float, norms))
     lines = []
-    for name, eigenvalue, vector in zip(
-        ("smallest", "largest"), (ends.smallest, ends.largest), ends.vectors, strict=True
-    ):
+    found = zip(("smallest", "largest"), (ends.smallest, ends.largest), ends.vectors, strict=True)
+    for name, eigenvalue, vector in found:
         slope = float(hessian.gradient() @ vector)
         reach = math.sqrt(2 * abs(hessian.loss()) / abs(eigenvalue)) if eigenvalue else math.inf
         offsets = np.linspace(-1, 1, points) * (min(reach, furthest) or 1.0)
@@ -74,21 +72,17 @@ def eigen_lines(
 def line(
     hessian: Hessian, direction: Tensor, offsets: Sequence[float] | np.ndarray, progress: str | None = None
 ) -> np.ndarray:
-    """Return a group's mean loss along a direction, at ``w + t * direction`` for every offset t.
+    """Return a group's mean losses ``(A,)`` along a direction, at ``w + t * direction`` for every offset t.
+
+    Its errors, and losses that are not finite, are those of :func:`plane`.
 
     Args:
         hessian: Hessian of the group's loss. Each offset takes a pass over its data, without derivatives.
         direction: Direction ``(P,)`` of any length, such as an eigenvector of :func:`extreme_eigenvalues`.
         offsets: Values of t, ``(A,)``, finite.
         progress: Title of a progress display; no display by default.
-
-    Returns:
-        The losses ``(A,)``, infinite or NaN where the model's are.
-
-    Raises:
-        ArgumentError: If the direction has another shape, or it or an offset is not finite.
     """
-    _check_direction("direction", direction, hessian)
+    _checked_direction("direction", direction, hessian)
     return plane(hessian, direction, torch.zeros_like(direction), offsets, [0.0], progress)[:, 0]
 
 
@@ -100,7 +94,9 @@ def plane(
     second_offsets: Sequence[float] | np.ndarray | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
-    """Return a group's mean loss over a plane, at ``w + a * first + b * second``.
+    """Return a group's mean losses ``(A, B)`` over a plane, at ``w + a * first + b * second``.
+
+    Where the model's losses are infinite or NaN, so are these.
 
     Args:
         hessian: Hessian of the group's loss. Each point takes a pass over its data, without derivatives.
@@ -110,17 +106,12 @@ def plane(
         second_offsets: Values of b, ``(B,)``, finite; those of a by default.
         progress: Title of a progress display; no display by default.
 
-    Returns:
-        The losses ``(A, B)``, infinite or NaN where the model's are.
-
     Raises:
         ArgumentError: If a direction has another shape, or it or an offset is not finite.
     """
-    _check_direction("first", first, hessian)
-    _check_direction("second", second, hessian)
-    rows = _check_offsets("offsets", offsets)
-    columns = rows if second_offsets is None else _check_offsets("second_offsets", second_offsets)
-    first, second = (v.to(hessian.device, hessian.dtype) for v in (first, second))
+    first, second = _checked_direction("first", first, hessian), _checked_direction("second", second, hessian)
+    rows = _checked_offsets("offsets", offsets)
+    columns = rows if second_offsets is None else _checked_offsets("second_offsets", second_offsets)
     losses = np.empty((len(rows), len(columns)))
     with tqdm(total=losses.size, desc=progress, unit="point", leave=False, disable=progress is None) as bar:
         for row, column in np.ndindex(losses.shape):
@@ -130,22 +121,20 @@ def plane(
 
 
 def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
-    """Return a random direction in which each filter is as long as that of the weights.
+    """Return a random direction ``(P,)`` in which each filter is as long as that of the weights.
 
-    The direction is Gaussian, then scaled filter by filter (Li et al., "Visualizing the Loss Landscape of Neural Nets",
-    NeurIPS 2018, arXiv:1712.09913, section 4). Without this scaling, a network with normalization looks flatter if its
-    weights are larger. A filter is the weights of one output channel, or of one output of a linear layer: an entry of
-    the first dimension. Parameters of one dimension (biases, scales of normalizations) are not moved, as in their code.
+    It has the type of the weights, but at least float32. It is Gaussian, then scaled filter by filter (Li et al.,
+    "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4). Without this scaling, a
+    network with normalization looks flatter if its weights are larger. A filter is the weights of one output channel,
+    or of one output of a linear layer: an entry of the first dimension. Parameters of one dimension (biases, scales of
+    normalizations) are not moved, as in their code.
 
     Args:
         model: Model whose P parameters that require a gradient span the space.
         seed: Seed of the direction, an integer >= 0. A seed gives the same direction on every device.
 
-    Returns:
-        The direction ``(P,)``, in the type of the weights, but at least float32.
-
     Raises:
-        ArgumentError: If no parameter that requires a gradient has two dimensions or more.
+        ArgumentError: If no parameter that requires a gradient has two dimensions or more, or ``seed`` is out of range.
     """
     generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
@@ -160,18 +149,19 @@ def _like_filters(weights: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(weights.shape, generator=generator, dtype=torch.float32).to(weights.device, dtype)
     if weights.ndim <= 1:
         return torch.zeros_like(drawn)
-    lengths = weights.to(dtype).flatten(1).norm(dim=1) / drawn.flatten(1).norm(dim=1)
-    scaled: Tensor = drawn * lengths.view(-1, *[1] * (weights.ndim - 1))
-    return scaled
+    filters = drawn.flatten(1)
+    lengths: Tensor = weights.to(dtype).flatten(1).norm(dim=1, keepdim=True) / filters.norm(dim=1, keepdim=True)
+    return filters * lengths
 
 
-def _check_direction(name: str, direction: Tensor, hessian: Hessian) -> None:
+def _checked_direction(name: str, direction: Tensor, hessian: Hessian) -> Tensor:
     if direction.shape != hessian.shape[:1] or not bool(direction.isfinite().all()):
         got = f"one of shape {tuple(direction.shape)}"
         raise bad_argument(name, f"a finite vector of shape {hessian.shape[:1]}", got_text=got)
+    return direction.to(hessian.device, hessian.dtype)
 
 
-def _check_offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:
+def _checked_offsets(name: str, offsets: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(offsets, dtype=float)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise bad_argument(name, "finite numbers (A,)", offsets)

@@ -16,9 +16,6 @@ from lightning_ssesam.split import ClassSplit
 
 GROUPS = ("head", "tail", "all")
 
-# Size up to which an eigenvalue may be 0, relative to the largest absolute one.
-_ZERO = 1e-2
-
 
 @dataclass(frozen=True)
 class Curvature:
@@ -64,7 +61,7 @@ class Curvature:
         if self.trace is not None:
             numbers |= {"trace": self.trace.value, "trace_error": self.trace.standard_error}
         if self.density is not None:
-            numbers["negative_share"] = self.density.share_below(-_ZERO * max(abs(ends.largest), abs(ends.smallest)))
+            numbers["negative_share"] = self.density.share_below(-1e-2 * max(abs(ends.largest), abs(ends.smallest)))
         return numbers
 
 
@@ -77,7 +74,7 @@ def measure_curvature(
     progress: bool = False,
     **settings: Any,
 ) -> dict[str, Curvature]:
-    """Measure the curvature of the mean loss of several groups of classes, at a model's weights.
+    """Return the curvature of the mean loss of each group of classes at a model's weights, in the order of the groups.
 
     The groups are measured one after the other; only their own samples are forwarded. The model is left as it is.
 
@@ -87,27 +84,22 @@ def measure_curvature(
         split: Classes of head, tail, many, medium and few.
         groups: Names of groups: ``"head"``, ``"tail"``, ``"many"``, ``"medium"``, ``"few"``, ``"all"``, ``"class_3"``
             for a single class, and ``"classes"`` for each of them.
-        sample_losses: Function of ``(model, batch)`` that returns the losses ``(N,)``; ``model.sample_losses(batch)``
-            by default.
+        sample_losses: Function of ``(model, batch)`` that returns the losses of the samples; see :class:`Hessian`.
         progress: Whether to show a progress display.
         **settings: Fields of :class:`CurvatureSettings`, such as ``tolerance``.
-
-    Returns:
-        The curvature of each group, in their order.
 
     Raises:
         ArgumentError: If an argument is out of range, or the data has no sample of a group.
         NonFiniteError: If a loss or its gradient is infinite or not a number.
 
     Example:
-        A bowl for the head, and a saddle for the tail, both with their stationary point at 0.
+        A bowl for the head, and a saddle for the tail.
 
         >>> def sample_losses(model, batch):
         ...     inputs, targets = batch
         ...     x, y = model.weight[0]
         ...     return torch.where(targets == 1, x**2 - y**2, x**2 + y**2)
         >>> model, batch = nn.Linear(2, 1, bias=False), (torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
-        >>> _ = nn.init.zeros_(model.weight)
         >>> split = ClassSplit([3, 1], tail=[1])
         >>> measured = measure_curvature(model, [batch], split, ["head", "tail"], sample_losses)
         >>> {group: round(curvature.eigenvalues.smallest, 3) for group, curvature in measured.items()}
@@ -119,36 +111,31 @@ def measure_curvature(
     for name, classes in masks.items():
         data = batches[name] if isinstance(batches, Mapping) else batches
         hessian = Hessian(model, data, sample_losses, classes, chosen.dtype, chosen.batch_norm)
-        ends, trace, density = _spectrum(hessian, chosen, name if progress else None)
-        measured[name] = Curvature(
-            samples=hessian.weight,
-            loss=hessian.loss(),
-            gradient_norm=lanczos.norm(hessian.gradient()),
-            eigenvalues=ends,
-            trace=trace,
-            density=density,
-            sharpness=sharpness(hessian, chosen.rho),
-            rho=float(chosen.rho),
-        )
+        measured[name] = _measure(hessian, chosen, name if progress else None)
     return measured
 
 
-def _spectrum(
-    hessian: Hessian, settings: CurvatureSettings, title: str | None
-) -> tuple[lanczos.Eigenvalues, lanczos.Trace | None, lanczos.SpectralDensity | None]:
+def _measure(hessian: Hessian, settings: CurvatureSettings, title: str | None) -> Curvature:
     seed = settings.seed
     title_of_search, title_of_density = (f"{title}: {part}" if title else None for part in ("eigenvalues", "density"))
     ends, iteration = lanczos.find_ends(hessian, settings.tolerance, settings.max_iterations, seed, title_of_search)
     trace = lanczos.estimate_trace(hessian, settings.trace_samples, seed, iteration) if settings.trace_samples else None
-    if settings.probes == 0:
-        return ends, trace, None
-    nodes, weights = lanczos.quadrature(iteration)
+    nodes, weights = ([part] for part in iteration.quadrature())
     # The vectors of an iteration take the most memory. Free them before the next iteration collects its own.
     del iteration
-    if settings.probes == 1:
-        return ends, trace, lanczos.SpectralDensity([nodes], [weights])
-    others = lanczos.spectral_density(hessian, settings.probes - 1, ends.iterations, seed + 1, title_of_density)
-    return ends, trace, lanczos.SpectralDensity([nodes, *others.nodes], [weights, *others.weights])
+    if settings.probes > 1:
+        others = lanczos.spectral_density(hessian, settings.probes - 1, ends.iterations, seed + 1, title_of_density)
+        nodes, weights = nodes + others.nodes, weights + others.weights
+    return Curvature(
+        samples=hessian.weight,
+        loss=hessian.loss(),
+        gradient_norm=lanczos.norm(hessian.gradient()),
+        eigenvalues=ends,
+        trace=trace,
+        density=lanczos.SpectralDensity(nodes, weights) if settings.probes else None,
+        sharpness=sharpness(hessian, settings.rho),
+        rho=float(settings.rho),
+    )
 
 
 def sharpness(hessian: Hessian, rho: float) -> float:
@@ -170,8 +157,7 @@ def sharpness(hessian: Hessian, rho: float) -> float:
 def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
     """Return the classes of each group as a boolean mask ``(C,)``. See :func:`measure_curvature` for the names.
 
-    Raises:
-        ArgumentError: If a group is unknown, or has no classes.
+    It raises ``ArgumentError`` if a group is unknown, or has no classes.
     """
     known = {name: getattr(split, name) for name in ("head", "tail", "many", "medium", "few")}
     known["all"] = torch.ones(split.num_classes, dtype=torch.bool)
@@ -187,9 +173,8 @@ def group_masks(split: ClassSplit, groups: Sequence[str]) -> dict[str, Tensor]:
             masks[group] = known[group]
         else:
             usable = ", ".join(repr(name) for name, mask in known.items() if mask.any())
-            raise bad_argument(
-                "groups", f"any of {usable}, 'classes' and 'class_0' to 'class_{split.num_classes - 1}'", group
-            )
+            classes = f"'classes' and 'class_0' to 'class_{split.num_classes - 1}'"
+            raise bad_argument("groups", f"any of {usable}, {classes}", group)
     if not masks:
         raise bad_argument("groups", "at least one group", groups)
     return masks

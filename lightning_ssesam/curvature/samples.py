@@ -26,9 +26,9 @@ def choose_samples(
     seed: int = 0,
     labels: Tensor | None = None,
 ) -> dict[str, list[Any]]:
-    """Choose samples of each group at random, and load them once, for :func:`measure_curvature`.
+    """Choose samples of each group at random, and return them in batches, for :func:`measure_curvature`.
 
-    If the data set augments samples at random, each is augmented once. The random state is left as it is.
+    They come in the order of the data set, which augments each of them once. The random state is left as it is.
 
     Args:
         dataset: Map-style data set.
@@ -41,9 +41,6 @@ def choose_samples(
         labels: Label of every sample, ``(N,)``. By default the ``targets``, ``labels`` or ``samples`` of the data set,
             or the second tensor of a ``TensorDataset``.
 
-    Returns:
-        The batches of each group, in the order of the data set.
-
     Raises:
         ArgumentError: If an argument is out of range, the labels are not known, or a label is no class of the split.
     """
@@ -51,8 +48,7 @@ def choose_samples(
     check_integer("batch_size", batch_size, minimum=1)
     masks = group_masks(split, groups)
     labels = as_labels(labels_of(dataset) if labels is None else labels, num_classes=split.num_classes)
-    chosen = {}
-    generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
+    chosen, generator = {}, torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     with isolate_rng():
         for group, classes in masks.items():
             members = classes[labels].nonzero().flatten()

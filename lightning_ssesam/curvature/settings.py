@@ -46,12 +46,10 @@ class CurvatureSettings:
     def __post_init__(self) -> None:
         check_radius("rho", self.rho)
         check_positive("tolerance", self.tolerance)
-        check_integer("max_iterations", self.max_iterations, minimum=1)
-        check_integer("trace_samples", self.trace_samples, minimum=0)
-        check_integer("probes", self.probes, minimum=0)
+        for name, minimum in (("max_iterations", 1), ("trace_samples", 0), ("probes", 0), ("seed", 0)):
+            check_integer(name, getattr(self, name), minimum)
         check_dtype(self.dtype)
         check_choice("batch_norm", self.batch_norm, BATCH_NORM)
-        check_integer("seed", self.seed, minimum=0)
 
 
 def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

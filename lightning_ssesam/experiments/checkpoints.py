@@ -23,19 +23,16 @@ def find_config(checkpoint: Path) -> Path:
         ArgumentError: If there is no such checkpoint, or no config.yaml.
     """
     if checkpoint.is_dir():
-        raise ArgumentError(
-            f"The checkpoint {str(checkpoint)!r} is a folder. If a sharded model was saved in it, make one file of it:"
-            " `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`."
-        )
+        found = f"The checkpoint {str(checkpoint)!r} is a folder."
+        remedy = "make one file of it: `python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER`"
+        raise ArgumentError(f"{found} If a sharded model was saved in it, {remedy}.")
     if not checkpoint.is_file():
         raise ArgumentError(f"No such checkpoint: {str(checkpoint)!r}.")
     for folder in checkpoint.absolute().parents[1::-1]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
-    raise ArgumentError(
-        f"No config.yaml in the folder of {str(checkpoint)!r} or in the one above. Give the configuration of its"
-        " training as `config`."
-    )
+    places = f"in the folder of {str(checkpoint)!r} or in the one above"
+    raise ArgumentError(f"No config.yaml {places}. Give the configuration of its training as `config`.")
 
 
 def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
@@ -52,9 +49,8 @@ def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier,
     model, data = _build(config)
     if differences := _differences(state, model):
         more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise ArgumentError(
-            f"The checkpoint {str(checkpoint)!r} does not fit the model in {str(config)!r}: {differences[0]}{more}."
-        )
+        refusal = f"The checkpoint {str(checkpoint)!r} does not fit the model in {str(config)!r}"
+        raise ArgumentError(f"{refusal}: {differences[0]}{more}.")
     model.load_state_dict(state)
     return model, data
 
@@ -82,25 +78,21 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
 def _load_state(checkpoint: Path) -> dict[str, Any]:
     refusal = f"{str(checkpoint)!r} is no checkpoint of `lightning-ssesam fit`"
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = content["state_dict"]
+        return dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ArgumentError(f"{refusal}.") from error
     except pickle.UnpicklingError as error:
         refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
         reason = f": it holds a {refused[1]}, which may not be safe to load" if refused else ""
         raise ArgumentError(f"{refusal}{reason}.") from error
-    return dict(state)
 
 
 def _differences(state: dict[str, Any], model: nn.Module) -> list[str]:
     expected = model.state_dict()
-    return [
-        *(f"it lacks `{name}`" for name in expected if name not in state),
-        *(f"the model has no `{name}`" for name in state if name not in expected),
-        *(
-            f"`{name}` has shape {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in expected
-            if name in state and getattr(expected[name], "shape", None) != getattr(state[name], "shape", None)
-        ),
-    ]
+    differences = [f"it lacks `{name}`" for name in expected if name not in state]
+    differences += [f"the model has no `{name}`" for name in state if name not in expected]
+    for name in expected:
+        found, wanted = (tuple(getattr(values.get(name), "shape", ())) for values in (state, expected))
+        if name in state and found != wanted:
+            differences.append(f"`{name}` has shape {found} instead of {wanted}")
+    return differences

@@ -1,5 +1,6 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -13,13 +14,11 @@ from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.experiments.comparison import Comparison
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.report import write_report
-from lightning_ssesam.experiments.run_store import RunStore
-from lightning_ssesam.experiments.runs import Experiment, Run
+from lightning_ssesam.experiments.runs import Comparison, Experiment, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
 from lightning_ssesam.models import BackboneFactory
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
@@ -60,7 +59,7 @@ class Method:
             model = {**model, "step_options": {**shared["step_options"], **model["step_options"]}}
         parts = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data")}
         given = {part: value for part, value in parts.items() if value is not None}
-        options = {**recipe.options, **given, "model": {**shared, **model}}
+        options = {**vars(recipe), **given, "model": {**shared, **model}}
         return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
 
 
@@ -118,12 +117,12 @@ def compare(
     data = shared.data()
     with quiet():
         split = experiments[0].make_split(data)
-        fingerprints = [experiment.fingerprint(split) for experiment in experiments]
+        pairs = [(experiment, experiment.fingerprint(split)) for experiment in experiments]
         experiments[0].make_trainer([])
     # Download the data here, because several processes must not do so at once.
     for module in (data, *(method.data() for method in chosen.values() if method.data)):
         module.prepare_data()
-    pairs = list(zip(experiments, fingerprints, strict=True))
+    # In the order of seeds, so that an interrupted comparison has as many runs of each method.
     tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
     runs = _finish(tasks, RunStore(output / "runs"), jobs, output)
     is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
@@ -138,9 +137,8 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
     if isinstance(methods, dict) and methods:
         for name, method in methods.items():
             if wrong := sorted(method.model.keys() & _GROUPINGS):
-                got = f"{', '.join(wrong)} for {name!r}"
                 expected = f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})"
-                raise bad_argument("methods", expected, got_text=got)
+                raise bad_argument("methods", expected, got_text=f"{', '.join(wrong)} for {name!r}")
         return methods
     names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
@@ -155,32 +153,30 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
 
 
 def _finish(tasks: list[Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
-    """Make the runs that are missing. Return all of them, method by method.
-
-    The tasks are in the order of their seeds, so that an interrupted comparison has as many runs of each method.
-    """
-    runs = {task.key: store.load(*task.key, task.fingerprint) for task in tasks}
-    missing = [task for task in tasks if runs[task.key] is None]
+    """Make the runs that are missing. Return all of them, method by method."""
+    kept = [store.load(task.experiment.method, task.seed, task.fingerprint) for task in tasks]
+    missing = [task for task, run in zip(tasks, kept, strict=True) if run is None]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
     fingerprints = {task.experiment.method: task.fingerprint for task in tasks}
     methods = list(fingerprints)
 
-    def finished() -> list[Run]:
-        return sorted(filter(None, runs.values()), key=lambda run: methods.index(run.method))
+    def place(run: Run) -> tuple[int, int]:
+        return methods.index(run.method), run.seed
 
+    runs = sorted(filter(None, kept), key=place)
     try:
         for run in make_runs(missing, jobs):
             store.save(run, fingerprints[run.method])
-            runs[run.method, run.seed] = run
-            write_runs(finished(), output / "results.csv")
+            insort(runs, run, key=place)
+            write_runs(runs, output / "results.csv")
     except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
         # Lightning turns a KeyboardInterrupt into a SystemExit.
-        print(f"\nInterrupted after {len(finished())} of {len(tasks)} runs, which are in {store.folder}.")
+        print(f"\nInterrupted after {len(runs)} of {len(tasks)} runs, which are in {store.folder}.")
         print("Run it again to make the others.")
-        if finished():
-            print(format_table(finished()))
+        if runs:
+            print(format_table(runs))
         if isinstance(error, BrokenProcessPool):
             raise
         raise KeyboardInterrupt from None
-    return finished()
+    return runs

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_ssesam._validation import bad_argument, check_integer, check_positive
 from lightning_ssesam.curvature.figures import draw_lines, draw_planes, draw_spectra
 from lightning_ssesam.curvature.hessian import Hessian
-from lightning_ssesam.curvature.landscape import eigen_lines, filter_normalized, plane
+from lightning_ssesam.curvature.landscape import EigenLine, eigen_lines, filter_normalized, plane
 from lightning_ssesam.curvature.measure import GROUPS, Curvature, group_masks, measure_curvature
 from lightning_ssesam.curvature.samples import choose_samples
 from lightning_ssesam.curvature.settings import CurvatureSettings
@@ -23,13 +23,13 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoint
 from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
 from lightning_ssesam.experiments.tables import write_csv
+from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.split import ClassSplit
 
 
 @dataclass(frozen=True)
 class _CommandSettings(CurvatureSettings):
-    """The settings with the defaults of the command."""
-
+    # Defaults of the command that differ.
     probes: int = 4
     dtype: Literal["float32", "float64"] = "float32"
 
@@ -88,7 +88,9 @@ def curvature(
         ModuleNotFoundError: If matplotlib, scipy or jsonargparse is not installed.
     """
     chosen = _CommandSettings(seed=seed, **settings)
-    landscapes = _Landscapes(points, plane_points, extent, seed, output)
+    for name, value in {"points": points, "plane_points": plane_points}.items():
+        check_integer(name, value, minimum=3)
+    offsets = check_positive("extent", extent) * np.linspace(-1, 1, plane_points)
     for name, value in {"samples": samples, "batch_size": batch_size, "threads": threads}.items():
         check_integer(name, value, minimum=1)
     names = groups.split(",") if isinstance(groups, str) else list(groups)
@@ -109,13 +111,10 @@ def curvature(
             # Written after every checkpoint, so that rows survive an interruption.
             write_rows(measured, written[0])
             if landscape:
-                hessians = {
-                    group: Hessian(model, batches[group], None, mask, chosen.dtype, chosen.batch_norm)
-                    for group, mask in group_masks(model.split, names).items()
-                }
-                name_of_file = re.sub(r"[^\w=.+-]+", "-", labels[path])
-                suffix = f"-{name_of_file}" if len(checkpoints) > 1 else ""
-                written += landscapes.draw(hessians, measured[path], labels[path], suffix)
+                suffix = "-" + re.sub(r"[^\w=.+-]+", "-", labels[path]) if len(checkpoints) > 1 else ""
+                lines, planes = _landscapes(model, batches, measured[path], chosen, points, offsets)
+                written.append(draw_lines(lines, labels[path], output / f"landscape_1d{suffix}.png"))
+                written.append(draw_planes(planes, offsets, labels[path], output / f"landscape_2d{suffix}.png"))
     by_label = {labels[path]: curvatures for path, curvatures in measured.items()}
     if chosen.probes:
         written.insert(1, draw_spectra(by_label, output / "spectra.png"))
@@ -124,53 +123,33 @@ def curvature(
     return measured
 
 
-@dataclass(frozen=True)
-class _Landscapes:
-    """The pictures of the loss around the weights: how to draw them, and the folder to write them to."""
-
-    points: int
-    plane_points: int
-    extent: float
-    seed: int
-    folder: Path
-
-    def __post_init__(self) -> None:
-        check_integer("points", self.points, minimum=3)
-        check_integer("plane_points", self.plane_points, minimum=3)
-        check_positive("extent", self.extent)
-
-    def draw(
-        self, hessians: Mapping[str, Hessian], measured: Mapping[str, Curvature], title: str, suffix: str
-    ) -> list[Path]:
-        """Draw lines and planes of all groups. Return the files."""
-        model = next(iter(hessians.values())).model
-        first, second = filter_normalized(model, self.seed), filter_normalized(model, self.seed + 1)
-        offsets = self.extent * np.linspace(-1, 1, self.plane_points)
-        lines, planes = {}, {}
-        for group, hessian in hessians.items():
-            lines[group] = eigen_lines(hessian, measured[group].eigenvalues, self.points, f"{group}: loss along")
-            planes[group] = plane(hessian, first, second, offsets, progress=f"{group}: loss over a plane")
-        return [
-            draw_lines(lines, title, self.folder / f"landscape_1d{suffix}.png"),
-            draw_planes(planes, offsets, title, self.folder / f"landscape_2d{suffix}.png"),
-        ]
+def _landscapes(
+    model: LongTailClassifier,
+    batches: Mapping[str, list[Any]],
+    measured: Mapping[str, Curvature],
+    settings: CurvatureSettings,
+    points: int,
+    offsets: np.ndarray,
+) -> tuple[dict[str, tuple[EigenLine, EigenLine]], dict[str, np.ndarray]]:
+    """Return the loss of each group along the eigenvectors of both ends, and over a plane."""
+    first, second = filter_normalized(model, settings.seed), filter_normalized(model, settings.seed + 1)
+    lines, planes = {}, {}
+    for group, mask in group_masks(model.split, list(batches)).items():
+        hessian = Hessian(model, batches[group], None, mask, settings.dtype, settings.batch_norm)
+        lines[group] = eigen_lines(hessian, measured[group].eigenvalues, points, f"{group}: loss along")
+        planes[group] = plane(hessian, first, second, offsets, progress=f"{group}: loss over a plane")
+    return lines, planes
 
 
 def write_rows(measured: Mapping[Path, Mapping[str, Curvature]], path: Path) -> None:
     """Write a CSV file with a row for each checkpoint and group."""
-    rows = [
-        {
-            "checkpoint": str(checkpoint),
-            "group": group,
-            "samples": curvature.samples,
-            **curvature.numbers(),
-            "smallest_error": curvature.eigenvalues.errors[0],
-            "largest_error": curvature.eigenvalues.errors[1],
-            "rho": curvature.rho,
-        }
-        for checkpoint, curvatures in measured.items()
-        for group, curvature in curvatures.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for checkpoint, curvatures in measured.items():
+        for group, curvature in curvatures.items():
+            first = {"checkpoint": str(checkpoint), "group": group, "samples": curvature.samples}
+            low, high = curvature.eigenvalues.errors
+            last = {"smallest_error": low, "largest_error": high, "rho": curvature.rho}
+            rows.append({**first, **curvature.numbers(), **last})
     texts = [[f"{value:.8g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
     write_csv(path, list(rows[0]), texts)
 
@@ -178,22 +157,21 @@ def write_rows(measured: Mapping[Path, Mapping[str, Curvature]], path: Path) -> 
 def format_curvature(measured: Mapping[str, Mapping[str, Curvature]], tolerance: float) -> str:
     """Return a table as text, with a line for each group. Below it stand the groups that missed the tolerance."""
     several = len(measured) > 1
-    header = ["group", "samples", "loss", "||gradient||", "largest", "smallest", "ratio", "trace", "sharpness"]
-    rows = [[*(["checkpoint"] if several else []), *header, "negative", "products"]]
-    missed = []
-    for name, curvatures in measured.items():
+    numbers = ["samples", "loss", "||gradient||", "largest", "smallest", "ratio", "trace", "sharpness", "negative"]
+    columns = ["checkpoint", "group"] if several else ["group"]
+    rows, missed = [[*columns, *numbers, "products"]], []
+    for checkpoint, curvatures in measured.items():
         for group, curvature in curvatures.items():
-            rows.append([*([name] if several else []), *_table_row(group, curvature)])
+            names = [checkpoint, group] if several else [group]
+            rows.append([*names, *_table_numbers(curvature)])
             if not curvature.eigenvalues.converged:
                 low, high = curvature.eigenvalues.errors
-                missed.append(f"{f'{name}, ' if several else ''}{group} (smallest ± {low:.2g}, largest ± {high:.2g})")
+                missed.append(f"{', '.join(names)} (smallest ± {low:.2g}, largest ± {high:.2g})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    names = 2 if several else 1
+    # Names stand at the left of their column, numbers at the right.
+    sides = "<" * len(columns) + ">" * (len(widths) - len(columns))
     lines = [
-        "  ".join(
-            cell.ljust(width) if number < names else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
         for row in rows
     ]
     if missed:
@@ -210,10 +188,8 @@ def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
         return {checkpoints[0]: parts[0][-1]}
     first = _common(parts)
     last = _common([part[first:][::-1] for part in parts])
-    return {
-        path: "/".join(part[first : len(part) - last]) or "/".join(part)
-        for path, part in zip(checkpoints, parts, strict=True)
-    }
+    names = ["/".join(part[first : len(part) - last]) or "/".join(part) for part in parts]
+    return dict(zip(checkpoints, names, strict=True))
 
 
 def _common(parts: Sequence[tuple[str, ...]]) -> int:
@@ -243,15 +219,10 @@ def _choose_batches(
     return choose_samples(loader.dataset, loader.collate_fn, split, groups, samples, batch_size, seed)
 
 
-def _table_row(group: str, curvature: Curvature) -> list[str]:
+def _table_numbers(curvature: Curvature) -> list[str]:
     ends, trace, share = curvature.eigenvalues, curvature.trace, curvature.numbers().get("negative_share")
     numbers = (curvature.loss, curvature.gradient_norm, ends.largest, ends.smallest, ends.ratio)
-    return [
-        group,
-        f"{curvature.samples:g}",
-        *(f"{value:.4g}" for value in numbers),
-        "" if trace is None else f"{trace.value:.4g} ± {trace.standard_error:.2g}",
-        f"{curvature.sharpness:.4g}",
-        "" if share is None else f"{100 * share:.1f} %",
-        str(ends.iterations),
-    ]
+    first = [f"{curvature.samples:g}", *(f"{value:.4g}" for value in numbers)]
+    of_trace = "" if trace is None else f"{trace.value:.4g} ± {trace.standard_error:.2g}"
+    negative = "" if share is None else f"{100 * share:.1f} %"
+    return [*first, of_trace, f"{curvature.sharpness:.4g}", negative, str(ends.iterations)]

@@ -8,8 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lightning_ssesam.experiments.comparison import Comparison
-from lightning_ssesam.experiments.runs import Run
+from lightning_ssesam.experiments.runs import Comparison, Run
 from lightning_ssesam.experiments.tables import by_method, seeds_of
 from lightning_ssesam.split import ClassSplit
 
@@ -37,10 +36,7 @@ class Figure(NamedTuple):
 
 
 def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
-    """Draw per-class accuracy against class rank, and head and tail accuracy over epochs.
-
-    The runs of a method are averaged; bars and bands are their standard deviation.
-    """
+    """Draw the accuracy of each class against its rank, and of head and tail over epochs, with deviations over runs."""
     methods = by_method(comparison.runs)
     figure = matplotlib.figure.Figure(figsize=(12, 4.6 + 0.2 * (len(methods) // 6)), layout="constrained")
     per_class, head, tail = figure.subplots(1, 3, width_ratios=(1.3, 1, 1), sharey=True)
@@ -65,12 +61,10 @@ def draw_trade_off(comparison: Comparison) -> matplotlib.figure.Figure:
         color, marker = method_style(number)
         head, tail = (100 * np.array([run.accuracy[group] for run in runs]) for group in ("head", "tail"))
         ax.scatter(head, tail, s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        ax.scatter(
-            head.mean(), tail.mean(), s=90, color=color, marker=marker, edgecolors="white", label=_label(name), zorder=3
-        )
+        mean = head.mean(), tail.mean()
+        ax.scatter(*mean, s=90, color=color, marker=marker, edgecolors="white", label=_label(name), zorder=3)
     ax.set(xlabel="head accuracy in % (test)", ylabel="tail accuracy in % (test)")
-    title = f"{comparison.name}: every run (small) and the mean over {seeds_of(comparison.runs)}"
-    ax.set_title(title, wrap=True)
+    ax.set_title(f"{comparison.name}: every run (small) and the mean over {seeds_of(comparison.runs)}", wrap=True)
     ax.margins(0.1)
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
@@ -89,9 +83,8 @@ def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
             (f"{group}_to_head", "another head class", "#56B4E9"),
             (f"{group}_to_tail", "another tail class", "#E69F00"),
         ):
-            shares = np.array(
-                [np.mean([100 * (run.accuracy | run.confusion)[answer] for run in runs]) for runs in methods.values()]
-            )
+            values = [[100 * (run.accuracy | run.confusion)[answer] for run in runs] for runs in methods.values()]
+            shares = np.array([np.mean(of_method) for of_method in values])
             bars = ax.barh([_label(name) for name in methods], shares, left=start, color=color, label=label)
             ax.bar_label(bars, [f"{s:.0f}" if s >= 6 else "" for s in shares], label_type="center", fontsize=8)
             start = start + np.nan_to_num(shares)
@@ -169,8 +162,7 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
     # There is room for about twelve labels.
     shown = np.arange(len(order))[:: max(1, len(order) // 12)]
     ax.set_xticks(shown, [f"{count:,}" for count in counts[order][shown]], rotation=0 if len(order) <= 12 else 45)
-    ax.set_xlim(-0.5, len(order) - 0.5)
-    ax.set_xlabel("training samples of the class, by rank")
+    ax.set(xlim=(-0.5, len(order) - 0.5), xlabel="training samples of the class, by rank")
     ax.grid(alpha=0.3)
 
 

@@ -21,11 +21,6 @@ class Task(NamedTuple):
     fingerprint: str
     seed: int
 
-    @property
-    def key(self) -> tuple[str, int]:
-        """Name of the method, and seed."""
-        return self.experiment.method, self.seed
-
 
 def make_runs(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
     """Train up to ``jobs`` tasks at a time. Yield each run as soon as it is finished."""

@@ -57,15 +57,12 @@ class Recipe:
         set_elsewhere = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
         _check_names("model", self.model or {}, LongTailClassifier, set_elsewhere)
         _check_names("trainer", self.trainer or {}, pl.Trainer, {"max_epochs", "callbacks"})
-        if not _is_single(devices := (self.trainer or {}).get("devices", 1)):
+        devices = (self.trainer or {}).get("devices", 1)
+        is_list = isinstance(devices, Sequence) and not isinstance(devices, str)
+        if devices not in (1, "1") and not (is_list and len(devices) == 1):
             expected = "settings with a single device (`jobs` makes several runs at a time)"
             raise bad_argument("trainer", expected, devices)
         _make_step_options(self.model or {})
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options by name, to make a recipe that differs in some of them."""
-        return {field.name: getattr(self, field.name) for field in fields(Recipe)}
 
     @property
     def model_arguments(self) -> dict[str, Any]:
@@ -90,8 +87,3 @@ def _check_names(name: str, arguments: Mapping[str, Any], owner: type, set_elsew
     if wrong := sorted(arguments.keys() - allowed):
         expected = f"arguments of {owner.__name__}, except those set elsewhere ({', '.join(sorted(set_elsewhere))})"
         raise bad_argument(name, expected, got_text=", ".join(map(repr, wrong)))
-
-
-def _is_single(devices: Any) -> bool:
-    is_list = isinstance(devices, Sequence) and not isinstance(devices, str)
-    return devices in (1, "1") or (is_list and len(devices) == 1)

@@ -13,16 +13,12 @@ from jinja2 import Environment, StrictUndefined
 
 from lightning_ssesam import _version
 from lightning_ssesam.experiments import tables
-from lightning_ssesam.experiments.comparison import Comparison
 from lightning_ssesam.experiments.figures import FIGURES
-from lightning_ssesam.experiments.runs import GROUPS
+from lightning_ssesam.experiments.runs import GROUPS, Comparison
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write report.html and the files it is made of to a folder. Return their paths, the report first.
-
-    The HTML file contains its pictures and styles. It can be sent to somebody, and opens without a network.
-    """
+    """Write report.html, which opens offline, and the files it is made of. Return their paths, the report first."""
     results, summary, table = (folder / name for name in ("results.csv", "summary.csv", "table.md"))
     tables.write_runs(comparison.runs, results)
     tables.write_summary(comparison.runs, summary)
@@ -40,11 +36,10 @@ def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("lightning_ssesam.templates") / "report.html").read_text("utf-8"))
     return template.render(
-        name=comparison.name,
+        comparison=comparison,
         facts=_facts(comparison),
         groups=GROUPS,
         seeds=tables.seeds_of(runs),
-        validation=comparison.validation_set,
         summary={
             method: {
                 "last": {group: tables.spread([run.accuracy[group] for run in method_runs]) for group in GROUPS},
@@ -53,26 +48,17 @@ def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
             for method, method_runs in methods.items()
         },
         baseline=next(iter(methods)),
-        differences={
-            method: {
-                group: (tables.format_difference(gap), gap.is_significant, gap.mean > 0) for group, gap in gaps.items()
-            }
-            for method, gaps in tables.differences(runs).items()
-        },
+        differences=tables.differences(runs),
         diverged=tables.diverged_runs(runs),
-        runs=runs,
         pictures=[
             (base64.b64encode(picture.read_bytes()).decode(), figure.is_small, figure.caption(comparison))
             for figure, picture in zip(FIGURES, pictures, strict=True)
         ],
-        num_tail=int(comparison.split.tail.sum()),
-        config=comparison.config,
     )
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
     split, counts = comparison.split, comparison.split.class_counts
-    seconds = sum(run.seconds for run in comparison.runs)
     devices = ", ".join(sorted({run.device for run in comparison.runs} - {""}))
     return {
         "Training samples": f"{int(counts.sum()):,} of {split.num_classes:,} classes, {int(counts.max()):,} of the"
@@ -84,5 +70,5 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         + ("" if comparison.gamma is None else f", stage 2 after {100 * comparison.gamma:g} % of them"),
         "Made with": f"lightning-ssesam {_version.__version__}, torch {torch.__version__}, lightning"
         f" {pl.__version__}, Python {platform.python_version()}" + (f", on {devices}" if devices else ""),
-        "Time": f"{seconds / 60:.1f} minutes of training, summed over the runs",
+        "Time": f"{sum(run.seconds for run in comparison.runs) / 60:.1f} minutes of training, summed over the runs",
     }

@@ -1,15 +1,17 @@
-"""One training of a comparison: its recipe (an experiment) and its results (a run)."""
+"""One training: its recipe (an experiment) and its results (a run). The results of all make a comparison."""
 
 import copy
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -23,7 +25,7 @@ from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
@@ -61,6 +63,72 @@ class Run:
     seconds: float = 0.0
     diverged: bool = False
     device: str = ""
+
+
+class RunStore:
+    """A folder with a JSON file for every finished run.
+
+    Args:
+        folder: Path of the folder. It is made if it does not exist.
+
+    Raises:
+        ArgumentError: If the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_folder(folder)
+
+    def load(self, method: str, seed: int, fingerprint: str) -> Run | None:
+        """Return a finished run with this fingerprint, or None if there is none, or its file is not complete."""
+        try:
+            saved = json.loads(self._path(method, seed).read_text())
+            return Run(**saved["run"]) if saved["fingerprint"] == fingerprint else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, run: Run, fingerprint: str) -> None:
+        """Write a run: all of it, or nothing if the program ends before."""
+        path = self._path(run.method, run.seed)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps({"fingerprint": fingerprint, "run": asdict(run)}))
+        os.replace(unfinished, path)
+
+    def _path(self, method: str, seed: int) -> Path:
+        # The hash keeps names apart that differ only in punctuation.
+        mark = hashlib.sha256(method.encode()).hexdigest()[:8]
+        return self.folder / f"{re.sub('[^A-Za-z0-9]+', '-', method)}-{mark}-{seed}.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of a comparison, from which its tables, pictures and report are made.
+
+    Attributes:
+        runs: The runs, method by method.
+        split: The class split of the training set.
+        data: The data module.
+        epochs: Length of each training.
+        gamma: Fraction of the training after which stage 2 begins, or None if no method is switched there.
+        config: Configuration that repeats the comparison, as YAML, if there is one.
+    """
+
+    runs: Sequence[Run]
+    split: ClassSplit
+    data: LongTailDataModule
+    epochs: int
+    gamma: float | None = None
+    config: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return type(self.data).__name__
+
+    @property
+    def validation_set(self) -> str:
+        """Name of the set that validates."""
+        return "test" if self.data.val_is_test else "validation"
 
 
 @dataclass(frozen=True)
@@ -192,7 +260,6 @@ class _Recorder(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last epoch: record whether the training diverged."""
         self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
 
     @override

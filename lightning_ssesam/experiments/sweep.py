@@ -132,11 +132,11 @@ class _Search:
         watch = _Watch(trial, self.metric, earliest)
         for seed in range(_FIRST_SEED, _FIRST_SEED + self.seeds):
             self._experiment(chosen).fit(seed, [watch])
-        return watch.finish()
+        return _value(watch.keep(watch.finished), self.metric)
 
     def _experiment(self, chosen: dict[str, float]) -> Experiment:
         objective = partial(SSESAM, head_rho=chosen["head_rho"], tail_rho=chosen["tail_rho"])
-        return Experiment("SSESAM", objective, gamma=chosen["gamma"], **self.recipe.options)
+        return Experiment("SSESAM", objective, gamma=chosen["gamma"], **vars(self.recipe))
 
 
 # Far from the seeds of compare, which begin at 0.
@@ -149,15 +149,13 @@ _SHARED = {field.name for field in fields(Recipe)} | {"gamma"}
 def _open_study(output: Path, settings: str) -> "optuna.Study":
     """Return the search in a folder, or a new one. Interrupted trials will be repeated."""
     import optuna
-    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     make_folder(output)
-    path, pruner = str(output / "journal.log"), optuna.pruners.MedianPruner()
-    storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-    study = optuna.create_study(
-        storage=storage, pruner=pruner, study_name="sweep", direction="maximize", load_if_exists=True
-    )
+    path = str(output / "journal.log")
+    storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+    study = optuna.create_study(storage=storage, study_name="sweep", direction="maximize", load_if_exists=True)
+    study.pruner = optuna.pruners.MedianPruner()
     if study.user_attrs.setdefault("settings", settings) != settings:
         found = f"{str(output)!r} holds a search with other settings."
         raise ArgumentError(f"{found} Use another `output`, or delete the folder.")
@@ -188,31 +186,23 @@ class _Watch(Callback):
         if not (accuracy := _accuracies(trainer)):
             return
         if math.isnan(_value(accuracy, self.metric)):
-            raise ArgumentError(
-                f"The metric {self.metric!r} is NaN: the validation set has no images of these classes. Use another"
-                " `metric`, or other data."
-            )
+            reason = "the validation set has no images of these classes"
+            raise ArgumentError(f"The metric {self.metric!r} is NaN: {reason}. Use another `metric`, or other data.")
         self.trial.report(_value(accuracy, self.metric), self.epoch)
         self.epoch += 1
-        self._keep([*self.finished, accuracy])
+        self.keep([*self.finished, accuracy])
         if (trainer.current_epoch + 1) >= self.earliest * (trainer.max_epochs or 1) and self.trial.should_prune():
             raise optuna.TrialPruned
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after the last epoch: record the accuracies."""
         if not (accuracy := _accuracies(trainer)):
-            raise ArgumentError(
-                "The training ended without a validation. Set `check_val_every_n_epoch` to at most `epochs`, and do not"
-                " switch validation off."
-            )
+            remedy = "Set `check_val_every_n_epoch` to at most `epochs`, and do not switch validation off."
+            raise ArgumentError(f"The training ended without a validation. {remedy}")
         self.finished.append(accuracy)
 
-    def finish(self) -> float:
-        """Return the metric of the trial, averaged over its seeds."""
-        return _value(self._keep(self.finished), self.metric)
-
-    def _keep(self, accuracies: list[dict[str, float]]) -> dict[str, float]:
+    def keep(self, accuracies: list[dict[str, float]]) -> dict[str, float]:
+        """Store the means of the accuracies, one for each seed, in the trial, and return them."""
         means = {group: statistics.mean(accuracy[group] for accuracy in accuracies) for group in GROUPS}
         for group, value in means.items():
             self.trial.set_user_attr(group, value)
@@ -230,13 +220,11 @@ def _value(accuracy: dict[str, float], metric: str) -> float:
 
 
 def _write_trials(trials: Sequence["optuna.trial.FrozenTrial"], path: Path) -> None:
-    rows = [
-        [trial.number, trial.state.name.lower()]
-        + [trial.params.get(name, "") for name in _PARAMETERS]
-        + [trial.user_attrs.get(group, "") for group in GROUPS]
-        for trial in trials
-    ]
-    write_csv(path, ["trial", "state", *_PARAMETERS, *GROUPS], rows)
+    columns, rows = (*_PARAMETERS, *GROUPS), []
+    for trial in trials:
+        found = trial.params | trial.user_attrs
+        rows.append([trial.number, trial.state.name.lower(), *(found.get(name, "") for name in columns)])
+    write_csv(path, ["trial", "state", *columns], rows)
 
 
 def _report(study: "optuna.Study", output: Path, config: str | None) -> dict[str, float]:

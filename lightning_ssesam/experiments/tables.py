@@ -4,7 +4,7 @@ import csv
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +27,20 @@ class Difference(NamedTuple):
         """Whether the interval excludes 0."""
         return abs(self.mean) > self.margin
 
+    def __str__(self) -> str:
+        """Return the difference in points with its margin, and a star if it is significant."""
+        if math.isnan(self.mean):
+            return "nan"
+        margin = "" if math.isnan(self.margin) else f" ± {self.margin:.1f}"
+        return f"{self.mean:+.1f}{margin}{'*' if self.is_significant else ''}"
+
 
 def paired_difference(values: dict[int, float], others: dict[int, float]) -> Difference:
     """Return the difference of ``values`` to ``others``, both by seed, over the seeds that both have.
 
     Example:
-        >>> difference = paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0})
-        >>> round(difference.mean, 3), round(difference.margin, 3)  # t = 4.303 with 2 degrees of freedom
-        (3.0, 2.484)
+        >>> print(paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}))
+        +3.0 ± 2.5*
     """
     from scipy.stats import t
 
@@ -48,24 +54,20 @@ def paired_difference(values: dict[int, float], others: dict[int, float]) -> Dif
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Return the runs of each method. Methods are in the order of their first runs."""
-    methods: dict[str, list[Run]] = {}
-    for run in runs:
-        methods.setdefault(run.method, []).append(run)
-    return methods
+    methods = dict.fromkeys(run.method for run in runs)
+    return {method: [run for run in runs if run.method == method] for method in methods}
 
 
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, Difference]]:
     """Return the difference of every other method to the first one, by method and group, in points of accuracy."""
-    (_, baseline), *others = by_method(runs).items()
-
-    def accuracies(method_runs: list[Run], group: str) -> dict[int, float]:
-        return {run.seed: 100 * run.accuracy[group] for run in method_runs}
-
+    points = {
+        method: {group: {run.seed: 100 * run.accuracy[group] for run in method_runs} for group in GROUPS}
+        for method, method_runs in by_method(runs).items()
+    }
+    first, *others = points
     return {
-        method: {
-            group: paired_difference(accuracies(method_runs, group), accuracies(baseline, group)) for group in GROUPS
-        }
-        for method, method_runs in others
+        method: {group: paired_difference(points[method][group], points[first][group]) for group in GROUPS}
+        for method in others
     }
 
 
@@ -88,34 +90,22 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    """Return a table of the accuracies in percent, mean and standard deviation over seeds, as text.
-
-    Several methods and seeds get a second table, of the differences to the first method.
-    """
+    """Return a table of the accuracies as text. Several methods and seeds get a second one, of the differences."""
     methods = by_method(runs)
     width = max(6, *map(len, methods))
-    heading = " ".join([f"{'':{width}}", *(f"{group:>12}" for group in GROUPS)])
-    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", heading]
+
+    def row(name: str, cells: Iterable[object]) -> str:
+        return " ".join([f"{name:{width}}", *(f"{cell!s:>12}" for cell in cells)])
+
+    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", row("", GROUPS)]
     for name, method_runs in methods.items():
-        cells = [f"{spread([run.accuracy[group] for run in method_runs], 4):>12}" for group in GROUPS]
-        lines.append(" ".join([f"{name:{width}}", *cells]))
+        lines.append(row(name, [spread([run.accuracy[group] for run in method_runs], 4) for group in GROUPS]))
     if len(methods) > 1 and len({run.seed for run in runs}) > 1:
         lines += ["", f"Difference to {next(iter(methods))}, with its 95 % interval over paired seeds (* excludes 0)"]
-        lines.append(heading)
-        for name, by_group in differences(runs).items():
-            cells = [f"{format_difference(by_group[group]):>12}" for group in GROUPS]
-            lines.append(" ".join([f"{name:{width}}", *cells]))
+        lines += [row("", GROUPS), *(row(name, by_group.values()) for name, by_group in differences(runs).items())]
     if diverged := diverged_runs(runs):
         lines.append(f"Diverged, with a loss that is not finite: {diverged}")
     return "\n".join(lines)
-
-
-def format_difference(difference: Difference) -> str:
-    """Return a difference in points with its margin, and a star if it is significant."""
-    if math.isnan(difference.mean):
-        return "nan"
-    margin = "" if math.isnan(difference.margin) else f" ± {difference.margin:.1f}"
-    return f"{difference.mean:+.1f}{margin}{'*' if difference.is_significant else ''}"
 
 
 def diverged_runs(runs: Sequence[Run]) -> str:
@@ -137,7 +127,7 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
     for name, method_runs in methods.items():
         cells = [spread([run.accuracy[group] for run in method_runs]) for group in GROUPS]
         cells.append(spread([run.best["all"] for run in method_runs]))
-        cells += [format_difference(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
+        cells += [str(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
         lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(cells)} |")
     note = f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* excludes 0)."
     return "\n".join([*lines, "", note, ""])
@@ -145,21 +135,16 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
     """Write a CSV file with a row for each run."""
-    if not runs:
-        return
     classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
     best = [f"best_{group}" for group in GROUPS]
     header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *classes]
     rows = []
     for run in runs:
         shares = [values[group] for values in (run.accuracy, run.best) for group in GROUPS]
-        shares = _rounded([*shares, *(run.confusion[name] for name in CONFUSIONS)])
-        rows.append([run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *_rounded(run.class_recalls)])
+        shares += [run.confusion[name] for name in CONFUSIONS]
+        row = [run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *run.class_recalls]
+        rows.append([round(value, 6) if isinstance(value, float) else value for value in row])
     write_csv(path, header, rows)
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]
 
 
 def write_summary(runs: Sequence[Run], path: Path) -> None:
@@ -168,9 +153,8 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
     for name, method_runs in by_method(runs).items():
         for group in GROUPS:
             values = [run.accuracy[group] for run in method_runs]
-            deviation = _deviation(values)
-            difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
-            numbers = (statistics.mean(values), deviation, difference.mean / 100, difference.margin / 100)
+            mean, margin = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
+            numbers = (statistics.mean(values), _deviation(values), mean / 100, margin / 100)
             rows.append([name, group, len(values), *("" if math.isnan(x) else round(x, 6) for x in numbers)])
     write_csv(path, ["method", "group", "seeds", "mean", "std", "difference", "margin_95"], rows)
 
@@ -179,7 +163,5 @@ def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -
     """Write a CSV file: all of it, or nothing if the program ends before."""
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file).writerows([header, *rows])
     os.replace(unfinished, path)
