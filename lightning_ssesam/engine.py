@@ -12,7 +12,7 @@ from lightning_ssesam.ascent import ascend, gradient_norm
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
-from lightning_ssesam.mixing import counts_batch, samples_mix
+from lightning_ssesam.mixing import counts_batch, why_not_apart
 from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, divides_batch, group_terms
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
@@ -31,6 +31,7 @@ class Outcome(NamedTuple):
         sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
             None for a term of radius 0.
         is_difference: Whether the passes were those of ``"difference"``.
+        note: With ``passes="auto"``, why passes are full from this step on, if this step has found that out.
     """
 
     loss: Tensor
@@ -38,6 +39,7 @@ class Outcome(NamedTuple):
     gradient_norms: Sequence[Tensor | None] = ()
     sharpness: Sequence[Tensor | None] = ()
     is_difference: bool = False
+    note: str | None = None
 
 
 class SharpnessEngine:
@@ -96,6 +98,7 @@ class SharpnessEngine:
         self._modules: list[nn.Module] = []
         self._mark = 0
         self._mixes: dict[int, bool] = {}
+        self._note: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
@@ -179,7 +182,8 @@ class SharpnessEngine:
             self._weights.forget()
             self._buffers.forget()
             self._clean_buffers.forget()
-        return _outcome(step, loss, norm)
+        note, self._note = self._note, None
+        return _outcome(step, loss, norm)._replace(note=note)
 
     def _all_passes(self, step: GradientSum, passes: str, reports_plain: bool) -> Tensor:
         """Leave in ``.grad`` the gradient of a step. Return the mean loss."""
@@ -188,9 +192,12 @@ class SharpnessEngine:
             if divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
-        if passes == "auto":
+        is_auto = passes == "auto"
+        if is_auto:
             passes = self._measured_passes(step)
         loss = step.clean_passes(step.plan(splits=passes == "split"))
+        if is_auto and passes == "split" and self._buffers.has_moved():
+            self._mixes[self._mark], self._note = True, "a forward has changed a buffer"
         self._perturbed_passes(step, reports_plain)
         return loss
 
@@ -201,22 +208,30 @@ class SharpnessEngine:
             pairs = zip(step.batch, step.plan(splits=True), strict=True)
             part, groups = next(((part, groups) for part, groups in pairs if len(groups) > 1), (None, []))
             if part is None:
-                return "full"
+                return "split"
             try:
-                mixes = self._mixes[self._mark] = self._forward_mixes(step, part, groups)
+                self._note = self._why_full(step, part, groups)
             finally:
                 step.start.restore()
                 self._buffers.restore()
+                # Autocast keeps the copies of weights that it has made without gradients.
+                torch.clear_autocast_cache()
+            mixes = self._mixes[self._mark] = self._note is not None
         return "full" if mixes else "split"
 
-    def _forward_mixes(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> bool:
+    def _why_full(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> str | None:
+        """Return why split passes would not be exact; None if they are."""
         with torch.no_grad():
             losses = part.sample_losses(None, False)
         if step.state.is_new:
             step.state.learn(step.start)
-        if self._buffers.differs() or step.state.moves_parameters or counts_batch(self._modules):
-            return True
-        return samples_mix(part, groups, losses, step.start)
+        if self._buffers.differs():
+            return "a forward changes buffers"
+        if step.state.moves_parameters:
+            return "a forward moves parameters that are not trained"
+        if counts_batch(self._modules):
+            return "an embedding with `scale_grad_by_freq` counts the whole batch"
+        return why_not_apart(part, groups, losses, step.start)
 
     def _state_of(self, modules: list[nn.Module], parameters: list[Tensor], device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from lightning_ssesam.snapshots import Snapshot, overlaps_itself, set_torch_random_state, torch_random_state
+from lightning_ssesam.tensors import is_sharded
 
 # Attributes of modules that hold what is looked at by itself.
 _NOT_STATE = {"_modules", "_parameters", "_buffers"}
@@ -29,20 +31,23 @@ class _Generator(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Holder:
-    """A dictionary, list or deque that holds tensors. Of a dictionary, only untrained tensors and None count."""
+    """A dictionary, list or deque that holds tensors. Of a dictionary, only tensors and None count."""
 
     owner: Any
 
     def read(self) -> Any:
-        if isinstance(self.owner, dict):
-            return {name: value for name, value in self.owner.items() if value is None or _is_untrained(value)}
+        if hasattr(self.owner, "items"):
+            return {name: value for name, value in self.owner.items() if value is None or isinstance(value, Tensor)}
         return list(self.owner)
 
     def write(self, held: Any) -> None:
-        if isinstance(self.owner, dict):
-            for name in self.read().keys() - held.keys():
+        if isinstance(held, dict):
+            now = self.read()
+            for name in now.keys() - held.keys():
                 del self.owner[name]
-            self.owner.update(held)
+            for name, value in held.items():
+                if name not in now or now[name] is not value:
+                    self.owner[name] = value
         elif len(held) != len(self.owner) or any(a is not b for a, b in zip(held, self.owner, strict=True)):
             self.owner.clear()
             self.owner.extend(held)
@@ -50,7 +55,7 @@ class _Holder:
     def tensors(self) -> list[Tensor]:
         held = self.read()
         values = held.values() if isinstance(held, dict) else held
-        return [t for t in values if _is_untrained(t) and not overlaps_itself(t)]
+        return [t for t in values if _is_untrained(t)]
 
     def is_rebound(self, held: Any) -> bool:
         now = self.read()
@@ -133,8 +138,8 @@ class ForwardState:
         self._holders = list(dict.fromkeys([*rebound, *self._copied]))
         first.bindings = [(holder, held) for holder, held in first.bindings if holder in self._holders]
         first.copies = [(holder, copies) for holder, copies in first.copies if holder in self._copied]
-        parameters = [vars(module)["_parameters"] for module in self._modules]
-        self.moves_parameters = any(holder.owner is names for holder in self._holders for names in parameters)
+        parameters = {id(module._parameters) for module in self._modules}
+        self.moves_parameters = any(id(holder.owner) in parameters for holder in self._holders)
         self.is_new = False
 
 
@@ -148,18 +153,22 @@ def _are_same(first: Any, second: Any) -> bool:
 
 
 def _is_untrained(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.requires_grad
+    """Return whether a value is a tensor that a forward may move, and that can be copied and written to."""
+    if not isinstance(value, Tensor) or is_lazy(value) or value.requires_grad or is_sharded(value):
+        return False
+    is_plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_inference())
+    return is_plain and not overlaps_itself(value)
 
 
 def _holders_of(modules: Sequence[nn.Module]) -> Iterator[_Holder]:
     for module in modules:
         attributes = vars(module)
         yield _Holder(attributes)
-        if any(_is_untrained(p) for p in attributes["_parameters"].values()):
-            yield _Holder(attributes["_parameters"])
+        if any(_is_untrained(p) for p in module._parameters.values()):
+            yield _Holder(module._parameters)
         # Those of torch's normalizations do not change what a forward in training mode returns.
-        if attributes["_buffers"] and not isinstance(module, _NormBase):
-            yield _Holder(attributes["_buffers"])
+        if module._buffers and not isinstance(module, _NormBase):
+            yield _Holder(module._buffers)
         for name, value in attributes.items():
             if name not in _NOT_STATE and "hooks" not in name and isinstance(value, list | dict | deque):
                 yield _Holder(value)

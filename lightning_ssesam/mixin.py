@@ -266,6 +266,8 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def _log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
         options, names = self.step_options, self._step.logs.flush(super().log)
+        if outcome.note is not None:
+            rank_zero_info(f"`passes='auto'` forwards the whole batch in every pass: {outcome.note}.")
         if "train/loss" not in names and size > 0:
             self.log("train/loss", outcome.loss, batch_size=size)
             self._step.loss_on_bar = outcome.loss

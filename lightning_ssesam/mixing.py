@@ -20,34 +20,46 @@ def counts_batch(modules: Iterable[nn.Module]) -> bool:
 
 
 @torch.no_grad()
-def samples_mix(part: MicroBatch, groups: list[Forward], losses: Tensor, met: Moment) -> bool:
-    """Return whether the losses of some samples depend on others, by forwarding a part of the batch once more.
+def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: Moment) -> str | None:
+    """Return why groups of samples cannot be forwarded apart, after forwarding a part of the batch again; else None.
 
-    The samples of one group stay where they are. Copies of them take the places of all others. Shape, weights and
-    random numbers are the same, so the losses of the group are the same to the last bit, unless samples mix or the
+    For each group, its samples stay where they are, and copies of them take the places of all others. Shape, weights
+    and random numbers are the same, so the losses of the group are the same to the last bit, unless samples mix or the
     forward depends on what the first one has moved. This cannot show a dependence on the number of samples alone.
     Where a forward draws no random numbers, the group is therefore forwarded alone as well.
 
     Args:
         part: A part of the batch that has been forwarded.
-        groups: The forwards of its groups, at least two.
+        groups: The forwards of its groups, at least two, each with its samples.
         losses: The losses ``(N, ...)`` of that forward.
         met: What that forward met. Only the generators are put back.
     """
-    samples = min((group.samples for group in groups if group.samples is not None), key=len)
-    index = samples[torch.arange(len(losses)) % len(samples)]
-    index[samples] = samples
-    expected, draws = rows(losses, samples), bool(met.used_generators())
-    met.restore_generators()
-    if not _same_bits(rows(part.sample_losses(index, False), samples), expected):
-        return True
-    if draws:
-        return False
-    alone = part.sample_losses(samples, False)
-    tolerance = _ROUNDING_OF_DOUBLE if losses.dtype == torch.float64 else _ROUNDING
-    size = float(expected.abs().max())
-    return not torch.allclose(alone, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+    draws = bool(met.used_generators())
+    for group in groups:
+        samples = group.samples
+        assert samples is not None
+        expected = rows(losses, samples)
+        index = samples[torch.arange(len(losses)) % len(samples)]
+        index[samples] = samples
+        met.restore_generators()
+        try:
+            among_copies = part.sample_losses(index, False)
+            alone = None if draws else part.sample_losses(samples, False)
+        except Exception as error:
+            # The whole batch has just been forwarded, so this comes of picking samples.
+            return f"samples cannot be picked from the batch ({error})"
+        if not _same_bits(rows(among_copies, samples), expected):
+            return "samples mix: the loss of a sample depends on the other samples of the batch"
+        if alone is not None and not _same_up_to_rounding(alone, expected):
+            return "the loss of a sample depends on the number of samples in the batch"
+    return None
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
     return bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
+def _same_up_to_rounding(alone: Tensor, expected: Tensor) -> bool:
+    tolerance = _ROUNDING_OF_DOUBLE if expected.dtype == torch.float64 else _ROUNDING
+    size = float(expected.abs().max())
+    return torch.allclose(alone, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 Buffers = dict[str, Tensor | None]
@@ -66,27 +67,37 @@ class BufferSnapshot(Snapshot):
     def __init__(self) -> None:
         super().__init__()
         self._bindings: list[tuple[Buffers, Buffers]] = []
+        self._versions: list[int] = []
 
     def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
         tensors = [t for names in buffers for t in names.values() if t is not None]
+        if any(map(is_lazy, tensors)):
+            # The first forward makes them.
+            tensors = [t for t in tensors if not is_lazy(t)]
         self.save([t for t in tensors if t.is_contiguous() or not overlaps_itself(t)])
-        self._bindings = [(names, dict(names)) for names in buffers]
+        self._versions = [t._version for t in self._tensors]
+        self._bindings = [(names, dict(names.items())) for names in buffers]
 
     @override
     def restore(self) -> None:
         for names, saved in self._bindings:
-            names.update(saved)
+            for name, tensor in saved.items():
+                if names[name] is not tensor:
+                    names[name] = tensor
         super().restore()
+        self._versions = [t._version for t in self._tensors]
+
+    def has_moved(self) -> bool:
+        """Return whether a buffer is another tensor than when it was saved, or was written to. Looks at no values."""
+        return self._is_rebound() or any(t._version != v for t, v in zip(self._tensors, self._versions, strict=True))
 
     @override
     def differs(self) -> bool:
-        rebound = any(names[name] is not t for names, saved in self._bindings for name, t in saved.items())
-        return rebound or super().differs()
+        return self._is_rebound() or super().differs()
 
-    def any(self) -> bool:
-        """Return whether there is any buffer."""
-        return any(t is not None for _, saved in self._bindings for t in saved.values())
+    def _is_rebound(self) -> bool:
+        return any(names[name] is not t for names, saved in self._bindings for name, t in saved.items())
 
     @override
     def forget(self) -> None:
