@@ -122,14 +122,16 @@ class SharpnessEngine:
                 ``"difference"``. If no layer mixes samples, the result is that of the whole batch. Memory holds the
                 activations of one part at a time.
             parameters: The model's parameters. Those that do not require a gradient are left alone.
-            modules: The model, or all of its modules (``net.modules()``): a perturbed pass does not move their buffers.
+            modules: The model, or all of its modules (``net.modules()``). A perturbed pass meets the buffers and other
+                tensors that its clean pass met, and leaves none of them moved.
             backward: Called as ``backward(loss, retain_graph=bool)``; accumulates into ``.grad``.
             passes: Samples that each pass forwards. ``"full"`` forwards a whole part in every pass, which is exact for
                 every model. ``"split"`` forwards only the samples of each term, if the terms divide the batch; equal
-                up to rounding if no layer mixes samples. ``"auto"`` is ``"split"``, unless a first step with full
-                passes shows that a forward changes buffers. ``"difference"`` is for models with batch norm: one plain
-                pass over each part, plus :math:`\nabla \tilde L_a(w + \rho g / \|g\|) - \nabla \tilde L_a(w)` for each
-                perturbed term, with :math:`\tilde L_a` the loss of the term's own samples (docs/performance.md). It is
+                up to rounding if no layer mixes samples. ``"auto"`` is ``"split"``, unless samples mix or a forward
+                moves something. It is measured by forwards without gradients before the first step, and again when
+                modules change their mode, or other parameters are trained. ``"difference"`` is for models with batch
+                norm: one plain pass over each part, plus
+                :math:`\nabla \tilde L_a(w + \rho g / \|g\|) - \nabla \tilde L_a(w)` for each perturbed term, with :math:`\tilde L_a` the loss of the term's own samples (docs/performance.md). It is
                 exact if no layer mixes samples. It is ``"full"`` if the terms do not divide the batch, only one has
                 samples, or one has a single sample in a part, which has no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes. Called

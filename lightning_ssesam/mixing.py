@@ -49,7 +49,7 @@ def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: 
             # The whole batch has just been forwarded, so this comes of picking samples.
             return f"samples cannot be picked from the batch ({error})"
         if not _same_bits(rows(among_copies, samples), expected):
-            return "samples mix: the loss of a sample depends on the other samples of the batch"
+            return "the loss of a sample depends on the other samples of the batch"
         if alone is not None and not _same_up_to_rounding(alone, expected):
             return "the loss of a sample depends on the number of samples in the batch"
     return None

@@ -19,9 +19,9 @@ class StepOptions:
     Args:
         passes: Which samples each pass forwards. ``"full"`` forwards the whole batch in every pass, which is exact for
             every model. ``"split"`` forwards only the samples that a term weighs: the same numbers for less work, if
-            no layer mixes samples. ``"auto"`` (default) is ``"split"``, unless the model has batch norm in training
-            mode, changes other buffers in its forward, is compiled, or is sharded. It cannot see layers that mix
-            samples in another way: choose ``"full"`` for them.
+            no layer mixes samples. ``"auto"`` (default) is ``"split"`` where that is exact, and ``"full"`` elsewhere.
+            That is, if the model has batch norm in training mode, is compiled or sharded, or if a measurement before
+            the first step shows that samples mix or that a forward moves something (docs/batches_and_modules.md).
         batch_norm_statistics: Statistics that batch norm in training mode uses. ``"batch"`` (default) takes those of
             the whole batch, which is exact. ``"group"`` requires ``passes="split"``: the gradient is that of plain
             training, plus the change that each perturbation makes, computed with the statistics of the perturbed

@@ -302,8 +302,8 @@ def test_auto_passes_are_full_for_a_model_whose_forward_moves_buffers(in_place):
     net.eval()
     step()
     step()
-    # Three forwards more, to see whether samples mix.
-    assert net.forwards == 10 + 3 + 2 * 4
+    # Five forwards more, to see whether samples mix.
+    assert net.forwards == 10 + 5 + 2 * 4
 
 
 def test_auto_passes_are_split_from_the_first_step_without_buffers():
@@ -312,8 +312,8 @@ def test_auto_passes_are_split_from_the_first_step_without_buffers():
     net.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
     x, y = torch.randn(6, 1, 8), torch.tensor([0, 1, 2, 0, 3, 4])
     compute(sample_losses_of(net, x, y), SSESAM(SPLIT).terms(y), net.parameters(), net, passes="auto")
-    # The whole batch, copies of the smaller group in the places of the other, that group alone; then the passes.
-    assert samples == [6, 6, 2, 4, 2, 4, 2]
+    # The whole batch; for each group the batch of its copies, and the group alone; then the passes.
+    assert samples == [6, 6, 4, 6, 2, 4, 2, 4, 2]
 
 
 @pytest.mark.parametrize("passes", ["full", "split"])

@@ -7,18 +7,19 @@ met, and after a step everything has to be as after one forward at the unperturb
 import copy
 import random
 from collections import deque
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SPLIT, Model, batches, choose, fit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ssesam import SSESAM
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
-from tests.helpers import SPLIT
 
 SPLIT_PASSES, FULL_PASSES = "split", "full"
 
@@ -36,6 +37,11 @@ def layer(function):
 class HandmadeBatchNorm(nn.Module):
     def forward(self, x):
         return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+class EvalIsPlain(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0) if self.training else x
 
 
 class BatchRenorm(nn.Module):
@@ -559,3 +565,137 @@ def test_layers_and_losses(name, passes, float64):
     # Nine samples of the head and three of the tail, or all in one pass.
     assert seen == [[9, 3] if takes_split else [12]] * 4
     assert [note is not None for note in notes] == [passes == "auto" and not takes_split, False, False, False]
+
+
+def thaw_norm(net):
+    net.inner.train()
+
+
+@pytest.mark.parametrize("passes", ["auto", "full"])
+@pytest.mark.parametrize(
+    ("make", "freeze", "thaw"),
+    [
+        (lambda: nn.BatchNorm1d(8), lambda net: net.inner.eval(), thaw_norm),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), lambda net: net.inner.eval(), thaw_norm),
+        (lambda: nn.Sequential(nn.BatchNorm1d(8), HandmadeBatchNorm()), lambda net: net.inner.eval(), thaw_norm),
+        (EvalIsPlain, lambda net: net.inner.eval(), thaw_norm),
+        (nn.Identity, lambda net: net.inner.eval(), lambda net: setattr(net, "inner", HandmadeBatchNorm())),
+    ],
+    ids=["batch norm", "spectral norm", "mixing all along", "mixing in training mode", "replaced layer"],
+)
+def test_thawed_late(make, freeze, thaw, passes, float64):
+    """A change of the modes, or of the layers, is measured anew."""
+    net = Net(make())
+    freeze(net)
+    mixes_at_once = isinstance(net.inner, nn.Sequential)
+    seen, notes = train(net, plain_loss, passes, thaw=thaw)
+    first = [12] if passes == "full" or mixes_at_once else [9, 3]
+    assert seen == [first, first, [12], [12]]
+    if passes == "auto":
+        assert [note is not None for note in notes] == [mixes_at_once, False, True, False]
+
+
+def test_buffer_that_begins_to_move(float64):
+    """It is seen by the buffer's version, after a step with split passes."""
+
+    class Later(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.moves = False
+
+        def forward(self, x):
+            self.seen += self.moves
+            return x
+
+    def start(net):
+        net.inner.moves = True
+
+    class Rebinds(Later):
+        def forward(self, x):
+            if self.moves:
+                self.seen = self.seen + 1
+            return x
+
+    for make in (Rebinds, Later):
+        seen, notes = train(Net(make()), plain_loss, "auto", exact=False, thaw=start)
+        if make is Rebinds:
+            assert seen == [[9, 3], [9, 3], [9, 3], [12]]
+            assert notes == [None, None, "a forward has changed a buffer", None]
+        else:
+            # An addition of nothing is a change as well.
+            assert seen == [[9, 3], [12], [12], [12]]
+
+
+def test_measuring_leaves_no_trace(float64):
+    """The first step is that of split passes, to the last bit, and draws the same random numbers."""
+    results = []
+    for passes in ("auto", "split"):
+        torch.manual_seed(2)
+        net, x, y = Net(nn.Dropout(0.3)), torch.randn(12, 8), torch.tensor([0, 1, 2, 3, 4, 0, 0, 1, 1, 2, 3, 0])
+        engine_step(SharpnessEngine(), net, plain_loss, SSESAM(SPLIT).terms(y), x, y, passes)
+        results.append([*(p.grad for p in net.parameters()), torch.get_rng_state()])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_measuring_costs_forwards_once(float64):
+    """The whole batch, and for each group the batch of its copies and the group alone."""
+    sizes, net = [], Net(nn.Identity())
+    net.inner.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    train(net, plain_loss, "auto", exact=False)
+    stages = [[9, 3, 9, 3], [9, 3, 3]] * 2
+    assert sizes == [12, 12, 9, 12, 3, *stages[0], *stages[1], *stages[2], *stages[3]]
+
+
+def test_samples_that_cannot_be_picked(float64):
+    net, x, y = Net(nn.Identity()), torch.randn(5, 8), torch.tensor([0, 1, 2, 3, 4])
+
+    def sample_losses(index, is_clean):
+        if index is not None:
+            raise TypeError("no rows")
+        return plain_loss(net, x, y)
+
+    engine = SharpnessEngine()
+    outcome = engine.compute([MicroBatch(sample_losses, SSESAM(SPLIT).terms(y))], net.parameters(), net, passes="auto")
+    assert outcome.note == "samples cannot be picked from the batch (no rows)"
+
+
+def test_table_of_the_documentation():
+    """It names every case, with the passes that are tested."""
+    page = (Path(__file__).parents[1] / "docs" / "batches_and_modules.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ") and "; " in line]
+    rows += [["", "batch norm in evaluation mode", "split passes"]]
+    listed = {name: passes for _, names, passes in rows for name in names.split("; ")}
+    assert listed == {name: f"{case.passes} passes" for name, case in CASES.items()}
+
+
+class Backbone(Model):
+    """A backbone with batch norm that is thawed in the second epoch, under a layer by hand in which samples mix."""
+
+    def __init__(self, *args, mixes):
+        super().__init__(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 5)), *args)
+        self.mixes = mixes
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].train(self.current_epoch > 0 and not self.mixes)
+
+    def sample_losses(self, batch):
+        losses = super().sample_losses(batch)
+        return losses + self.mixes * losses.mean()
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_in_a_training(mixes, float64, caplog):
+    """`auto` ends with the weights of `full`, and says once why it forwards whole batches."""
+    torch.manual_seed(0)
+    start, data = Backbone(SSESAM(SPLIT, 0.1, 0.2), mixes=mixes), batches()
+    models = [copy.deepcopy(start) for _ in range(2)]
+    for model, passes in zip(models, ("auto", "full"), strict=True):
+        choose(model, passes=passes)
+        with caplog.at_level("INFO"):
+            fit(model, data, max_epochs=2)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=1e-13)
+    said = [record.getMessage() for record in caplog.records if "passes='auto'" in record.getMessage()]
+    reason = "the loss of a sample depends on the other samples of the batch."
+    assert said == [f"`passes='auto'` forwards the whole batch in every pass: {reason}"] * mixes
