@@ -131,9 +131,10 @@ class SharpnessEngine:
                 moves something. It is measured by forwards without gradients before the first step, and again when
                 modules change their mode, or other parameters are trained. ``"difference"`` is for models with batch
                 norm: one plain pass over each part, plus
-                :math:`\nabla \tilde L_a(w + \rho g / \|g\|) - \nabla \tilde L_a(w)` for each perturbed term, with :math:`\tilde L_a` the loss of the term's own samples (docs/performance.md). It is
-                exact if no layer mixes samples. It is ``"full"`` if the terms do not divide the batch, only one has
-                samples, or one has a single sample in a part, which has no variance.
+                :math:`\nabla \tilde L_a(w + \rho g / \|g\|) - \nabla \tilde L_a(w)` for each perturbed term, with
+                :math:`\tilde L_a` the loss of the term's own samples (docs/performance.md). It is exact if no layer
+                mixes samples. It is ``"full"`` if the terms do not divide the batch, only one has samples, or one has a
+                single sample in a part, which has no variance.
             synchronize: Replaces the ``.grad`` of the parameters by their sum (or mean) over several processes. Called
                 equally often in each process: once per term of positive radius, and once at the end.
             processes: Processes whose samples a perturbation is computed from. With ``"local"``, each process perturbs

@@ -78,10 +78,17 @@ class ExactResume(Callback):
             loops = trainer.fit_loop.epoch_loop
             self._replacements.follow(loops.manual_optimization, "run", lambda: self._after_step(trainer))
             internals.precede_iterator(self._replacements, trainer, lambda: self._on_iterator(trainer))
+            self._replacements.precede(trainer.fit_loop, "setup_data", lambda: self._before_data(trainer))
             # To skip a finished validation, a resumed run may make an iterator over its data. That draws random
             # numbers, which an unbroken run does not draw.
             name = "increment_progress_to_evaluation_end"
             self._replacements.replace(loops.val_loop, name, isolate_rng()(getattr(loops.val_loop, name)))
+
+    def _before_data(self, trainer: pl.Trainer) -> None:
+        """Called before the loader is made, unless there is one: let it be made after the checkpoint is loaded."""
+        if self._to_restore is not None:
+            # `estimated_stepping_batches` in `configure_optimizers` has made one without a state.
+            internals.forget_loader(trainer)
 
     def _on_iterator(self, trainer: pl.Trainer) -> None:
         """Called before the run's first iterator over the data is made, because making it may draw random numbers."""

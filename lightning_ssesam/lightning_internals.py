@@ -44,6 +44,7 @@ EXACT_RESUME = {
     "trainer.fit_loop._combined_loader": _FIT,
     "trainer.fit_loop._combined_loader_states_to_load": _FIT,
     "trainer.fit_loop._data_fetcher": _FIT,
+    "trainer.fit_loop.setup_data": _FIT,
     "trainer.fit_loop.restarted_mid_epoch": _FIT,
     "trainer.fit_loop.restarted_on_epoch_end": _FIT,
     "trainer.fit_loop.epoch_progress.current.processed": _PROGRESS,
@@ -105,6 +106,16 @@ class Replacements:
             output = method(*args, **kwargs)
             function()
             return output
+
+        self.replace(owner, name, call)
+
+    def precede(self, owner: object, name: str, function: Callable[[], None]) -> None:
+        """Call a function before every call of a method."""
+        method = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            function()
+            return method(*args, **kwargs)
 
         self.replace(owner, name, call)
 
@@ -178,6 +189,12 @@ def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
 def precede_iterator(replacements: Replacements, trainer: pl.Trainer, function: Callable[[], None]) -> None:
     """Call a function when the loaders have their states, right before the run's first iterator is made."""
     replacements.follow(trainer.fit_loop, "_load_combined_loader_states", function)
+
+
+def forget_loader(trainer: pl.Trainer) -> None:
+    """Let Lightning make the training loader anew when it asks for it next."""
+    loop: Any = trainer.fit_loop
+    loop._combined_loader = None
 
 
 def loaders(trainer: pl.Trainer) -> list[Any]:

@@ -58,6 +58,10 @@ class SharpnessAwareMixin(pl.LightningModule):
     objective: Objective
     step_options: StepOptions = StepOptions()
 
+    # What `to_torchscript` must leave out.
+    __jit_ignored_attributes__ = ["objective", "step_options", "_step"]  # noqa: RUF012
+    __jit_unused_properties__ = [*pl.LightningModule.__jit_unused_properties__, "in_clean_pass"]  # noqa: RUF012
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._step = StepState()

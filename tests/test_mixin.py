@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Objective, SharpnessAwareMixin, StageSwitch
+from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, LongTailClassifier, Objective, SharpnessAwareMixin, StageSwitch
 from lightning_ssesam.batches import terms_of_union
 
 pytestmark = STRICT
@@ -51,6 +52,26 @@ def naive_training(net, objective, data, optimizer):
         for p, g in zip([p for p in net.parameters() if p.requires_grad], gradient, strict=True):
             p.grad = g
         optimizer.step()
+
+
+def fill_weights(layer):
+    if not isinstance(layer.weight, torch.nn.parameter.UninitializedParameter):
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-1, 1, layer.weight.numel()).view_as(layer.weight))
+            layer.bias.zero_()
+
+
+class Scriptable(Model):
+    def forward(self, inputs):
+        return self.net(inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", [{"method": "script"}, {"method": "trace", "example_inputs": torch.randn(3, 8)}])
+def test_to_torchscript(options):
+    for model in (Scriptable(objective=SSESAM(SPLIT)), LongTailClassifier([50, 40, 30, 6, 5], nn.Linear(8, 5))):
+        inputs = torch.randn(2, 8)
+        torch.testing.assert_close(model.to_torchscript(**options)(inputs), model(inputs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("float64")
@@ -112,6 +133,22 @@ class TestTraining:
         assert sum(calls[5:]) == 2 * 24 * len(data)
         torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=1e-14)
         assert_same_bits(models[0].net[1].buffers(), net[1].buffers())
+
+    @pytest.mark.parametrize("passes", ["auto", "full", "split"])
+    def test_lazy_modules(self, passes):
+        """They end with the weights of modules that were made at once."""
+        lazy_norm, norm = (nn.Tanh(), nn.Tanh()) if passes == "split" else (nn.LazyBatchNorm1d(), nn.BatchNorm1d(16))
+        lazy = nn.Sequential(nn.LazyLinear(16), lazy_norm, nn.LazyLinear(5))
+        made = nn.Sequential(nn.Linear(8, 16), norm, nn.Linear(16, 5))
+        # Lazy layers reset their parameters when they make them.
+        for layer in (lazy[0], lazy[2], made[0], made[2]):
+            layer.reset_parameters = partial(fill_weights, layer)
+            layer.reset_parameters()
+        models = [Model(net, SSESAM(SPLIT), passes) for net in (lazy, made)]
+        data = batches()
+        for model in models:
+            fit(model, data)
+        torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=1e-14)
 
     def test_mixup_and_cutmix(self):
         class Mixed(Model):

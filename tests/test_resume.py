@@ -146,6 +146,31 @@ def checkpoints(folder="checkpoints", **options):
     return ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **options)
 
 
+class KnowsItsSteps(Random):
+    """Asks for the number of steps when the optimizer is made, before a checkpoint is loaded. This makes the loader."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == BATCHES * EPOCHS
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", ["own", "torchdata", "shuffled"])
+def test_loader_that_is_made_before_the_checkpoint_is_loaded(kind):
+    x, y = classification_batch(n=8 * BATCHES)
+
+    def loader():
+        if kind == "own":
+            return Stateful(data())
+        return (StatefulDataLoader if kind == "torchdata" else DataLoader)(TensorDataset(x, y), 8, shuffle=True)
+
+    every = {"every_n_epochs": 1} if kind == "shuffled" else {"every_n_train_steps": 1}
+    whole = run(callbacks=[checkpoints(**every)], loader=loader(), model=KnowsItsSteps())
+    files = sorted(Path("checkpoints").glob("*.ckpt"))
+    assert len(files) == (EPOCHS if kind == "shuffled" else BATCHES * EPOCHS)
+    for path in files:
+        assert_same_end(run(path, loader=loader(), model=KnowsItsSteps()), whole)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_from_the_checkpoint_of_every_step(accumulate):
     uninterrupted = run(accumulate=accumulate)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -107,10 +108,16 @@ class LongTailClassifier(SharpnessAwareMixin):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(N, C)`` of inputs ``(N, ...)``."""
         logits: Tensor = self.backbone(inputs)
-        if logits.shape[1:2] != (self.split.num_classes,):
+        # TorchScript knows no checks, and a trace takes them for constants.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_logits(logits)
+        return logits
+
+    def _check_logits(self, logits: Tensor) -> None:
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if not is_traced and logits.shape[1:2] != (self.split.num_classes,):
             expected = f"a network with logits (N, {self.split.num_classes}), one for each class"
             raise bad_argument("backbone", expected, got_text=f"one with an output of shape {tuple(logits.shape)}")
-        return logits
 
     @override
     def sample_losses(self, batch: tuple[Tensor, Tensor]) -> Tensor:
