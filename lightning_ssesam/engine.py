@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from lightning_ssesam.mixing import counts_batch, why_not_apart
 from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, divides_batch, group_terms
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+
+Passes = Literal["auto", "full", "split", "difference"]
 
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]
 
@@ -109,7 +111,7 @@ class SharpnessEngine:
         parameters: Iterable[Tensor],
         modules: nn.Module | Iterable[nn.Module] = (),
         backward: Callable[..., None] = Tensor.backward,
-        passes: Literal["auto", "full", "split", "difference"] = "full",
+        passes: Passes = "full",
         synchronize: Callable[[], None] | None = None,
         processes: Literal["global", "local"] = "global",
         check_finite: Callable[[bool], bool] | None = None,
@@ -151,7 +153,7 @@ class SharpnessEngine:
             ArgumentError: If an argument is out of range, or the losses do not have the shape of the weights.
             NonFiniteError: If ``check_finite`` returns False.
         """
-        check_choice("passes", passes, ("auto", "full", "split", "difference"))
+        check_choice("passes", passes, get_args(Passes))
         check_choice("processes", processes, ("global", "local"))
         summands = [Summand(rho, terms) for rho, terms in group_terms(batch)]
         parameters = list(parameters)
@@ -160,7 +162,8 @@ class SharpnessEngine:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
         modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
         state, buffers = self._state_of(modules, parameters, params[0].device), buffers_of(modules)
-        self._start = start = state.moment()
+        is_perturbed = any(summand.rho > 0 for summand in summands)
+        self._start = start = state.everything() if state.is_new and is_perturbed else state.moment()
         self._buffers.save_buffers(buffers)
         shared = synchronize if processes == "global" else None
         step = GradientSum(batch, params, buffers, backward, summands, shared, state, start, self._clean_buffers)
@@ -195,42 +198,47 @@ class SharpnessEngine:
             if divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
-        is_auto = passes == "auto"
-        if is_auto:
+        if passes == "auto":
             passes = self._measured_passes(step)
         loss = step.clean_passes(step.plan(splits=passes == "split"))
-        if is_auto and passes == "split" and self._buffers.has_moved():
+        if self._mixes.get(self._mark) is False and self._buffers.has_moved():
             self._mixes[self._mark], self._note = True, "a forward has changed a buffer"
         self._perturbed_passes(step, reports_plain)
         return loss
 
     def _measured_passes(self, step: GradientSum) -> Literal["full", "split"]:
         """Return the passes of ``"auto"``. Where they are not known, forward a part of the batch to find out."""
-        mixes = self._mixes.get(self._mark)
-        if mixes is None:
+        if self._mark not in self._mixes:
             pairs = zip(step.batch, step.plan(splits=True), strict=True)
-            part, groups = next(((part, groups) for part, groups in pairs if len(groups) > 1), (None, []))
+            part, groups = next((pair for pair in pairs if len(pair[1]) > 1), (None, []))
             if part is None:
                 return "split"
             try:
-                self._note = self._why_full(step, part, groups)
+                with torch.no_grad():
+                    self._note = self._why_full(step, part, groups)
             finally:
                 step.start.restore()
                 self._buffers.restore()
                 # Autocast keeps the copies of weights that it has made without gradients.
                 torch.clear_autocast_cache()
-            mixes = self._mixes[self._mark] = self._note is not None
-        return "full" if mixes else "split"
+            self._mixes[self._mark] = self._note is not None
+        return "full" if self._mixes[self._mark] else "split"
 
     def _why_full(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> str | None:
-        """Return why split passes would not be exact; None if they are."""
-        with torch.no_grad():
+        """Return why groups of samples cannot be forwarded apart; None if they can."""
+        state = step.state
+        try:
             losses = part.sample_losses(None, False)
-        if step.state.is_new:
-            step.state.learn(step.start)
+        except Exception as error:
+            return f"a forward outside of the clean pass fails ({error})"
+        if state.is_new:
+            state.learn(step.start, is_clean=False)
+        if not isinstance(losses, Tensor) or losses.shape != part.terms[0].weights.shape:
+            # The clean pass will say so.
+            return None
         if self._buffers.differs():
             return "a forward changes buffers"
-        if step.state.moves_parameters:
+        if state.moves_parameters:
             return "a forward moves parameters that are not trained"
         if counts_batch(self._modules):
             return "an embedding with `scale_grad_by_freq` counts the whole batch"
@@ -240,6 +248,8 @@ class SharpnessEngine:
         """Return what the forwards of the model move. A change of the model asks for a new one."""
         layers = bytes(module.training for module in modules) + bytes(len(m._buffers) % 256 for m in modules)
         mark = zlib.crc32(layers + bytes(p.requires_grad for p in parameters))
+        if modules != self._modules:
+            self._mixes = {}
         if self._state is None or mark != self._mark or modules != self._modules:
             self._state, self._mark, self._modules = ForwardState(modules, device), mark, modules
         return self._state
@@ -257,8 +267,8 @@ class SharpnessEngine:
             end = step.state.moment()
             self._weights.save([local_part(p) for p in step.params])
             for summand in perturbed:
-                self._ascended_passes(step, summand)
-            end.restore()
+                self._ascended_passes(step, summand, end)
+            end.restore(step.state.returning)
 
     def _difference_passes(self, step: GradientSum, split_plan: Plan) -> Tensor:
         """Leave in ``.grad`` the gradient of ``"difference"``. Return the mean loss."""
@@ -277,12 +287,12 @@ class SharpnessEngine:
                 whole.subtract(summand)
                 step.find_norm(summand)
                 step.hold(whole)
-                self._ascended_passes(step, summand)
-        end.restore()
+                self._ascended_passes(step, summand, end)
+        end.restore(step.state.returning)
         step.summands = [whole, *(summand for summand in terms if summand.rho > 0)]
         return loss
 
-    def _ascended_passes(self, step: GradientSum, summand: Summand) -> None:
+    def _ascended_passes(self, step: GradientSum, summand: Summand, end: Moment) -> None:
         """Add to ``.grad`` the gradient of a summand at its ascended weights."""
         if not summand.passes:
             return
@@ -292,8 +302,13 @@ class SharpnessEngine:
         # Free the direction, because the passes need its memory.
         summand.gradient = None
         for clean in summand.passes:
-            clean.met.restore()
-            loss = weighted_sum(clean.sample_losses(clean.samples, False), clean.weights)
+            clean.met.restore(step.state.returning)
+            losses = clean.sample_losses(clean.samples, False)
+            if not step.state.is_sure and step.state.is_returning(end):
+                # The first perturbed forward shows what returns; then it has met the wrong state.
+                clean.met.restore(step.state.returning)
+                losses = clean.sample_losses(clean.samples, False)
+            loss = weighted_sum(losses, clean.weights)
             step.backward(loss, retain_graph=False)
             summand.sharpness = summand.sharpness + loss.detach()
             self._clean_buffers.restore()

@@ -82,13 +82,15 @@ class Moment:
         for holder, snapshot in self.copies:
             snapshot.save(holder.tensors())
 
-    def restore(self) -> None:
-        """Let the next forward meet the same."""
+    def restore(self, only: Sequence[_Holder] | None = None) -> None:
+        """Let the next forward meet the same. With ``only``, other holders stay as they are."""
         self.restore_generators()
         for holder, held in self.bindings:
-            holder.write(held)
-        for _, snapshot in self.copies:
-            snapshot.restore()
+            if only is None or holder in only:
+                holder.write(held)
+        for holder, snapshot in self.copies:
+            if only is None or holder in only:
+                snapshot.restore()
 
     def restore_generators(self) -> None:
         """Let the next forward draw the same random numbers."""
@@ -99,6 +101,12 @@ class Moment:
         """Return clones of the copies, by the memory of their originals."""
         return {place: copy for _, snapshot in self.copies for place, copy in snapshot.copies().items()}
 
+    def moved_holders(self) -> list[_Holder]:
+        """Return the holders that a forward has moved since."""
+        changed = [holder for holder, copies in self.copies if copies.differs()]
+        rebound = [holder for holder, held in self.bindings if holder.is_rebound(held)]
+        return list(dict.fromkeys([*rebound, *changed]))
+
     def used_generators(self) -> list[_Generator]:
         """Return the generators that have been drawn from since."""
         return [generator for generator, state in self.states if not _are_same(generator.get(), state)]
@@ -107,7 +115,9 @@ class Moment:
 class ForwardState:
     """What the forwards of a model draw from and move, apart from buffers of torch's normalizations.
 
-    The first forward tells: :meth:`learn` compares before and after. From then on only what has moved is saved.
+    The first forward tells: :meth:`learn` compares before and after. From then on, only what has moved is saved.
+    Perturbed passes put back what they would move themselves. What only a clean pass moves is a message of the user's
+    to the perturbed passes (``in_clean_pass``), and stays.
 
     Args:
         modules: All modules of the model.
@@ -115,32 +125,52 @@ class ForwardState:
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self.is_new = True
-        self._modules = modules
+        self.is_new, self.is_sure, self.moves_parameters = True, False, False
+        # Whether a backward moves buffers; None until it has been seen.
         self.backward_moves: bool | None = None
-        self.moves_parameters = False
+        self._modules = modules
         # Torch's own generators are always saved: it costs next to nothing, and dropout may begin at any time.
-        self._of_torch = _Generator(
-            lambda: torch_random_state(device), lambda states: set_torch_random_state(states, device)
-        )
-        self._generators = [self._of_torch, *_global_generators(), *_generators_of(modules)]
-        self._holders = self._copied = list(_holders_of(modules))
+        self._generators = [
+            _Generator(lambda: torch_random_state(device), lambda states: set_torch_random_state(states, device))
+        ]
+        self._holders: list[_Holder] = []
+        self._copied: list[_Holder] = []
+
+    @property
+    def returning(self) -> list[_Holder]:
+        """The holders that a perturbed pass puts back."""
+        return self._holders if self.is_sure else []
 
     def moment(self) -> Moment:
-        """Return what the next forward will meet."""
+        """Return what the next forward will meet, as far as is known."""
         return Moment(self._generators, self._holders, self._copied)
 
-    def learn(self, first: Moment) -> None:
-        """Find out what the first forward has drawn from and moved."""
-        self._generators = [self._of_torch, *(g for g in first.used_generators() if g is not self._of_torch)]
-        self._copied = [holder for holder, copies in first.copies if copies.differs()]
-        rebound = [holder for holder, held in first.bindings if holder.is_rebound(held)]
-        self._holders = list(dict.fromkeys([*rebound, *self._copied]))
-        first.bindings = [(holder, held) for holder, held in first.bindings if holder in self._holders]
-        first.copies = [(holder, copies) for holder, copies in first.copies if holder in self._copied]
+    def everything(self) -> Moment:
+        """Return whatever the next forward may meet."""
+        generators = [*self._generators, *_global_generators(), *_generators_of(self._modules)]
+        holders = list(_holders_of(self._modules))
+        return Moment(generators, holders, holders)
+
+    def learn(self, before: Moment, is_clean: bool) -> None:
+        """Find out what the first forward has drawn from and moved, since :meth:`everything`."""
+        self._generators += [g for g in before.used_generators() if g is not self._generators[0]]
+        self._keep(before.moved_holders(), before)
+        self.is_new, self.is_sure = False, not is_clean or not self._holders
+
+    def is_returning(self, before: Moment) -> bool:
+        """Return whether the first perturbed forward has moved what it should have met. Called right after it."""
+        self._keep(before.moved_holders(), before)
+        self.is_sure = True
+        return bool(self._holders)
+
+    def _keep(self, moved: list[_Holder], before: Moment) -> None:
+        self._holders = moved
+        # What has not moved needs no restore, and may share its memory with a parameter.
+        before.bindings = [(holder, held) for holder, held in before.bindings if holder in moved]
+        before.copies = [(holder, copies) for holder, copies in before.copies if copies.differs()]
+        self._copied = [holder for holder, _ in before.copies]
         parameters = {id(module._parameters) for module in self._modules}
-        self.moves_parameters = any(id(holder.owner) in parameters for holder in self._holders)
-        self.is_new = False
+        self.moves_parameters = any(id(holder.owner) in parameters for holder in moved)
 
 
 def _are_same(first: Any, second: Any) -> bool:

@@ -121,8 +121,8 @@ class GradientSum:
         met = self.state.moment() if self._has_begun else self.start
         self._has_begun = True
         losses = part.sample_losses(samples, not repeats)
-        if self.state.is_new:
-            self.state.learn(met)
+        if self.state.is_new and self.is_perturbed:
+            self.state.learn(met, is_clean=True)
         # A backward pass may forward again (activation checkpointing), and move buffers once more.
         checks = not repeats and self.is_perturbed and self.state.backward_moves is not False
         if not repeats and self.is_perturbed and (is_last or checks):

@@ -699,3 +699,29 @@ def test_in_a_training(mixes, float64, caplog):
     said = [record.getMessage() for record in caplog.records if "passes='auto'" in record.getMessage()]
     reason = "the loss of a sample depends on the other samples of the batch."
     assert said == [f"`passes='auto'` forwards the whole batch in every pass: {reason}"] * mixes
+
+
+@pytest.mark.parametrize("passes", ["auto", "full"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_message_of_the_clean_pass(passes, exists, float64):
+    """What only the clean pass writes is for the perturbed passes to read, and is not put back."""
+    net, x, y = Net(nn.Identity()), torch.randn(12, 8), torch.arange(12) % 5
+    weights, read = torch.linspace(0.5, 1.5, 12), []
+    if exists:
+        net.message = torch.zeros(12)
+
+    def sample_losses(index, is_clean):
+        chosen = slice(None) if index is None else index
+        if is_clean:
+            net.message = weights.clone()
+        read.append(net.message[chosen].clone())
+        return net.message[chosen] * plain_loss(net, x[chosen], y[chosen])
+
+    outcome = SharpnessEngine().compute(
+        [MicroBatch(sample_losses, SSESAM(SPLIT).terms(y))], net.parameters(), net, passes=passes
+    )
+    if passes == "auto" and not exists:
+        assert outcome.note.startswith("a forward outside of the clean pass fails ('Net' object has no attribute")
+    used = read[1:] if exists and passes == "auto" else read
+    assert sum(map(torch.sum, used[-2:])) == weights.sum() * (1 if outcome.note is None and passes == "auto" else 2)
+    assert torch.equal(net.message, weights)
