@@ -11,6 +11,7 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.objectives import Term
 from lightning_ssesam.plan import MicroBatch, Plan, SampleLosses, plan_forwards
 from lightning_ssesam.snapshots import Buffers, BufferSnapshot, torch_random_state
+from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
 
 
@@ -99,7 +100,8 @@ class GradientSum:
             buffers: Buffers to restore after each pass. With them the samples have had their clean pass before, and
                 these passes leave nothing but gradients.
         """
-        sums, count = [], 0
+        sums: list[Tensor] = []
+        count: Tensor | int = 0
         for part, forwards in zip(self.batch, plan, strict=True):
             for samples, shares in forwards:
                 random_state = torch_random_state(self.device)
@@ -115,9 +117,10 @@ class GradientSum:
                         summand.passes.append(CleanPass(part.sample_losses, samples, weights, random_state))
                 if buffers is not None:
                     buffers.restore()
-                sums.append(losses.detach().to(torch.promote_types(losses.dtype, torch.float32)).sum())
-                count += losses.numel()
-        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
+                total, counted = sum_counted(losses, part.ignored, samples)
+                sums.append(total)
+                count = count + counted
+        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / at_least_one(count)
 
     def find_norm(self, summand: Summand) -> None:
         """Find the norm of a summand's direction, that of all processes if they share the perturbation."""

@@ -18,7 +18,7 @@ FLOORS = [
     # Torch alone: from the targets of a batch to the gradient.
     ["_version", "errors", "tensors"],
     ["_validation", "snapshots", "ascent"],
-    ["split", "step_options"],
+    ["split", "step_options", "targets"],
     ["objectives"],
     ["plan", "gradient_sum", "engine"],
     # The step, and all that it needs of Lightning.
