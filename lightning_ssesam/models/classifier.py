@@ -222,7 +222,7 @@ class LongTailClassifier(SharpnessAwareMixin):
             suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
             for name, value in values.items():
                 on_bar = stage == "val" and name in ("acc_head", "acc_tail")
-                self.log(f"{stage}/{name}{suffix}", value, prog_bar=on_bar)
+                self.log(f"{stage}/{name}{suffix}", value, prog_bar=on_bar, add_dataloader_idx=False)
         self._further_metrics.clear()
 
 
