@@ -44,6 +44,7 @@ from lightning_ssesam.losses import (
     LogitAdjustedLoss,
     VSLoss,
 )
+from lightning_ssesam.processes import gather_targets
 from lightning_ssesam.targets import check_class_indices
 
 pytestmark = STRICT
@@ -231,6 +232,25 @@ def test_samples_of_other_processes_share_the_number():
     # Two processes, whose gradients are averaged; four samples count.
     assert head.weights.tolist() == [2 / 4, 0, 0]
     assert tail.weights.tolist() == [0, 0, 2 / 4]
+
+
+def test_another_process_has_probabilities(monkeypatch):
+    """Class indices are made probabilities for it, in which an ignored index stays one."""
+    mine, theirs = torch.tensor([1, 255, 3]), torch.full((2, 5), 0.2, dtype=torch.float64)
+
+    def all_gather(outputs, tensor, group):
+        outputs[0].copy_(tensor)
+        if tensor.ndim == 1:
+            outputs[1].copy_(torch.tensor(theirs.shape))
+        else:
+            outputs[1][: len(theirs)] = theirs
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    here, there = gather_targets(mine, None, 255)
+    assert torch.equal(there, theirs)
+    weights = [term.weights.tolist() for term in ImbSAM(SPLIT, ignore_index=255).terms(torch.cat([here, there]))]
+    assert weights == [pytest.approx([0.25, 0, 0, 0.15, 0.15]), pytest.approx([0, 0, 0.25, 0.1, 0.1])]
 
 
 LOSSES = [LDAMLoss, LogitAdjustedLoss, BalancedSoftmaxLoss, VSLoss, ClassBalancedLoss, FocalLoss]
