@@ -57,6 +57,20 @@ class _GroupMetric(Metric):
         metric._chosen = name
         return metric
 
+    def view(self, name: str) -> Self:
+        """Return a metric of one value that shares the counts of this one, until one of the two is reset.
+
+        Args:
+            name: Key of the value in what :meth:`compute` returns.
+        """
+        metric = copy.copy(self)
+        metric._chosen = name
+        return metric
+
+    def names(self) -> list[str]:
+        """Return the keys of what :meth:`compute` returns."""
+        return list(self._classes_of_values())
+
     def empty_groups(self) -> list[str]:
         """Return the names of the values whose group has no classes in the split, and which are always NaN."""
         return [name for name, classes in self._classes_of_values().items() if not bool(classes.any())]

@@ -239,6 +239,11 @@ def test_each_loader_has_its_own_values(stage):
         return {name: float(v) for name, v in run.callback_metrics.items() if name.startswith(prefix)}
 
     together = values_of(loaders)
+    results = getattr(run, stage)(model, loaders, verbose=True) if stage != "fit" else []
+    for number, result in enumerate(results):
+        assert result == pytest.approx(
+            {name: value for name, value in together.items() if name.endswith(f"_{number}")}, nan_ok=True
+        )
     expected = {}
     for number, loader in enumerate(loaders):
         alone = values_of([loader], "test" if stage == "test" else "validate")

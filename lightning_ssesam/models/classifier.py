@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
@@ -167,12 +168,12 @@ class LongTailClassifier(SharpnessAwareMixin):
     @override
     def on_validation_epoch_end(self) -> None:
         """Called after the last validation batch: logs the accuracies."""
-        self._log_accuracies("val", len(self.trainer.num_val_batches))
+        self._log_accuracies("val")
 
     @override
     def on_test_epoch_end(self) -> None:
         """Called after the last test batch: logs the accuracies and the error rates."""
-        self._log_accuracies("test", len(self.trainer.num_test_batches))
+        self._log_accuracies("test")
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -210,20 +211,29 @@ class LongTailClassifier(SharpnessAwareMixin):
             logits = logits.softmax(1) + self(inputs.flip(-1)).softmax(1)
         for metric in self._metrics_of(stage, loader):
             metric.update(logits, targets)
+            if metric.update_count == 1 and self._has_several_loaders(stage):
+                for name in metric.names():
+                    # Lightning names it by the loader, and computes it after the last batch.
+                    self._log_value(stage, metric, name, metric.view(name), metric_attribute=f"{stage}_metrics")
 
-    def _log_accuracies(self, stage: Stage, loaders: int) -> None:
-        for loader in range(loaders):
-            values: dict[str, Tensor] = {}
-            for metric in self._metrics_of(stage, loader):
-                prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
-                values.update({prefix + name: value for name, value in metric.compute().items()})
-                metric.reset()
-            # As Lightning names what a step logs.
-            suffix = f"/dataloader_idx_{loader}" if loaders > 1 else ""
+    def _has_several_loaders(self, stage: Stage) -> bool:
+        batches = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        return len(batches) > 1
+
+    def _log_value(self, stage: Stage, metric: Metric, name: str, value: Tensor | Metric, **kwargs: Any) -> None:
+        prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
+        on_bar = stage == "val" and name in ("head", "tail")
+        self.log(f"{stage}/{prefix}{name}", value, on_step=False, on_epoch=True, prog_bar=on_bar, **kwargs)
+
+    def _log_accuracies(self, stage: Stage) -> None:
+        if self._has_several_loaders(stage):
+            # The steps have logged them.
+            return
+        for metric in self._metrics_of(stage, 0):
+            values = metric.compute()
+            metric.reset()
             for name, value in values.items():
-                on_bar = stage == "val" and name in ("acc_head", "acc_tail")
-                self.log(f"{stage}/{name}{suffix}", value, prog_bar=on_bar, add_dataloader_idx=False)
-        self._further_metrics.clear()
+                self._log_value(stage, metric, name, value)
 
 
 def _bound_objective(objective: Objective | None, split: ClassSplit) -> Objective:
