@@ -38,10 +38,10 @@ check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambd
 check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "beta")
 
 
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Return ``value`` as an int if it is an integer >= ``minimum``, else raise ``ArgumentError``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
-        raise bad_argument(name, f"an integer >= {minimum}", value)
+def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
+    """Return ``value`` as an int if it is an integer >= ``minimum``, if there is one. Else raise ``ArgumentError``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and value < minimum):
+        raise bad_argument(name, "an integer" if minimum is None else f"an integer >= {minimum}", value)
     return int(value)
 
 

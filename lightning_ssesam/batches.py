@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_ssesam.objectives import Objective, Term
+from lightning_ssesam.targets import NO_CLASS, fill_ignored, ignored_mask
 from lightning_ssesam.tensors import move, rows
 
 Gather = Callable[[Tensor], tuple[list[Tensor], int]]
@@ -118,7 +119,7 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     flat = [move(t.movedim(1, -1).flatten(0, -2) if t.is_floating_point() else t.flatten(), device) for t in targets]
     if num_classes := max(t.shape[1] if t.ndim > 1 else 0 for t in flat):
         # Some are class indices and some class probabilities, or all are probabilities.
-        flat = [one_hot(t, num_classes) for t in flat]
+        flat = [one_hot(t, num_classes, objective.ignore_index) for t in flat]
     start, scale, union = 0, 1, torch.cat(flat)
     if gather is not None:
         everywhere, rank = gather(union)
@@ -134,6 +135,13 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     return parts
 
 
-def one_hot(targets: Tensor, num_classes: int) -> Tensor:
-    """Return class indices ``(N,)`` as class probabilities ``(N, C)``, float64; class probabilities stay."""
-    return targets.double() if targets.is_floating_point() else F.one_hot(targets.long(), num_classes).double()
+def one_hot(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Return class indices ``(N,)`` as class probabilities ``(N, C)``, float64; class probabilities stay.
+
+    The row of an ignored index is :data:`NO_CLASS` everywhere.
+    """
+    if targets.is_floating_point():
+        return targets.double()
+    ignored = ignored_mask(targets, ignore_index)
+    rows_of_classes = F.one_hot(fill_ignored(targets.long(), ignored), num_classes).double()
+    return fill_ignored(rows_of_classes, ignored, NO_CLASS)

@@ -12,6 +12,7 @@ from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.objectives import Term
 from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, plan_forwards
 from lightning_ssesam.snapshots import Buffers, BufferSnapshot
+from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
 
 
@@ -110,10 +111,14 @@ class GradientSum:
             repeats: Whether the samples have had their clean pass before. These passes then leave only gradients.
         """
         pairs = [(part, forward) for part, forwards in zip(self.batch, plan, strict=True) for forward in forwards]
-        every = [self._clean_pass(*pair, repeats, is_last=pair is pairs[-1]) for pair in pairs]
-        sums = [losses.to(torch.promote_types(losses.dtype, torch.float32)).sum() for losses in every]
-        count = sum(losses.numel() for losses in every)
-        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / max(count, 1)
+        sums: list[Tensor] = []
+        count: Tensor | int = 0
+        for part, forward in pairs:
+            losses = self._clean_pass(part, forward, repeats, is_last=len(sums) == len(pairs) - 1)
+            total, counted = sum_counted(losses, part.ignored, forward.samples)
+            sums.append(total)
+            count = count + counted
+        return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / at_least_one(count)
 
     def _clean_pass(self, part: MicroBatch, forward: Forward, repeats: bool, is_last: bool) -> Tensor:
         """Run one forward pass and its backward passes. Return its losses."""

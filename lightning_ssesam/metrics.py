@@ -1,15 +1,17 @@
 """Accuracy of groups of classes: head and tail; many-, medium- and few-shot."""
 
+import copy
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from lightning_ssesam._validation import bad_argument
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.targets import IGNORE_INDEX, ignored_mask
 
 
 class _GroupMetric(Metric):
@@ -19,13 +21,73 @@ class _GroupMetric(Metric):
     full_state_update: bool = False
 
     total: Tensor
+    _chosen: str | None = None
 
-    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, split: ClassSplit, validate_args: bool = True, ignore_index: int = IGNORE_INDEX, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
         self.split, self.num_classes, self.validate_args = split, split.num_classes, validate_args
+        self.ignore_index = check_integer("ignore_index", ignore_index)
         self.add_state("total", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def group(self, name: str) -> Self:
+        """Return a new metric of one value alone, a scalar, such as the accuracy of ``"tail"``.
+
+        ``LightningModule.log`` and the wrappers of torchmetrics take it (``MetricTracker``, ``BootStrapper``,
+        ``MinMaxMetric``). In a ``MetricCollection``, the values of the same counts are counted once.
+
+        Args:
+            name: Key of the value in what :meth:`compute` returns.
+
+        Returns:
+            A metric of this class and its arguments that has counted nothing. Its ``compute`` and ``forward`` return
+            the scalar.
+
+        Raises:
+            ArgumentError: If there is no such value, or its group has no classes, so that it would always be NaN.
+        """
+        check_choice("name", name, self._classes_of_values())
+        if name in self.empty_groups():
+            raise bad_argument("name", "a group with classes", got_text=f"{name!r}, which has none in {self.split}")
+        metric = copy.deepcopy(self)
+        metric.reset()
+        metric._chosen = name
+        return metric
+
+    def view(self, name: str) -> Self:
+        """Return a metric of one value that shares the counts of this one, until one of the two is reset.
+
+        Args:
+            name: Key of the value in what :meth:`compute` returns.
+        """
+        metric = copy.copy(self)
+        metric._chosen = name
+        return metric
+
+    def names(self) -> list[str]:
+        """Return the keys of what :meth:`compute` returns."""
+        return list(self._classes_of_values())
+
+    def empty_groups(self) -> list[str]:
+        """Return the names of the values whose group has no classes in the split, and which are always NaN."""
+        return [name for name, classes in self._classes_of_values().items() if not bool(classes.any())]
+
+    @abstractmethod
+    def _classes_of_values(self) -> dict[str, Tensor]:
+        """Return the mask ``(C,)``, on the CPU, of the classes whose samples each value measures."""
+
+    @abstractmethod
+    def _values(self) -> dict[str, Tensor]:
+        """Return all values."""
+
+    @override
+    def compute(self) -> Any:
+        """Return the values, each in [0, 1] and NaN for a group without samples; one of them after :meth:`group`."""
+        values = self._values()
+        return values if self._chosen is None else values[self._chosen]
 
     @override
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -34,17 +96,21 @@ class _GroupMetric(Metric):
         Args:
             preds: Scores ``(N, C, ...)`` of any floating dtype, such as logits, or predicted class indices ``(N, ...)``
                 of an integer dtype. A sample with a NaN among its scores counts as wrong.
-            target: Class indices ``(N, ...)``, an integer dtype, each in ``[0, C)``.
+            target: Class indices ``(N, ...)``, an integer dtype, each in ``[0, C)`` or ``ignore_index``, which does not
+                count.
 
         Raises:
             ArgumentError: If ``validate_args`` is set and shapes, dtypes or class indices do not fit.
         """
         if self.validate_args:
-            _check_batch(preds, target, self.num_classes)
+            _check_batch(preds, target, self.num_classes, self.ignore_index)
         target = target.flatten().long()
-        self._count(_predicted(preds).flatten(), target)
+        ignored = ignored_mask(target, self.ignore_index)
+        # An ignored sample becomes one of class 0 that is never right and is no error, as -1 is no class.
+        target = target.masked_fill(ignored, 0)
+        self._count(_predicted(preds).flatten().long().masked_fill(ignored, -1), target)
         # `bincount` would wait for the device.
-        self.total.scatter_add_(0, target, torch.ones_like(target))
+        self.total.scatter_add_(0, target, (~ignored).long())
 
     @abstractmethod
     def _count(self, predicted: Tensor, target: Tensor) -> None:
@@ -61,8 +127,10 @@ class _GroupAccuracy(_GroupMetric):
 
     correct: Tensor
 
-    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
-        super().__init__(split, validate_args, **kwargs)
+    def __init__(
+        self, split: ClassSplit, validate_args: bool = True, ignore_index: int = IGNORE_INDEX, **kwargs: Any
+    ) -> None:
+        super().__init__(split, validate_args, ignore_index, **kwargs)
         self._groups = {**self._class_groups(split), "all": torch.ones(split.num_classes, dtype=torch.bool)}
         self.add_state("correct", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
@@ -76,8 +144,12 @@ class _GroupAccuracy(_GroupMetric):
         self.correct.scatter_add_(0, target, (predicted == target).long())
 
     @override
-    def compute(self) -> dict[str, Tensor]:
-        """Return the mean recall of the classes of each group, in [0, 1]; NaN for a group without samples."""
+    def _classes_of_values(self) -> dict[str, Tensor]:
+        return self._groups
+
+    @override
+    def _values(self) -> dict[str, Tensor]:
+        """Return the mean recall of the classes of each group."""
         recalls = self.class_recalls()
         return {name: recalls[mask.to(recalls.device)].nanmean() for name, mask in self._groups.items()}
 
@@ -95,6 +167,7 @@ class HeadTailAccuracy(_GroupAccuracy):
     Args:
         split: Class split, with head and tail.
         validate_args: Whether to check shapes and ranges of every batch; costs a synchronisation on a GPU.
+        ignore_index: Target that does not count, any integer.
         **kwargs: See :class:`torchmetrics.Metric`.
 
     Returns:
@@ -160,8 +233,10 @@ class HeadTailConfusion(_GroupMetric):
 
     wrong: Tensor
 
-    def __init__(self, split: ClassSplit, validate_args: bool = True, **kwargs: Any) -> None:
-        super().__init__(split, validate_args, **kwargs)
+    def __init__(
+        self, split: ClassSplit, validate_args: bool = True, ignore_index: int = IGNORE_INDEX, **kwargs: Any
+    ) -> None:
+        super().__init__(split, validate_args, ignore_index, **kwargs)
         self.add_state("wrong", torch.zeros(2, split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     @override
@@ -172,18 +247,23 @@ class HeadTailConfusion(_GroupMetric):
             self.wrong[row].scatter_add_(0, target, chosen.long())
 
     @override
-    def compute(self) -> dict[str, Tensor]:
+    def _classes_of_values(self) -> dict[str, Tensor]:
+        groups = {"head": self.split.head, "tail": self.split.tail}
+        return {f"{source}_to_{target}": mask for source, mask in groups.items() for target in groups}
+
+    @override
+    def _values(self) -> dict[str, Tensor]:
         """Return the four error rates."""
         shares = self.wrong / self.total
-        groups = {"head": self.split.head.to(shares.device), "tail": self.split.tail_on(shares.device)}
+        masks = self._classes_of_values()
+        # The rows are errors to the head and errors to the tail.
         return {
-            f"{source}_to_{target}": row[mask].nanmean()
-            for source, mask in groups.items()
-            for target, row in zip(groups, shares, strict=True)
+            name: row[mask.to(row.device)].nanmean()
+            for (name, mask), row in zip(masks.items(), (*shares, *shares), strict=True)
         }
 
 
-def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
+def _check_batch(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
     if target.is_floating_point():
         raise bad_argument("target", "class indices of an integer dtype", target.dtype)
     has_scores = preds.is_floating_point()
@@ -192,7 +272,10 @@ def _check_batch(preds: Tensor, target: Tensor, num_classes: int) -> None:
         expected = f"{'scores' if has_scores else 'class indices'} of shape {shape}"
         raise bad_argument("preds", expected, got_text=f"shape {tuple(preds.shape)}")
     checked = {"target": target} if has_scores else {"preds": preds, "target": target}
-    for name, indices in checked.items():
+    counted = ~ignored_mask(target, ignore_index)
+    for name, values in checked.items():
+        # Unsigned integers of more than 8 bits have no `min`.
+        indices = values[counted].long()
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= num_classes):
             found = f"values from {int(indices.min())} to {int(indices.max())}"
             raise bad_argument(name, f"class indices in [0, {num_classes})", got_text=found)

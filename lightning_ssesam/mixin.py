@@ -23,6 +23,7 @@ from lightning_ssesam.passes import Survey, choose_passes, survey
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
+from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.trainer_calls import (
     accumulates,
     between_forwards,
@@ -183,7 +184,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _find_gradient(self, parts: list[Part], share: float, layers: Survey) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
         options, processes = self.step_options, Processes(self.trainer.strategy)
-        gather = processes.gather if processes.size > 1 and options.processes == "global" else None
+        shares = processes.size > 1 and options.processes == "global"
+        gather = partial(processes.gather, ignore_index=self.objective.ignore_index) if shares else None
         terms = terms_of_union(self.objective, [part.targets for part in parts], gather)
         if (self.trainer.global_step + 1) % options.interval:
             terms = [[term._replace(rho=0.0) for term in terms_of_part] for terms_of_part in terms]
@@ -191,7 +193,10 @@ class SharpnessAwareMixin(pl.LightningModule):
         others = [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self._step.engine.compute(
-            [MicroBatch(self._losses_of(part), terms[number]) for number, part in enumerate(parts)],
+            [
+                MicroBatch(self._losses_of(part), terms[number], self.objective.find_ignored(part.targets))
+                for number, part in enumerate(parts)
+            ],
             list({id(p): p for p in (*layers.parameters, *others)}.values()),
             layers.modules,
             processes.backward(partial(self._backward, share=share)),
@@ -235,7 +240,8 @@ class SharpnessAwareMixin(pl.LightningModule):
     def _forward_only(self, batch: Any) -> Tensor:
         part = Part(batch, self.sample_targets(batch))
         with torch.no_grad(), self._step.having(is_clean=None):
-            loss = self._losses_of(part)(None, True).mean()
+            losses, count = sum_counted(self._losses_of(part)(None, True), self.objective.find_ignored(part.targets))
+            loss = losses / at_least_one(count)
         self._log_outcome(Outcome(loss), len(part))
         return loss
 

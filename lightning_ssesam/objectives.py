@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_positive, check_radius
-from lightning_ssesam.split import ClassSplit, check_class_indices
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer, check_positive, check_radius
+from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.targets import IGNORE_INDEX, at_least_one, check_class_indices, fill_ignored, find_ignored
 
 
 class Term(NamedTuple):
@@ -34,6 +35,7 @@ class Objective(ABC):
 
     Args:
         split: Head and tail classes, for objectives that treat them differently. Can be set later with :meth:`bind`.
+        ignore_index: Target that does not count, any integer. Its positions have weight 0 and are not part of N.
 
     Example:
         >>> class TwiceTheTail(Objective):
@@ -57,6 +59,9 @@ class Objective(ABC):
     term_names: tuple[str, ...] = ()
     """Names of the terms in logs, in their order. If there is another number of terms, logs number them."""
 
+    ignore_index: int = IGNORE_INDEX
+    """Target that does not count. :meth:`find_ignored` finds its positions."""
+
     _stage: int = 1
     _split: ClassSplit | None = None
 
@@ -64,7 +69,10 @@ class Objective(ABC):
         super().__init_subclass__(**kwargs)
         torch.serialization.add_safe_globals([cls])
 
-    def __init__(self, split: ClassSplit | None = None) -> None:
+    def __init__(self, split: ClassSplit | None = None, ignore_index: int = IGNORE_INDEX) -> None:
+        # The default stays an attribute of the class: texts that identify a training are those of earlier versions.
+        if check_integer("ignore_index", ignore_index) != IGNORE_INDEX:
+            self.ignore_index = int(ignore_index)
         if split is not None:
             self.bind(split)
 
@@ -104,15 +112,39 @@ class Objective(ABC):
                 " `bind(split)` before it is used."
             )
 
+    def find_ignored(self, targets: Tensor) -> Tensor | None:
+        """Return which positions do not count, because their target is ``ignore_index``.
+
+        Args:
+            targets: Targets of a batch, as :meth:`terms` takes them.
+
+        Returns:
+            A mask of the shape of the losses, bool; None if the targets are on the CPU and all of them count. It does
+            not wait for the device.
+        """
+        return find_ignored(targets, self.ignore_index)
+
     @abstractmethod
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        """Return the terms of a batch.
+        """Return the terms of a batch. Ignored positions have weight 0.
 
         Args:
             targets: Class indices ``(N,)`` or dense ``(N, ...)``, any integer dtype; or class probabilities
                 ``(N, C)`` or ``(N, C, ...)``, any floating dtype. They are on the CPU if they are known there, which
-                saves a wait for the device; otherwise on the device.
+                saves a wait for the device; otherwise on the device. Class indices may be ``ignore_index``. If
+                some batches of an update have class indices and others probabilities, all come as probabilities.
+                An ignored index is then a row of ``-inf``.
         """
+
+    def _mean_weights(self, targets: Tensor) -> Tensor:
+        """Return 1/N for every position that counts, and 0 for the ignored ones."""
+        _check_tensor(targets)
+        shape = targets.shape[:1] + targets.shape[2:] if targets.is_floating_point() else targets.shape
+        ignored = self.find_ignored(targets)
+        if ignored is None:
+            return torch.full(shape, 1 / max(shape.numel(), 1), dtype=_weight_dtype(targets), device=targets.device)
+        counts = (~ignored).to(_weight_dtype(targets))
+        return counts / at_least_one(counts.sum())
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
@@ -120,16 +152,20 @@ class Objective(ABC):
 
 
 class ERM(Objective):
-    """Empirical risk minimization: the plain mean loss, no perturbation."""
+    """Empirical risk minimization: the plain mean loss, no perturbation.
+
+    Args:
+        ignore_index: Target that does not count, any integer.
+    """
 
     term_names = ("all",)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__(ignore_index=ignore_index)
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        return (Term(_mean_weights(targets), 0.0),)
+        return (Term(self._mean_weights(targets), 0.0),)
 
 
 class SAM(Objective):
@@ -137,17 +173,18 @@ class SAM(Objective):
 
     Args:
         rho: Radius of the perturbation, a finite number >= 0.
+        ignore_index: Target that does not count, any integer.
     """
 
     term_names = ("all",)
 
-    def __init__(self, rho: float = 0.05) -> None:
-        super().__init__()
+    def __init__(self, rho: float = 0.05, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__(ignore_index=ignore_index)
         self.rho = check_radius("rho", rho)
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        return (Term(_mean_weights(targets), self.rho),)
+        return (Term(self._mean_weights(targets), self.rho),)
 
 
 class _HeadTailObjective(Objective):
@@ -166,23 +203,26 @@ class _HeadTailObjective(Objective):
             choose = "choose another `tail_below`, `tail_fraction` or `tail`"
             raise bad_argument("split", expected, got_text=f"{got}; {choose}")
 
-    def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much of each sample is head and how much is tail, each in [0, 1]."""
+    def _masses(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Return how much of each sample is head and how much is tail, each in [0, 1], and N, but 1 if it is 0."""
         self.check_ready()
         assert self._split is not None
         _check_tensor(targets)
         tail = self._split.tail_on(targets.device)
         dtype = _weight_dtype(targets)
         if not targets.is_floating_point():
-            check_class_indices(targets, tail.numel())
-            tail_mass = tail[targets.long()].to(dtype)
-            return 1 - tail_mass, tail_mass
+            check_class_indices(targets, tail.numel(), self.ignore_index)
+            ignored = self.find_ignored(targets)
+            tail_mass = fill_ignored(tail[fill_ignored(targets.long(), ignored)].to(dtype), ignored)
+            return fill_ignored(1 - tail_mass, ignored), tail_mass, _number(targets, ignored)
         if targets.ndim < 2 or targets.shape[1] != tail.numel():
             expected = f"class indices of an integer dtype, or class probabilities of shape (N, {tail.numel()})"
             raise bad_argument("targets", expected, got_text=f"shape {tuple(targets.shape)} of {targets.dtype}")
-        probabilities = targets.movedim(1, -1).to(dtype)
-        _check_probabilities(probabilities)
-        return probabilities @ (~tail).to(dtype), probabilities @ tail.to(dtype)
+        ignored = self.find_ignored(targets)
+        probabilities = fill_ignored(targets, ignored).movedim(1, -1).to(dtype)
+        _check_probabilities(probabilities, ignored)
+        head_mass, tail_mass = probabilities @ (~tail).to(dtype), probabilities @ tail.to(dtype)
+        return head_mass, tail_mass, _number(head_mass, ignored)
 
 
 class ImbSAM(_HeadTailObjective):
@@ -196,6 +236,7 @@ class ImbSAM(_HeadTailObjective):
         tail_weight: Factor on the tail's loss, a finite number > 0. ImbSAM's released code uses 2.
         reduction: ``"batch"`` divides both sums by the batch size N; ``"group"`` takes the mean over the head samples
             and the mean over the tail samples, as the SSE-SAM release does for its ImbSAM baseline.
+        ignore_index: Target that does not count, any integer.
 
     Raises:
         ArgumentError: If an argument is out of range, or the split has no head or no tail.
@@ -207,17 +248,19 @@ class ImbSAM(_HeadTailObjective):
         rho: float = 0.05,
         tail_weight: float = 1.0,
         reduction: Literal["batch", "group"] = "batch",
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(split)
+        super().__init__(split, ignore_index)
         self.rho = check_radius("rho", rho)
         self.tail_weight = check_positive("tail_weight", tail_weight)
         self.reduction = check_choice("reduction", reduction, ("batch", "group"))
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        head, tail = self._masses(targets)
-        normalize = _over_batch if self.reduction == "batch" else _over_group
-        return Term(normalize(head), 0.0), Term(self.tail_weight * normalize(tail), self.rho)
+        head, tail, number = self._masses(targets)
+        if self.reduction == "group":
+            head, tail, number = _over_group(head), _over_group(tail), 1
+        return Term(head / number, 0.0), Term(self.tail_weight * (tail / number), self.rho)
 
 
 class SSESAM(_HeadTailObjective):
@@ -232,6 +275,7 @@ class SSESAM(_HeadTailObjective):
         tail_rho: Radius of the tail's perturbation in both stages, a finite number >= 0.
         first_stage: ``"grouped"`` is stage 1 as in the published code; ``"joint"`` is the plain reading of the
             paper's abstract, one SAM perturbation of the whole batch's loss with radius ``head_rho``.
+        ignore_index: Target that does not count, any integer.
 
     Raises:
         ArgumentError: If an argument is out of range, or the split has no head or no tail.
@@ -245,8 +289,9 @@ class SSESAM(_HeadTailObjective):
         head_rho: float = 0.05,
         tail_rho: float = 0.1,
         first_stage: Literal["grouped", "joint"] = "grouped",
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(split)
+        super().__init__(split, ignore_index)
         self.head_rho = check_radius("head_rho", head_rho)
         self.tail_rho = check_radius("tail_rho", tail_rho)
         self.first_stage = check_choice("first_stage", first_stage, ("grouped", "joint"))
@@ -260,10 +305,10 @@ class SSESAM(_HeadTailObjective):
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
         if self.stage == 1 and self.first_stage == "joint":
             self.check_ready()
-            return (Term(_mean_weights(targets), self.head_rho),)
-        head, tail = self._masses(targets)
+            return (Term(self._mean_weights(targets), self.head_rho),)
+        head, tail, number = self._masses(targets)
         head_rho = self.head_rho if self.stage == 1 else 0.0
-        return Term(_over_batch(head), head_rho), Term(_over_batch(tail), self.tail_rho)
+        return Term(head / number, head_rho), Term(tail / number, self.tail_rho)
 
 
 def _weight_dtype(targets: Tensor) -> torch.dtype:
@@ -277,22 +322,17 @@ def _check_tensor(targets: Tensor) -> None:
         raise bad_argument("targets", "a tensor of class indices or class probabilities", targets)
 
 
-def _check_probabilities(probabilities: Tensor) -> None:
+def _check_probabilities(probabilities: Tensor, ignored: Tensor | None) -> None:
     if probabilities.device.type != "cpu" or probabilities.numel() == 0:
         return
     # Probabilities in half precision add up to 1 within a hundredth.
-    if not bool(((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-2)).all()):
+    is_valid = (probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-2)
+    if not bool((is_valid if ignored is None else is_valid | ignored).all()):
         raise bad_argument("targets", "class probabilities that add up to 1", got_text="some that do not")
 
 
-def _mean_weights(targets: Tensor) -> Tensor:
-    _check_tensor(targets)
-    shape = targets.shape[:1] + targets.shape[2:] if targets.is_floating_point() else targets.shape
-    return torch.full(shape, 1 / max(shape.numel(), 1), dtype=_weight_dtype(targets), device=targets.device)
-
-
-def _over_batch(mass: Tensor) -> Tensor:
-    return mass / max(mass.numel(), 1)
+def _number(mass: Tensor, ignored: Tensor | None) -> Tensor | int:
+    return at_least_one(mass.numel() if ignored is None else (~ignored).sum())
 
 
 def _over_group(mass: Tensor) -> Tensor:

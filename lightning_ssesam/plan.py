@@ -23,10 +23,12 @@ class MicroBatch(NamedTuple):
             logs and metrics.
         terms: The objective's terms, each with weights of the shape of this part's losses. Every part of a batch has
             the same number of terms, with the same radii.
+        ignored: Mask of the losses, ``(N, ...)``, that are not part of the mean loss; None for none.
     """
 
     sample_losses: SampleLosses
     terms: Sequence[Term]
+    ignored: Tensor | None = None
 
 
 class Forward(NamedTuple):

@@ -58,9 +58,9 @@ class Processes:
                 " step to step. Leave `static_graph` out."
             )
 
-    def gather(self, targets: Tensor) -> tuple[list[Tensor], int]:
+    def gather(self, targets: Tensor, ignore_index: int) -> tuple[list[Tensor], int]:
         """Return the flattened targets of all processes, and the number of this one."""
-        return gather_targets(targets.to(self._strategy.root_device), self._group), self.rank
+        return gather_targets(targets.to(self._strategy.root_device), self._group, ignore_index), self.rank
 
     def backward(self, function: Callable[..., None]) -> Callable[..., None]:
         """Return a backward that does not communicate, where this strategy can do without."""
@@ -107,7 +107,7 @@ class Processes:
         return bool(self._strategy.reduce_boolean_decision(decision, all=True))
 
 
-def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
+def gather_targets(targets: Tensor, group: Any, ignore_index: int) -> list[Tensor]:
     """Return the flattened targets ``(M,)`` or ``(M, C)`` of every process of a group, in their order.
 
     Processes may differ in their number, and one may have class indices and another probabilities.
@@ -118,7 +118,7 @@ def gather_targets(targets: Tensor, group: Any) -> list[Tensor]:
     torch.distributed.all_gather(headers, own, group=group)
     lengths, classes = torch.stack(headers).t().tolist()
     num_classes = max(classes)
-    targets = one_hot(targets, num_classes) if num_classes > 0 else targets.long()
+    targets = one_hot(targets, num_classes, ignore_index) if num_classes > 0 else targets.long()
     padded = targets.new_zeros(max(lengths), *targets.shape[1:])
     padded[: len(targets)] = targets
     gathered = [torch.empty_like(padded) for _ in range(size)]

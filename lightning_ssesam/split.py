@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam._validation import bad_argument, check_flag, check_fraction, check_integer
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.targets import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,12 @@ class ClassSplit:
         tail: Tail classes, as a boolean mask of shape ``(C,)`` or as class indices in ``[0, C)``.
         many_above: Training samples above which a class is many-shot, an integer >= 0.
         few_below: Training samples below which a class is few-shot, an integer in ``[0, many_above + 1]``.
+        allow_empty: Whether a class may have no training sample. Such a class is tail. It has no weight in losses that
+            need the class counts.
 
     Raises:
-        ArgumentError: If a count is not an integer >= 1, or an argument has the wrong shape or range.
+        ArgumentError: If a count is not an integer >= 1 (with ``allow_empty`` >= 0, and one of them > 0), or an
+            argument has the wrong shape or range.
 
     Example:
         >>> split = ClassSplit.from_counts([500, 120, 40, 5], tail_below=100)
@@ -42,6 +46,7 @@ class ClassSplit:
     tail: Tensor
     many_above: int = 100
     few_below: int = 20
+    allow_empty: bool = False
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __init__(
@@ -50,15 +55,17 @@ class ClassSplit:
         tail: Sequence[int] | Sequence[bool] | Tensor,
         many_above: int = 100,
         few_below: int = 20,
+        allow_empty: bool = False,
     ) -> None:
-        counts = as_counts(class_counts)
+        counts = as_counts(class_counts, check_flag("allow_empty", allow_empty))
         many_above = check_integer("many_above", many_above, minimum=0)
         few_below = check_integer("few_below", few_below, minimum=0)
         if few_below > many_above + 1:
             raise bad_argument("few_below", f"at most many_above + 1 = {many_above + 1}", few_below)
-        mask = _as_mask(tail, counts.numel())
+        mask = _as_mask(tail, counts.numel()) | (counts == 0)
         # The dataclass is frozen, and refuses to set an attribute.
-        vars(self).update(class_counts=counts, tail=mask, many_above=many_above, few_below=few_below, _moved={})
+        vars(self).update(class_counts=counts, tail=mask, many_above=many_above, few_below=few_below)
+        vars(self).update(allow_empty=allow_empty, _moved={})
 
     @classmethod
     def from_counts(
@@ -68,6 +75,7 @@ class ClassSplit:
         tail_fraction: float | None = None,
         many_above: int = 100,
         few_below: int = 20,
+        allow_empty: bool = False,
     ) -> Self:
         """Choose the tail by class size.
 
@@ -78,6 +86,7 @@ class ClassSplit:
                 classes are chosen first; of two classes of equal size the one with the higher index is the rarer.
             many_above: See :class:`ClassSplit`.
             few_below: See :class:`ClassSplit`.
+            allow_empty: See :class:`ClassSplit`.
 
         Raises:
             ArgumentError: If not exactly one of ``tail_below`` and ``tail_fraction`` is given, or one is out of range.
@@ -87,29 +96,36 @@ class ClassSplit:
                 "Expected exactly one of the arguments `tail_below` and `tail_fraction`,"
                 f" but got tail_below={tail_below!r}, tail_fraction={tail_fraction!r}."
             )
-        counts = as_counts(class_counts)
+        counts = as_counts(class_counts, check_flag("allow_empty", allow_empty))
         if tail_below is not None:
             tail = counts < check_integer("tail_below", tail_below, minimum=1)
         else:
             tail = _rarest(counts, check_fraction("tail_fraction", tail_fraction))
-        return cls(counts, tail, many_above=many_above, few_below=few_below)
+        return cls(counts, tail, many_above=many_above, few_below=few_below, allow_empty=allow_empty)
 
     @classmethod
-    def from_labels(cls, labels: Sequence[int] | Tensor, num_classes: int | None = None, **kwargs: Any) -> Self:
+    def from_labels(
+        cls,
+        labels: Sequence[int] | Tensor,
+        num_classes: int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        **kwargs: Any,
+    ) -> Self:
         """Count the training labels, and split by class size or, with ``tail=...``, as the constructor does.
 
         Args:
-            labels: Label of every training sample, shape ``(N,)``, integers in ``[0, C)``.
+            labels: Label of every training sample, shape ``(N,)``, integers in ``[0, C)`` or ``ignore_index``.
             num_classes: C; the largest label + 1 by default.
+            ignore_index: Label that does not count, any integer.
             **kwargs: Arguments of :meth:`from_counts`, or ``tail`` and the thresholds of :class:`ClassSplit`.
 
         Raises:
-            ArgumentError: If a label is out of range, or a class has no training sample.
+            ArgumentError: If a label is out of range, or a class has no training sample and ``allow_empty`` is not set.
         """
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
-        values = as_labels(labels, num_classes=num_classes)
-        counts = count_labels(values, num_classes or 0)
+        values = as_labels(labels, num_classes=num_classes, ignore_index=ignore_index)
+        counts = count_labels(values, num_classes or 0, ignore_index, allow_empty=kwargs.get("allow_empty", False))
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
     @property
@@ -156,13 +172,19 @@ class ClassSplit:
 torch.serialization.add_safe_globals([ClassSplit])
 
 
-def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes: int | None = None) -> Tensor:
+def as_labels(
+    labels: Sequence[int] | Tensor,
+    name: str = "labels",
+    num_classes: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
     """Return labels as an int64 vector ``(N,)``.
 
     Args:
-        labels: Class indices, integers >= 0, at least one.
+        labels: Class indices, integers >= 0 or ``ignore_index``; at least one is a class.
         name: Name of the labels in the error.
         num_classes: C, which labels must be less than; no limit by default.
+        ignore_index: Label that does not count, any integer.
 
     Raises:
         ArgumentError: If ``labels`` is anything else.
@@ -175,32 +197,28 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
         raise bad_argument(name, expected, got_text=got)
     # Unsigned integers have no `min`.
     values = values.long()
-    smallest, largest = int(values.min()), int(values.max())
+    counted = values[values != check_integer("ignore_index", ignore_index)]
+    if counted.numel() == 0:
+        raise bad_argument(name, expected, got_text=f"only {ignore_index}, which is ignored")
+    smallest, largest = int(counted.min()), int(counted.max())
     if smallest < 0 or (num_classes is not None and largest >= num_classes):
         expected = f"class indices in [0, {'C' if num_classes is None else num_classes})"
         raise bad_argument(name, expected, got_text=f"values from {smallest} to {largest}")
     return values
 
 
-def count_labels(labels: Tensor, num_classes: int = 0) -> Tensor:
-    """Return the samples of each class in labels ``(N,)``, int64, or raise ``ArgumentError`` if a class has none."""
-    counts = torch.bincount(labels, minlength=num_classes)
-    if bool((counts == 0).any()):
+def count_labels(
+    labels: Tensor, num_classes: int = 0, ignore_index: int = IGNORE_INDEX, allow_empty: bool = False
+) -> Tensor:
+    """Return the samples of each class in labels ``(N,)``, int64. Ignored labels do not count.
+
+    It raises ``ArgumentError`` if a class has no sample, unless ``allow_empty`` is set.
+    """
+    counts = torch.bincount(labels[labels != ignore_index], minlength=num_classes)
+    if not allow_empty and bool((counts == 0).any()):
         missing = (counts == 0).nonzero().flatten().tolist()
         raise bad_argument("labels", "labels of every class", got_text=f"none of the classes {missing}")
     return counts
-
-
-def check_class_indices(targets: Tensor, num_classes: int) -> None:
-    """Raise ``ArgumentError`` if targets on the CPU, of any shape, are not class indices in ``[0, num_classes)``.
-
-    On an accelerator, reading the values would wait for the device, and the loss checks them there itself.
-    """
-    if targets.device.type != "cpu" or targets.numel() == 0:
-        return
-    low, high = (int(value) for value in targets.aminmax())
-    if low < 0 or high >= num_classes:
-        raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=f"values from {low} to {high}")
 
 
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
@@ -210,18 +228,25 @@ def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
         raise bad_argument(name, expected, value) from None
 
 
-def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Return class counts as an int64 vector ``(C,)``, or raise ``ArgumentError`` if they are not integers >= 1."""
-    counts = _as_tensor("class_counts", "a vector of integers >= 1", class_counts)
+def as_counts(class_counts: Sequence[int] | Tensor, allow_empty: bool = False) -> Tensor:
+    """Return class counts as an int64 vector ``(C,)``.
+
+    It raises ``ArgumentError`` if they are not integers >= 1; with ``allow_empty``, not integers >= 0, or all 0.
+    """
+    least = 0 if allow_empty else 1
+    counts = _as_tensor("class_counts", f"a vector of integers >= {least}", class_counts)
     if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool or counts.is_complex():
-        raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)
+        raise bad_argument("class_counts", f"a non-empty vector of integers >= {least}", class_counts)
     if counts.is_floating_point() and not bool((counts.isfinite() & (counts == counts.floor())).all()):
-        raise bad_argument("class_counts", "a vector of integers >= 1", class_counts)
+        raise bad_argument("class_counts", f"a vector of integers >= {least}", class_counts)
     counts = counts.to(torch.int64, copy=True)
-    wrong = (counts < 1).nonzero().flatten()
+    wrong = (counts < least).nonzero().flatten()
     if wrong.numel():
-        found = f"{int(counts[wrong[0]])} for class {int(wrong[0])}"
-        raise bad_argument("class_counts", "integers >= 1 for every class", got_text=found)
+        way_out = " (allowed with `allow_empty`, see ClassSplit)" if int(counts[wrong[0]]) == 0 else ""
+        found = f"{int(counts[wrong[0]])} for class {int(wrong[0])}{way_out}"
+        raise bad_argument("class_counts", f"integers >= {least} for every class", got_text=found)
+    if not counts.any():
+        raise bad_argument("class_counts", "more than 0 for some class", class_counts)
     return counts
 
 

@@ -25,6 +25,14 @@ def is_fitting(module: pl.LightningModule) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and trainer.lightning_module is module
 
 
+def monitored(trainer: pl.Trainer) -> list[tuple[str, str]]:
+    """Return the logged values that callbacks and schedulers monitor, each after the name of the class that does."""
+    found = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks_of(trainer)]
+    plateau = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    found += [(type(config.scheduler).__name__, config.monitor) for config in plateau]
+    return [(who, value) for who, value in found if isinstance(value, str)]
+
+
 def accumulates(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether a batch waits for others before the next update."""
     batches = batch_idx + 1

@@ -22,7 +22,7 @@ from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
-from lightning_ssesam.trainer_calls import callbacks_of, is_fitting
+from lightning_ssesam.trainer_calls import callbacks_of, is_fitting, monitored
 
 
 class TrainerSupport(Callback):
@@ -32,6 +32,7 @@ class TrainerSupport(Callback):
         self.module: Any = module
         self._step = step
         self._replacements = internals.Replacements()
+        self._has_validated = False
 
     # When a run starts.
 
@@ -40,6 +41,7 @@ class TrainerSupport(Callback):
         """Called before the optimizers are made: put everything in its place."""
         if stage != "fit":
             return
+        self._has_validated = False
         self._replacements.undo()
         if pl_module is not self.module:
             return
@@ -109,6 +111,20 @@ class TrainerSupport(Callback):
                 f"`{type(pl_module).__name__}.training_step` takes the place of SharpnessAwareMixin's, so that nothing"
                 " is trained. Remove it and define `sample_losses`, or call `super().training_step(batch, batch_idx)`."
             )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after a validation: say after the first one if a callback monitors a value that is NaN."""
+        if self._has_validated or trainer.sanity_checking or not is_fitting(self.module):
+            return
+        self._has_validated = True
+        for who, name in monitored(trainer):
+            value = trainer.callback_metrics.get(name)
+            if value is not None and bool(value.isnan().any()):
+                rank_zero_warn(
+                    f"{who} monitors {name!r}, which is NaN after the first validation. The accuracy of a group is NaN"
+                    " if the group has no classes, or no samples in the validation data."
+                )
 
     def _watched(self, batch_to_device: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
         """Return a ``batch_to_device`` that notes the targets on the host, so that no step waits to see them."""

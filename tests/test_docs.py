@@ -83,7 +83,7 @@ def test_map_of_the_files():
 RECIPES = {
     "A method": (
         [objectives, test_objectives],
-        {"(head), self.rho)": "(head), 0.0)", "(tail), 0.0)": "(tail), self.rho)"},
+        {"Term(head / number, self.rho)": "Term(head / number, 0.0)", "(tail / number, 0": "(tail / number, 1"},
     ),
     "A data set": ([digits, test_data], {"remaining = remaining[others]": "pass"}),
     "A loss": ([functional, losses, test_losses], {"mean() / class_counts": "mean() * class_counts"}),

@@ -19,7 +19,7 @@ FLOORS = [
     ["_version", "errors", "tensors"],
     ["_validation", "snapshots", "ascent"],
     ["forward_state"],
-    ["split", "step_options"],
+    ["split", "step_options", "targets"],
     ["objectives"],
     ["plan", "mixing", "gradient_sum", "engine"],
     # The step, and all that it needs of Lightning.

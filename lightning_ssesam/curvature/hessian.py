@@ -22,7 +22,7 @@ from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.batches import find_targets, pick_samples
 from lightning_ssesam.curvature.settings import BATCH_NORM, check_dtype
 from lightning_ssesam.errors import NonFiniteError
-from lightning_ssesam.split import check_class_indices
+from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored, find_ignored
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -194,7 +194,8 @@ class Hessian:
         mass = None
         if self.classes is not None:
             find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
-            mass = _mass(find(batch).detach().cpu(), self.classes)
+            ignore_index = getattr(getattr(self.model, "objective", None), "ignore_index", IGNORE_INDEX)
+            mass = _mass(find(batch).detach().cpu(), self.classes, ignore_index)
             rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             if not len(rows):
                 return None, 0.0
@@ -276,12 +277,13 @@ class _TwiceDifferentiable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _mass(targets: Tensor, classes: Tensor) -> Tensor:
-    """Return the mass of each sample on some classes, ``(C,)``."""
+def _mass(targets: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
+    """Return the mass of each sample on some classes, ``(C,)``; 0 for ignored ones."""
     if targets.is_floating_point():
         return targets.double().movedim(1, -1) @ classes.double()
-    check_class_indices(targets, len(classes))
-    return classes[targets.long()].double()
+    check_class_indices(targets, len(classes), ignore_index)
+    ignored = find_ignored(targets, ignore_index)
+    return fill_ignored(classes[fill_ignored(targets.long(), ignored)].double(), ignored)
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:

@@ -51,7 +51,7 @@ def choose_samples(
     chosen, generator = {}, torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     with isolate_rng():
         for group, classes in masks.items():
-            members = classes[labels].nonzero().flatten()
+            members = (classes[labels.clamp(min=0)] & (labels >= 0)).nonzero().flatten()
             order = torch.randperm(len(members), generator=generator)[:samples]
             # NumPy takes seeds of 32 bits only.
             for set_seed in (random.seed, np.random.seed, torch.manual_seed):

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.split import as_labels
+from lightning_ssesam.targets import IGNORE_INDEX
 
 
 class ClassSampler(DistributedSampler[int]):
@@ -24,17 +25,26 @@ class ClassSampler(DistributedSampler[int]):
     because it is a ``DistributedSampler``.
 
     Args:
-        labels: Label of every training sample, shape ``(N,)``, integers >= 0.
-        num_samples: Draws in an epoch, by all processes together, an integer >= 1; N by default.
+        labels: Label of every training sample, shape ``(N,)``, integers >= 0 or ``ignore_index``.
+        num_samples: Draws in an epoch, by all processes together, an integer >= 1; by default the number of samples
+            that have a class.
         seed: Seed of the draws, an integer >= 0.
+        ignore_index: Label of samples that are never drawn, any integer.
     """
 
-    def __init__(self, labels: Sequence[int] | Tensor, num_samples: int | None = None, seed: int = 0) -> None:
-        targets = as_labels(labels)
+    def __init__(
+        self,
+        labels: Sequence[int] | Tensor,
+        num_samples: int | None = None,
+        seed: int = 0,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        targets = as_labels(labels, ignore_index=ignore_index)
         super().__init__(targets, num_replicas=1, rank=0, seed=check_integer("seed", seed, minimum=0))  # type: ignore[arg-type]
-        self.draws = len(targets) if num_samples is None else check_integer("num_samples", num_samples, minimum=1)
-        self.class_counts = targets.bincount()
-        self._members = targets.argsort(stable=True)
+        labelled = (targets != ignore_index).nonzero().flatten()
+        self.draws = len(labelled) if num_samples is None else check_integer("num_samples", num_samples, minimum=1)
+        self.class_counts = targets[labelled].bincount()
+        self._members = labelled[targets[labelled].argsort(stable=True)]
         self._shared: tuple[int, int] | None = None
 
     def class_probabilities(self, class_counts: Tensor, epoch: int) -> Tensor:
@@ -124,7 +134,7 @@ class ProgressivelyBalancedSampler(ClassSampler):
     Args:
         labels: Label of every training sample, shape ``(N,)``, integers >= 0.
         num_epochs: T, an integer >= 1.
-        **kwargs: ``num_samples`` and ``seed``, see :class:`ClassSampler`.
+        **kwargs: ``num_samples``, ``seed`` and ``ignore_index``, see :class:`ClassSampler`.
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, num_epochs: int, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from lightning_ssesam.losses import functional
 from lightning_ssesam.losses.base import LongTailLoss, Reduction, Weight
 from lightning_ssesam.losses.functional import Counts, class_balanced_weights
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.targets import IGNORE_INDEX
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -38,7 +39,7 @@ class LDAMLoss(LongTailLoss):
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
         max_margin: The margin of the rarest class, a finite number >= 0.
         scale: The factor s on the logits, a finite number > 0.
-        **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
+        **kwargs: ``weight``, ``reduction`` and ``ignore_index``, see :class:`LongTailLoss`.
 
     Example:
         >>> loss = LDAMLoss([16, 1], max_margin=0.5, scale=1.0)
@@ -74,7 +75,7 @@ class LogitAdjustedLoss(LongTailLoss):
     Args:
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
         tau: Factor on the log of the class frequencies, a finite number >= 0; 0 is plain cross-entropy.
-        **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
+        **kwargs: ``weight``, ``reduction`` and ``ignore_index``, see :class:`LongTailLoss`.
 
     Example:
         >>> LogitAdjustedLoss([9, 1])(torch.zeros(2, 2), torch.tensor([0, 1]))
@@ -103,7 +104,7 @@ class BalancedSoftmaxLoss(LongTailLoss):
 
     @override
     def losses(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        return functional.adjusted(logits, targets, self.counts_like(logits).log(), weight)
+        return functional.adjusted(logits, targets, functional.log_counts(self.counts_like(logits)), weight)
 
 
 class VSLoss(LongTailLoss):
@@ -113,7 +114,7 @@ class VSLoss(LongTailLoss):
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later.
         gamma: Exponent of the factors on the logits, a finite number >= 0; 0 is :class:`LogitAdjustedLoss`.
         tau: Factor on the log of the class frequencies, a finite number >= 0.
-        **kwargs: ``weight`` and ``reduction``, see :class:`LongTailLoss`.
+        **kwargs: ``weight``, ``reduction`` and ``ignore_index``, see :class:`LongTailLoss`.
 
     Example:
         >>> VSLoss([16, 1], gamma=0.25, tau=0.0)(torch.ones(2, 2), torch.tensor([0, 1]))
@@ -137,14 +138,21 @@ class ClassBalancedLoss(LongTailLoss):
         counts: Training samples of each class, ``(C,)``, or a split; can be bound later, which sets ``weight``.
         beta: Number in [0, 1), see :func:`class_balanced_weights`.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        ignore_index: Class index that does not count, see :class:`LongTailLoss`.
 
     Example:
         >>> ClassBalancedLoss([2, 1], beta=0.5)(torch.zeros(2, 2), torch.tensor([0, 1]))
         tensor([0.5545, 0.8318])
     """
 
-    def __init__(self, counts: Counts | None = None, beta: float = 0.9999, reduction: Reduction = "none") -> None:
-        super().__init__(counts, None, reduction)
+    def __init__(
+        self,
+        counts: Counts | None = None,
+        beta: float = 0.9999,
+        reduction: Reduction = "none",
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(counts, None, reduction, ignore_index)
         self.beta = check_beta(beta)
         self._balance()
 
@@ -157,7 +165,7 @@ class ClassBalancedLoss(LongTailLoss):
 
     def _balance(self) -> None:
         if self.class_counts is not None:
-            self.weight = class_balanced_weights(self.class_counts, self.beta).to(torch.get_default_dtype())
+            self.weight = functional.balanced_weights(self.class_counts, self.beta).to(torch.get_default_dtype())
 
     @override
     def losses(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
@@ -174,6 +182,7 @@ class FocalLoss(LongTailLoss):
         alpha: Weight in [0, 1] of yes, with ``"sigmoid"``; no has the weight 1 - alpha. None by default.
         weight: Class weights ``(C,)``, finite and >= 0; none by default.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        ignore_index: Class index that does not count, see :class:`LongTailLoss`.
 
     Example:
         >>> FocalLoss(gamma=2.0)(torch.zeros(1, 2), torch.tensor([0]))
@@ -189,8 +198,9 @@ class FocalLoss(LongTailLoss):
         alpha: float | None = None,
         weight: Weight = None,
         reduction: Reduction = "none",
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        super().__init__(None, weight, reduction)
+        super().__init__(None, weight, reduction, ignore_index)
         self.gamma = check_radius("gamma", gamma)
         self.kind = check_choice("kind", kind, ("softmax", "sigmoid"))
         if kind == "sigmoid" and 0 < gamma < 1:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice
-from lightning_ssesam.losses.functional import Counts, counts_of
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.losses.functional import Counts, along_classes, counts_of
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.targets import IGNORE_INDEX, at_least_one
 
 Weight = Sequence[float] | Tensor | None
 Reduction = Literal["none", "mean", "sum"]
@@ -18,12 +19,15 @@ Reduction = Literal["none", "mean", "sum"]
 class LongTailLoss(nn.Module):
     """Base of the losses: class counts, class weights, checks and reduction. A subclass implements :meth:`losses`.
 
-    Logits in half precision are converted to float32. The ``state_dict`` is empty.
+    Logits in half precision are converted to float32. The ``state_dict`` is empty. A class without training samples
+    (``ClassSplit(..., allow_empty=True)``) has no weight: the loss of its samples is 0, and they are not part of the
+    mean.
 
     Args:
         counts: Training samples of each class, ``(C,)``, integers >= 1, or a split; can be bound later.
         weight: Class weights ``(C,)``, finite and >= 0; none by default.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        ignore_index: Class index that does not count, any integer. Its loss is 0, and it is not part of the mean.
 
     Example:
         >>> from lightning_ssesam.losses import functional
@@ -35,12 +39,25 @@ class LongTailLoss(nn.Module):
     """
 
     weight: Tensor | None
+    ignore_index: int = IGNORE_INDEX
     _needs_counts = True
+    _has_empty_class = False
 
-    def __init__(self, counts: Counts | None = None, weight: Weight = None, reduction: Reduction = "none") -> None:
+    def __init__(
+        self,
+        counts: Counts | None = None,
+        weight: Weight = None,
+        reduction: Reduction = "none",
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
         super().__init__()
+        # The default stays an attribute of the class: texts that identify a training are those of earlier versions.
+        if check_integer("ignore_index", ignore_index) != IGNORE_INDEX:
+            self.ignore_index = int(ignore_index)
         # No buffer, because training steps copy buffers.
-        self.class_counts = None if counts is None else counts_of(counts)
+        self.class_counts: Tensor | None = None
+        if counts is not None:
+            self._set_counts(counts_of(counts))
         self._moved: dict[torch.device, Tensor] = {}
         self.reduction = check_choice("reduction", reduction, ("none", "mean", "sum"))
         self.register_buffer("weight", _check_weight(weight), persistent=False)
@@ -63,7 +80,7 @@ class LongTailLoss(nn.Module):
             raise bad_argument("split", f"one with the class counts that the {type(self).__name__} has already", split)
         if self.weight is not None:
             _check_length("weight", self.weight, split.num_classes)
-        self.class_counts = split.class_counts
+        self._set_counts(split.class_counts)
 
     @override
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -71,12 +88,12 @@ class LongTailLoss(nn.Module):
 
         Args:
             logits: Logits ``(N, C)`` or ``(N, C, ...)``, any floating dtype.
-            targets: Class indices ``(N, ...)`` in [0, C), any integer dtype; or class probabilities ``(N, C, ...)``,
-                any floating dtype.
+            targets: Class indices ``(N, ...)`` in [0, C) or ``ignore_index``, any integer dtype; or class
+                probabilities ``(N, C, ...)``, any floating dtype.
 
         Returns:
-            The loss of every sample, ``(N, ...)``, or their plain mean or sum by ``reduction``. The dtype is float64
-            for float64 logits, else float32.
+            The loss of every sample, ``(N, ...)``, or by ``reduction`` their sum or their plain mean. The mean is over
+            those that count, and 0 if none does. The dtype is float64 for float64 logits, else float32.
 
         Raises:
             ArgumentError: If shapes or dtypes do not fit.
@@ -91,9 +108,30 @@ class LongTailLoss(nn.Module):
         known = self.weight if self.class_counts is None else self.class_counts
         _check_batch(logits, targets, None if known is None else known.numel())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
+        targets, ignored = self._counted(targets.to(logits.dtype) if targets.is_floating_point() else targets.long())
         losses = self.losses(logits, targets, None if self.weight is None else self.weight.to(logits))
-        return losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
+        losses = losses if ignored is None else losses.masked_fill(ignored, 0.0)
+        if self.reduction == "mean":
+            count = losses.numel() if ignored is None else (~ignored).sum()
+            return losses.sum() / at_least_one(count)
+        return losses if self.reduction == "none" else losses.sum()
+
+    def _counted(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return targets that all are classes with a weight, and a mask of those that do not count."""
+        # Nothing here depends on a value, which would wait for the device and break a compiled graph.
+        present = self._moved_counts(targets.device) > 0 if self._has_empty_class else None
+        if targets.is_floating_point():
+            return targets if present is None else targets * along_classes(present, targets), None
+        ignored = targets == self.ignore_index
+        targets = targets.masked_fill(ignored, 0)
+        if present is not None:
+            ignored = ignored | ~present[targets]
+            targets = targets.masked_fill(ignored, 0)
+        return targets, ignored
+
+    def _set_counts(self, counts: Tensor) -> None:
+        self.class_counts = counts
+        self._has_empty_class = self._needs_counts and not bool(counts.all())
 
     def losses(self, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         """Return the losses of a checked batch, as a function of :mod:`lightning_ssesam.losses.functional` does.
@@ -110,10 +148,14 @@ class LongTailLoss(nn.Module):
 
     def counts_like(self, logits: Tensor) -> Tensor:
         """Return the class counts ``(C,)`` with the dtype and on the device of the logits."""
+        return self._moved_counts(logits.device).to(logits.dtype)
+
+    def _moved_counts(self, device: torch.device) -> Tensor:
+        """Return the class counts on a device. They are copied there once and kept."""
         assert self.class_counts is not None
-        if logits.device not in self._moved:
-            self._moved[logits.device] = self.class_counts.to(logits.device)
-        return self._moved[logits.device].to(logits.dtype)
+        if device not in self._moved:
+            self._moved[device] = self.class_counts.to(device)
+        return self._moved[device]
 
     @override
     def extra_repr(self) -> str:

@@ -5,8 +5,12 @@ Nothing is checked here: the classes of :mod:`lightning_ssesam.losses` do that. 
 probabilities t of the shape and dtype of the logits. ``class_counts`` n are the training samples of each class,
 ``(C,)``, in the dtype of the logits, and pi_j = n_j / sum_k n_k. The loss of a sample is multiplied by the ``weight``
 w, ``(C,)``, of its class; for class probabilities it is the sum of t_j w_j l_j, where l_j is the loss for class j.
+
+A count may be 0. Then the log of the class frequency is that of the smallest number of the dtype. So the class has no
+part in the softmax, and its own loss is large and finite.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +45,8 @@ def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
         beta: A number in [0, 1); 0 gives all classes the same weight.
 
     Returns:
-        The weights ``(C,)``, float64, on the CPU.
+        The weights ``(C,)``, float64, on the CPU. A class without samples, which only a split may have, has weight 0,
+        and C counts the others.
 
     Raises:
         ArgumentError: If a count is not an integer >= 1, or ``beta`` is out of range.
@@ -50,9 +55,15 @@ def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
         >>> class_balanced_weights([2, 1], beta=0.5)
         tensor([0.8000, 1.2000], dtype=torch.float64)
     """
-    exponents = counts_of(counts).double() * torch.tensor(check_beta(beta), dtype=torch.float64).log()
-    weights = -1 / torch.expm1(exponents)
-    return weights * (weights.numel() / weights.sum())
+    return balanced_weights(counts_of(counts), beta)
+
+
+def balanced_weights(class_counts: Tensor, beta: float) -> Tensor:
+    """Return :func:`class_balanced_weights` for checked counts ``(C,)``, of which some may be 0."""
+    numbers = class_counts.double()
+    exponents = numbers * torch.tensor(check_beta(beta), dtype=torch.float64).log()
+    weights = (-1 / torch.expm1(exponents)).masked_fill(numbers == 0, 0.0)
+    return weights * ((numbers > 0).sum() / weights.sum())
 
 
 def counts_of(counts: Counts) -> Tensor:
@@ -61,7 +72,7 @@ def counts_of(counts: Counts) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the cross-entropies ``(N, ...)``. No class index is ignored, -100 is out of range as in all losses."""
+    """Return the cross-entropies ``(N, ...)``. No class index is ignored here, the classes of losses do that."""
     return F.cross_entropy(logits, targets, weight=weight, ignore_index=-(2**62), reduction="none")
 
 
@@ -70,11 +81,15 @@ def ldam_margins(class_counts: Tensor, max_margin: float = 0.5) -> Tensor:
 
     .. math:: m_j = m_\max (\min_k n_k / n_j)^{1/4}
 
+    The minimum is over the classes with samples. A class without samples has no margin.
+
     Example:
         >>> ldam_margins(torch.tensor([16.0, 1.0]), max_margin=0.5)
         tensor([0.2500, 0.5000])
     """
-    return max_margin * (class_counts.min() / class_counts) ** 0.25
+    is_empty = class_counts == 0
+    smallest = class_counts.masked_fill(is_empty, math.inf).min()
+    return (max_margin * (smallest / class_counts) ** 0.25).masked_fill(is_empty, 0.0)
 
 
 def ldam(logits: Tensor, targets: Tensor, margins: Tensor, scale: float = 30.0, weight: Tensor | None = None) -> Tensor:
@@ -96,7 +111,7 @@ def ldam(logits: Tensor, targets: Tensor, margins: Tensor, scale: float = 30.0, 
     is_top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, keepdim=True), True)
     others = log_p.masked_fill(is_top, torch.finfo(log_p.dtype).min)
     log_of_others = torch.where(is_top, others.logsumexp(1, keepdim=True), torch.log1p(-others.exp()))
-    losses = -F.logsigmoid(log_p - log_of_others - _along_classes(margins, logits))
+    losses = -F.logsigmoid(log_p - log_of_others - along_classes(margins, logits))
     return _expectation(losses, targets, weight)
 
 
@@ -116,7 +131,7 @@ def vector_scaling(
         >>> vector_scaling(torch.ones(1, 2), torch.tensor([0]), torch.tensor([16.0, 1.0]), gamma=0.25, tau=0.0)
         tensor([0.4741])
     """
-    factors = _along_classes((class_counts / class_counts.max()) ** gamma, logits)
+    factors = along_classes((class_counts / class_counts.max()) ** gamma, logits)
     return logit_adjusted(factors * logits, targets, class_counts, tau, weight)
 
 
@@ -129,20 +144,20 @@ def logit_adjusted(
         >>> logit_adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]))
         tensor([2.3026])
     """
-    return adjusted(logits, targets, tau * (class_counts / class_counts.sum()).log(), weight)
+    return adjusted(logits, targets, tau * log_counts(class_counts / class_counts.sum()), weight)
 
 
 def adjusted(logits: Tensor, targets: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the cross-entropies ``(N, ...)`` of logits to which an offset for each class, ``(C,)``, is added.
 
-    With ``offsets = class_counts.log()`` it is balanced softmax (Ren et al., NeurIPS 2020, arXiv:2007.10740).
+    With ``offsets = log_counts(class_counts)`` it is balanced softmax (Ren et al., NeurIPS 2020, arXiv:2007.10740).
 
     Example:
         >>> adjusted(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([9.0, 1.0]).log())
         tensor([2.3026])
     """
     # Centred first: a float32 near 10,000 keeps only three digits of an offset.
-    return cross_entropy(_centred(logits) + _along_classes(offsets, logits), targets, weight)
+    return cross_entropy(_centred(logits) + along_classes(offsets, logits), targets, weight)
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 2.0, weight: Tensor | None = None) -> Tensor:
@@ -178,7 +193,7 @@ def sigmoid_focal(
     if not targets.is_floating_point():
         targets = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), 1.0)
     losses: Tensor = sigmoid_focal_loss(logits, targets, alpha=-1.0 if alpha is None else alpha, gamma=gamma).sum(1)
-    return losses if weight is None else losses * (targets * _along_classes(weight, targets)).sum(1)
+    return losses if weight is None else losses * (targets * along_classes(weight, targets)).sum(1)
 
 
 def _modulated(losses: Tensor, gamma: float) -> Tensor:
@@ -188,7 +203,13 @@ def _modulated(losses: Tensor, gamma: float) -> Tensor:
     return losses * miss**gamma
 
 
-def _along_classes(values: Tensor, logits: Tensor) -> Tensor:
+def log_counts(class_counts: Tensor) -> Tensor:
+    """Return the logs of counts or frequencies ``(C,)``, with the smallest number of the dtype in the place of 0."""
+    return class_counts.clamp(min=torch.finfo(class_counts.dtype).tiny).log()
+
+
+def along_classes(values: Tensor, logits: Tensor) -> Tensor:
+    """Return values ``(C,)`` in a shape that multiplies logits ``(N, C, ...)``."""
     return values.reshape(-1, *[1] * (logits.ndim - 2))
 
 
@@ -197,5 +218,5 @@ def _centred(logits: Tensor) -> Tensor:
 
 
 def _expectation(losses: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-    mass = targets if weight is None else targets * _along_classes(weight, targets)
+    mass = targets if weight is None else targets * along_classes(weight, targets)
     return (mass * losses).sum(1)

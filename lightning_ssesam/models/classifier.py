@@ -2,23 +2,29 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
+from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy, _GroupMetric
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
 from lightning_ssesam.objectives import SSESAM, Objective
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.step_options import StepOptions
+from lightning_ssesam.targets import IGNORE_INDEX, find_ignored, sum_counted
+from lightning_ssesam.trainer_calls import monitored
+
+Stage = Literal["val", "test"]
 
 
 class LongTailClassifier(SharpnessAwareMixin):
@@ -28,6 +34,7 @@ class LongTailClassifier(SharpnessAwareMixin):
     (if the loss has a method ``bind``) and to the metrics. It logs ``train/loss``. On validation data it logs
     ``val/loss`` and ``val/acc_head``, ``_tail``, ``_many``, ``_medium``, ``_few``, ``_all``; on test data the same as
     ``test/...``, and the error rates of :class:`~lightning_ssesam.HeadTailConfusion`, such as ``test/head_to_tail``.
+    Each of several loaders has its own values, with names such as ``val/acc_tail/dataloader_idx_1``.
 
     Attributes:
         split: Class split made from the class counts.
@@ -51,11 +58,16 @@ class LongTailClassifier(SharpnessAwareMixin):
         step_options: Options of the training step.
         tta: Test-time augmentation, for validation and test. ``"hflip"`` averages the class probabilities of every
             image ``(N, C, H, W)`` and of its horizontal mirror image; ``"none"`` is the default.
+        ignore_index: Target that does not count, any integer. The objective, the metrics and the loss (if it has an
+            attribute ``ignore_index``) get it from here.
+        allow_empty: Whether a class may have no training sample, see :class:`~lightning_ssesam.ClassSplit`.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong kind, both ``tail_below`` and ``tail_fraction``
-            are given, ``objective`` has a split, or ``loss`` is reduced or has other class counts; from ``forward``,
-            if the logits of ``backbone`` are not ``(N, C)``.
+            are given, ``objective`` has a split, ``loss`` is reduced or has other class counts, or one of both ignores
+            another target; from ``forward``, if the logits of ``backbone`` are not ``(N, C)``.
+        MisconfigurationException: When training starts, if a callback or the scheduler monitors the accuracy of a group
+            without classes.
     """
 
     def __init__(
@@ -74,6 +86,8 @@ class LongTailClassifier(SharpnessAwareMixin):
         scheduler_monitor: str | None = None,
         step_options: StepOptions = StepOptions(),  # noqa: B008 (frozen)
         tta: Literal["none", "hflip"] = "none",
+        ignore_index: int = IGNORE_INDEX,
+        allow_empty: bool = False,
     ) -> None:
         super().__init__()
         # As the default of the argument, it would pass its learning rate on to another optimizer class that the
@@ -84,18 +98,18 @@ class LongTailClassifier(SharpnessAwareMixin):
                 raise bad_argument(name, "a class or a function that makes it", value)
         if tail_below is None and tail_fraction is None:
             tail_fraction = 0.2
-        self.split = ClassSplit.from_counts(class_counts, tail_below, tail_fraction, many_above, few_below)
+        thresholds = (tail_below, tail_fraction, many_above, few_below)
+        self.split = ClassSplit.from_counts(class_counts, *thresholds, allow_empty=allow_empty)
         self.backbone = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
-        self.objective = SSESAM() if objective is None else objective
-        if not isinstance(self.objective, Objective):
-            raise bad_argument("objective", "an Objective", objective)
-        if self.objective.split is not None:
-            message = "Pass `objective` without a split: LongTailClassifier builds the split from `class_counts`."
-            raise ArgumentError(message)
-        self.objective.bind(self.split)
+        self.objective = _bound_objective(objective, self.split)
         self.loss = _bound_loss(loss, self.split)
-        self.val_metrics = _make_metrics(self.split)
-        self.test_metrics = _make_metrics(self.split).append(HeadTailConfusion(self.split))
+        self.ignore_index = check_integer("ignore_index", ignore_index)
+        for name, part in {"objective": self.objective, "loss": self.loss}.items():
+            _hand_on_ignore_index(name, part, self.ignore_index)
+        self.val_metrics = nn.ModuleList(self._make_metrics("val"))
+        self.test_metrics = nn.ModuleList(self._make_metrics("test"))
+        # The metrics of further loaders come and go with an evaluation, and are no modules.
+        self._further_metrics: dict[int, list[_GroupMetric]] = {}
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
         check_choice("scheduler_interval", scheduler_interval, ("epoch", "step"))
         self._scheduler_options = {"interval": scheduler_interval, "monitor": scheduler_monitor}
@@ -127,14 +141,36 @@ class LongTailClassifier(SharpnessAwareMixin):
         return losses
 
     @override
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Called for every validation batch: logs the loss, and counts the predictions."""
-        self._evaluate(batch, "val")
+    def on_fit_start(self) -> None:
+        """Called when training starts: refuses to monitor what is always NaN."""
+        empty = {f"val/acc_{group}" for metric in self._metrics_of("val", 0) for group in metric.empty_groups()}
+        for who, value in monitored(self.trainer):
+            if value.partition("/dataloader_idx_")[0] in empty:
+                raise MisconfigurationException(
+                    f"{who} monitors {value!r}, which is always NaN: that group has no classes in {self.split}, with"
+                    f" many_above={self.split.many_above} and few_below={self.split.few_below}. Monitor another value,"
+                    " such as 'val/acc_all', or choose other bounds."
+                )
 
     @override
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called for every validation batch: logs the loss, and counts the predictions."""
+        self._evaluate(batch, "val", dataloader_idx)
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Called for every test batch: logs the loss, and counts the predictions."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", dataloader_idx)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Called before the first validation batch: forgets what an interrupted validation has counted."""
+        self._forget_counts("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """Called before the first test batch: forgets what an interrupted test has counted."""
+        self._forget_counts("test")
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -155,27 +191,76 @@ class LongTailClassifier(SharpnessAwareMixin):
         scheduler: Any = {"scheduler": self._make_scheduler(optimizer), **self._scheduler_options}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: Literal["val", "test"]) -> None:
+    def _make_metrics(self, stage: Stage) -> list[_GroupMetric]:
+        kinds = (HeadTailAccuracy, ManyMediumFewAccuracy, *((HeadTailConfusion,) if stage == "test" else ()))
+        return [kind(self.split, ignore_index=self.ignore_index) for kind in kinds]
+
+    def _metrics_of(self, stage: Stage, loader: int) -> Iterable[_GroupMetric]:
+        """Return the metrics of a loader, counted from 0."""
+        if loader == 0:
+            return cast("Iterable[_GroupMetric]", self.val_metrics if stage == "val" else self.test_metrics)
+        if loader not in self._further_metrics:
+            self._further_metrics[loader] = [metric.to(self.device) for metric in self._make_metrics(stage)]
+        return self._further_metrics[loader]
+
+    def _forget_counts(self, stage: Stage) -> None:
+        self._further_metrics.clear()
+        for metric in self._metrics_of(stage, 0):
+            metric.reset()
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: Stage, loader: int) -> None:
         inputs, targets = batch
         logits = self(inputs)
-        self.log(f"{stage}/loss", self.loss(logits, targets).mean(), batch_size=len(targets))
+        total, count = sum_counted(self.loss(logits, targets), find_ignored(targets, self.ignore_index))
+        if number := int(count):
+            self.log(f"{stage}/loss", total / number, batch_size=number)
         if self.tta == "hflip":
             logits = logits.softmax(1) + self(inputs.flip(-1)).softmax(1)
-        for metric in getattr(self, f"{stage}_metrics"):
+        for metric in self._metrics_of(stage, loader):
             metric.update(logits, targets)
+            if metric.update_count == 1 and self._has_several_loaders(stage):
+                for name in metric.names():
+                    # Lightning names it by the loader, and computes it after the last batch.
+                    self._log_value(stage, metric, name, metric.view(name), metric_attribute=f"{stage}_metrics")
 
-    def _log_accuracies(self, stage: Literal["val", "test"]) -> None:
-        values: dict[str, Tensor] = {}
-        for metric in getattr(self, f"{stage}_metrics"):
-            prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
-            values.update({prefix + name: value for name, value in metric.compute().items()})
+    def _has_several_loaders(self, stage: Stage) -> bool:
+        batches = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        return len(batches) > 1
+
+    def _log_value(self, stage: Stage, metric: Metric, name: str, value: Tensor | Metric, **kwargs: Any) -> None:
+        prefix = "" if isinstance(metric, HeadTailConfusion) else "acc_"
+        on_bar = stage == "val" and name in ("head", "tail")
+        self.log(f"{stage}/{prefix}{name}", value, on_step=False, on_epoch=True, prog_bar=on_bar, **kwargs)
+
+    def _log_accuracies(self, stage: Stage) -> None:
+        if self._has_several_loaders(stage):
+            # The steps have logged them.
+            return
+        for metric in self._metrics_of(stage, 0):
+            values = metric.compute()
             metric.reset()
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in ("acc_head", "acc_tail"))
+            for name, value in values.items():
+                self._log_value(stage, metric, name, value)
 
 
-def _make_metrics(split: ClassSplit) -> nn.ModuleList:
-    return nn.ModuleList([HeadTailAccuracy(split), ManyMediumFewAccuracy(split)])
+def _bound_objective(objective: Objective | None, split: ClassSplit) -> Objective:
+    bound = SSESAM() if objective is None else objective
+    if not isinstance(bound, Objective):
+        raise bad_argument("objective", "an Objective", objective)
+    if bound.split is not None:
+        message = "Pass `objective` without a split: LongTailClassifier builds the split from `class_counts`."
+        raise ArgumentError(message)
+    bound.bind(split)
+    return bound
+
+
+def _hand_on_ignore_index(name: str, part: Any, ignore_index: int) -> None:
+    """Let a part ignore the same target, unless it was told another one."""
+    own = getattr(part, "ignore_index", ignore_index)
+    if own not in (ignore_index, IGNORE_INDEX):
+        raise bad_argument("ignore_index", f"{own}, which `{name}` has", ignore_index)
+    if own != ignore_index:
+        part.ignore_index = ignore_index
 
 
 def _bound_loss(loss: nn.Module | None, split: ClassSplit) -> nn.Module:

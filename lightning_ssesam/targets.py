@@ -1,0 +1,82 @@
+"""Which targets count. Positions whose target is the ignored index have no weight anywhere."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.tensors import move, rows
+
+IGNORE_INDEX = -100
+"""The target that is ignored by default, as in :func:`torch.nn.functional.cross_entropy`."""
+
+NO_CLASS = -math.inf
+"""The probabilities of an ignored class index, where indices are made probabilities. No other target is infinite."""
+
+
+def ignored_mask(targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return which positions are ignored, bool, of the shape of the losses. Does not wait for the device.
+
+    Args:
+        targets: Class indices ``(N, ...)``, any integer dtype; or class probabilities ``(N, C, ...)``, any floating
+            dtype. Of these, a row is ignored if it is :data:`NO_CLASS` everywhere.
+        ignore_index: Ignored target, any integer.
+    """
+    if targets.is_floating_point():
+        is_ignored = targets == NO_CLASS
+        return is_ignored.all(1) if targets.ndim > 1 else is_ignored
+    # In its own dtype, an unsigned integer of 156 equals -100.
+    return targets.long() == ignore_index
+
+
+def find_ignored(targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor | None:
+    """Return the :func:`ignored_mask`, or None if the targets are on the CPU and none of them is ignored."""
+    ignored = ignored_mask(targets, ignore_index)
+    return None if ignored.device.type == "cpu" and not bool(ignored.any()) else ignored
+
+
+def fill_ignored(targets: Tensor, ignored: Tensor | None, value: float = 0) -> Tensor:
+    """Return targets with ``value`` at the ignored positions: class 0, or no mass on any class."""
+    if ignored is None:
+        return targets
+    return targets.masked_fill(ignored.unsqueeze(1) if targets.ndim > ignored.ndim else ignored, value)
+
+
+def sum_counted(losses: Tensor, ignored: Tensor | None, samples: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+    """Return the sum of the losses ``(N, ...)`` that are not ignored, in float32 at least, and their number.
+
+    Args:
+        losses: Losses of some samples, or of all.
+        ignored: Mask of the ignored positions of all samples; None for none.
+        samples: Indices ``(N,)`` of the samples, on the CPU; None for all.
+    """
+    losses = losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
+    if ignored is None:
+        return losses.sum(), losses.numel()
+    ignored = ignored if samples is None else rows(ignored, samples)
+    # Not by a product, because the loss of an ignored position may be infinite.
+    return losses.masked_fill(move(ignored, losses.device), 0.0).sum(), (~ignored).sum()
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """Return a number to divide by: 1 where nothing counts."""
+    return max(count, 1) if isinstance(count, int) else count.clamp(min=1)
+
+
+def check_class_indices(targets: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+    """Raise ``ArgumentError`` if targets on the CPU, of any shape, are not class indices in ``[0, num_classes)``.
+
+    Ignored targets may be any integer. On an accelerator, reading the values would wait for the device, and the loss
+    checks them there itself.
+    """
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    bounds = [int(value) for value in targets.aminmax()]
+    if bounds[0] < 0 or bounds[1] >= num_classes:
+        targets = targets[~ignored_mask(targets, ignore_index)]
+        bounds = [int(value) for value in targets.aminmax()] if targets.numel() else [0, 0]
+    low, high = bounds
+    if low < 0 or high >= num_classes:
+        got = f"values from {low} to {high} (`ignore_index` is {ignore_index})"
+        raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=got)
