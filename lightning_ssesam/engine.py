@@ -211,7 +211,8 @@ class SharpnessEngine:
         if self._mark not in self._mixes:
             pairs = zip(step.batch, step.plan(splits=True), strict=True)
             part, groups = next((pair for pair in pairs if len(pair[1]) > 1), (None, []))
-            if part is None:
+            if part is None or step.device.type == "meta":
+                # There is nothing to compare.
                 return "split"
             try:
                 with torch.no_grad():
@@ -304,8 +305,8 @@ class SharpnessEngine:
         for clean in summand.passes:
             clean.met.restore(step.state.returning)
             losses = clean.sample_losses(clean.samples, False)
-            if not step.state.is_sure and step.state.is_returning(end):
-                # The first perturbed forward shows what returns; then it has met the wrong state.
+            if not step.state.is_sure and step.state.is_returning(end) and not step.is_difference:
+                # The first perturbed forward shows what returns. So it has not met what its clean pass met.
                 clean.met.restore(step.state.returning)
                 losses = clean.sample_losses(clean.samples, False)
             loss = weighted_sum(losses, clean.weights)

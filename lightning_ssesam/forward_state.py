@@ -175,6 +175,8 @@ class ForwardState:
 
 def _are_same(first: Any, second: Any) -> bool:
     """Return whether two states of a generator are the same."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
     if isinstance(first, list | tuple):
         return all(map(_are_same, first, second))
     if isinstance(first, dict):

@@ -34,9 +34,6 @@ def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: 
         losses: The losses ``(N, ...)`` of that forward.
         met: What that forward met. Only the generators are put back.
     """
-    if losses.is_meta:
-        # There are no values to compare.
-        return None
     draws = bool(met.used_generators())
     for group in groups:
         samples = group.samples

@@ -72,11 +72,10 @@ def check_class_indices(targets: Tensor, num_classes: int, ignore_index: int = I
     """
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
-    bounds = [int(value) for value in targets.aminmax()]
-    if bounds[0] < 0 or bounds[1] >= num_classes:
+    low, high = map(int, targets.aminmax())
+    if low < 0 or high >= num_classes:
         targets = targets[~ignored_mask(targets, ignore_index)]
-        bounds = [int(value) for value in targets.aminmax()] if targets.numel() else [0, 0]
-    low, high = bounds
+        low, high = map(int, targets.aminmax()) if targets.numel() else (0, 0)
     if low < 0 or high >= num_classes:
         got = f"values from {low} to {high} (`ignore_index` is {ignore_index})"
         raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=got)
