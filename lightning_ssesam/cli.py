@@ -199,7 +199,8 @@ def _shipped_configs(command: str) -> list[str]:
     if command == "sweep":
         return []
     paths = [Path(resource.name) for resource in files("lightning_ssesam.configs").iterdir()]
-    names = sorted(path.stem for path in paths if path.suffix == ".yaml")
+    # macOS puts files such as `._digits_lt.yaml` on drives of other systems.
+    names = sorted(path.stem for path in paths if path.suffix == ".yaml" and path.stem[0] != ".")
     return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 
