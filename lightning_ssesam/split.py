@@ -1,16 +1,19 @@
 """Which classes are head and tail, and which are many-, medium- and few-shot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam.class_order import in_class_order, in_sample_order
 from lightning_ssesam.errors import ArgumentError
+
+Counts: TypeAlias = Sequence[int] | Mapping[int, int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,8 @@ class ClassSplit:
     default (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019).
 
     Args:
-        class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+        class_counts: Training samples of each class, shape ``(C,)``, integers >= 1. A mapping or a pandas Series is
+            read by its keys, the class indices 0 to C-1.
         tail: Tail classes, as a boolean mask of shape ``(C,)`` or as class indices in ``[0, C)``.
         many_above: Training samples above which a class is many-shot, an integer >= 0.
         few_below: Training samples below which a class is few-shot, an integer in ``[0, many_above + 1]``.
@@ -46,7 +50,7 @@ class ClassSplit:
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Counts,
         tail: Sequence[int] | Sequence[bool] | Tensor,
         many_above: int = 100,
         few_below: int = 20,
@@ -63,7 +67,7 @@ class ClassSplit:
     @classmethod
     def from_counts(
         cls,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Counts,
         tail_below: int | None = None,
         tail_fraction: float | None = None,
         many_above: int = 100,
@@ -72,7 +76,7 @@ class ClassSplit:
         """Choose the tail by class size.
 
         Args:
-            class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+            class_counts: Training samples of each class, see :class:`ClassSplit`.
             tail_below: Training samples below which a class is tail, an integer >= 1 (eta in ImbSAM, ICCV 2023).
             tail_fraction: Fraction of the training samples, in (0, 1), that the tail classes hold at most. The rarest
                 classes are chosen first; of two classes of equal size the one with the higher index is the rarer.
@@ -108,7 +112,8 @@ class ClassSplit:
         """
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
-        values = as_labels(labels, num_classes=num_classes)
+        # The index of a pandas Series does not matter here.
+        values = as_labels(in_sample_order("labels", labels, is_ordered=False), num_classes=num_classes)
         counts = count_labels(values, num_classes or 0)
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
 
@@ -168,7 +173,7 @@ def as_labels(labels: Sequence[int] | Tensor, name: str = "labels", num_classes:
         ArgumentError: If ``labels`` is anything else.
     """
     expected = "a non-empty vector of class indices"
-    values = _as_tensor(name, expected, labels)
+    values = _as_tensor(name, expected, in_sample_order(name, labels))
     whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
     if values.ndim != 1 or values.numel() == 0 or not whole:
         got = f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}"
@@ -206,13 +211,13 @@ def check_class_indices(targets: Tensor, num_classes: int) -> None:
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, LookupError, OverflowError):
         raise bad_argument(name, expected, value) from None
 
 
-def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+def as_counts(class_counts: Counts) -> Tensor:
     """Return class counts as an int64 vector ``(C,)``, or raise ``ArgumentError`` if they are not integers >= 1."""
-    counts = _as_tensor("class_counts", "a vector of integers >= 1", class_counts)
+    counts = _as_tensor("class_counts", "a vector of integers >= 1", in_class_order("class_counts", class_counts))
     if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool or counts.is_complex():
         raise bad_argument("class_counts", "a non-empty vector of integers >= 1", class_counts)
     if counts.is_floating_point() and not bool((counts.isfinite() & (counts == counts.floor())).all()):
@@ -227,6 +232,7 @@ def as_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
 
 def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
     expected = "a boolean mask or a vector of class indices"
+    tail = _mask_in_class_order(tail, expected)
     if isinstance(tail, list | tuple) and len({isinstance(value, bool) for value in tail}) > 1:
         raise bad_argument("tail", expected, tail)
     values = _as_tensor("tail", expected, tail)
@@ -244,6 +250,16 @@ def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) ->
         raise bad_argument("tail", f"class indices in [0, {num_classes})", tail)
     mask[values.long()] = True
     return mask
+
+
+def _mask_in_class_order(tail: Any, expected: str) -> Any:
+    """Read a mask that comes with an index by it. The index of a Series of class indices says nothing."""
+    values = list(tail.values()) if isinstance(tail, Mapping) else in_sample_order("tail", tail, is_ordered=False)
+    if values is not tail and all(isinstance(value, bool) for value in values):
+        return in_class_order("tail", tail)
+    if isinstance(tail, Mapping):
+        raise bad_argument("tail", expected, tail)
+    return values
 
 
 def _rarest(counts: Tensor, fraction: float) -> Tensor:

@@ -24,7 +24,7 @@ class ImageList(ImageFiles):
     """The images that a list file names. A line has a path, which may contain spaces, a space and the label.
 
     Memory holds the start and the label of each line, 12 bytes an image. A path is read from the file when its image is
-    requested. Blank lines are skipped, and so are lines of hidden files, such as ``cat/._1.jpg``.
+    requested. Blank lines are skipped, and so are lines of hidden files, such as ``cat/.1.jpg``.
 
     Attributes:
         targets: Label of every image, shape ``(N,)``, int32.

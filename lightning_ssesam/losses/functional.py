@@ -7,14 +7,13 @@ probabilities t of the shape and dtype of the logits. ``class_counts`` n are the
 w, ``(C,)``, of its class; for class probabilities it is the sum of t_j w_j l_j, where l_j is the loss for class j.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ssesam._validation import check_beta
 from lightning_ssesam.split import ClassSplit, as_counts
+from lightning_ssesam.split import Counts as ClassCounts
 
 __all__ = [
     "adjusted",
@@ -28,7 +27,7 @@ __all__ = [
     "vector_scaling",
 ]
 
-Counts = ClassSplit | Sequence[int] | Tensor
+Counts = ClassSplit | ClassCounts
 
 
 def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:
