@@ -27,7 +27,7 @@ def in_class_order(name: str, values: Any) -> Any:
     else:
         return values
     by_class = {int(key): value for key, value in zip(index, found, strict=True) if _is_class(key)}
-    if len(by_class) == len(found) and by_class.keys() == set(range(len(found))):
+    if by_class.keys() == set(range(len(found))):
         return [by_class[number] for number in range(len(found))]
     kind = type(values).__name__
     expected = f"a {kind} with the class indices 0 to C-1 as its index, each once, or values in class order"

@@ -163,16 +163,19 @@ def _like_filters(weights: Tensor, generator: torch.Generator, transposed_groups
     if weights.ndim <= 1:
         return torch.zeros_like(drawn)
     if transposed_groups is None:
-        return drawn * _ratio(weights, drawn, tuple(range(1, weights.ndim)))
-    # From (C_in, C_out / G, ...) to (G, C_in / G, C_out / G, ...): a filter has an output channel and all its inputs.
+        return _with_row_norms(drawn, weights.to(dtype))
+    # From (C_in, C_out / G, ...) to (G, C_out / G, C_in / G, ...), a filter being all weights of an output channel.
     shape = (transposed_groups, -1, *weights.shape[1:])
-    filters, like = drawn.reshape(shape), weights.reshape(shape)
-    return (filters * _ratio(like, filters, (1, *range(3, filters.ndim)))).reshape(weights.shape)
+    filters, like = (tensor.reshape(shape).transpose(1, 2) for tensor in (drawn, weights.to(dtype)))
+    scaled = _with_row_norms(filters.flatten(0, 1), like.flatten(0, 1))
+    return scaled.view(filters.shape).transpose(1, 2).reshape(weights.shape)
 
 
-def _ratio(weights: Tensor, drawn: Tensor, dims: tuple[int, ...]) -> Tensor:
-    length: Tensor = weights.to(drawn.dtype).norm(dim=dims, keepdim=True)
-    return length / drawn.norm(dim=dims, keepdim=True)
+def _with_row_norms(drawn: Tensor, like: Tensor) -> Tensor:
+    """Scale each entry of the first dimension of ``drawn`` to the norm of that of ``like``."""
+    rows = drawn.flatten(1)
+    lengths: Tensor = like.flatten(1).norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+    return (rows * lengths).view(drawn.shape)
 
 
 def _checked_direction(name: str, direction: Tensor, hessian: Hessian) -> Tensor:
