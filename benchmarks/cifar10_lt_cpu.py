@@ -20,6 +20,7 @@ from torch.optim import SGD
 from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM
 from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import ImageFolderLT
+from lightning_ssesam.data.images import is_hidden
 from lightning_ssesam.losses import LogitAdjustedLoss
 from lightning_ssesam.models import SmallConvNet
 
@@ -33,8 +34,9 @@ OBJECTIVES = {
 
 def reduce(source, target, kept):
     """Copy the first images of each class at 16x16 pixels; ``kept`` is their number, by the name of the set."""
-    for folder in sorted(path for path in source.glob("*/*") if path.is_dir()):
-        for number, path in enumerate(sorted(folder.iterdir())[: kept[folder.parent.name]]):
+    for folder in sorted(path for path in source.glob("*/*") if path.is_dir() and not is_hidden(path.name)):
+        images = sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+        for number, path in enumerate(images[: kept[folder.parent.name]]):
             copy = target / folder.relative_to(source) / f"{number:04}.png"
             copy.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BOX).save(copy)

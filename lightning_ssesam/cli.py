@@ -55,6 +55,8 @@ def _lightning(command: str, options: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from lightning_ssesam.data import LongTailDataModule
+    from lightning_ssesam.experiments.lifetimes import bound_forks
+    from lightning_ssesam.experiments.resume import SaveConfig, prepare_folder
     from lightning_ssesam.models import LongTailClassifier
 
     class CLI(LightningCLI):
@@ -65,15 +67,24 @@ def _lightning(command: str, options: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {name: names for name, names in LightningCLI.subcommands().items() if name in COMMANDS}
 
+        def before_run(self) -> None:
+            checkpoint = prepare_folder(self.trainer, command, self.config[command].as_dict())
+            self.config_init[command]["ckpt_path"] = checkpoint
+
+        before_fit = before_validate = before_test = before_run
+
     # Lightning warns about arguments that differ from those of the program.
     sys.argv = [sys.argv[0], command, *options]
-    CLI(
-        LongTailClassifier,
-        LongTailDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        parser_kwargs={"prog": "lightning-ssesam"},
-    )
+    # The Trainer handles SIGTERM: it ends the step first.
+    with bound_forks():
+        CLI(
+            LongTailClassifier,
+            LongTailDataModule,
+            save_config_callback=SaveConfig,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lightning-ssesam"},
+        )
 
 
 def _compare(options: list[str]) -> None:
@@ -92,11 +103,14 @@ def _curvature(options: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from lightning_ssesam.experiments.curvature_command import curvature
+    from lightning_ssesam.experiments.lifetimes import ended_in_order
 
     parser = ArgumentParser(prog="lightning-ssesam curvature", description=_description(curvature))
     parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
     parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
-    curvature(**vars(parser.parse_args(options)))
+    chosen = vars(parser.parse_args(options))
+    with ended_in_order():
+        curvature(**chosen)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -117,6 +131,7 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML."""
     from jsonargparse import ArgumentParser
 
+    from lightning_ssesam.experiments.lifetimes import ended_in_order
     from lightning_ssesam.experiments.recipe import DEFAULT_SGD
 
     parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=_description(function))
@@ -128,7 +143,9 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     chosen = parser.parse_args(options)
     # Newer versions of jsonargparse have `instantiate`, and warn about the older name.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    function(**{**vars(instantiate(chosen)), "config": parser.dump(chosen)})
+    arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
+    with ended_in_order():
+        function(**arguments)
 
 
 def _description(function: Callable[..., Any]) -> str:
@@ -152,12 +169,15 @@ def _names_given(options: list[str]) -> set[str]:
 @contextmanager
 def _without_traceback() -> Iterator[None]:
     """End the program without a traceback after an interrupt, an ArgumentError or a MisconfigurationException."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except SIGTERMException:
+        # Lightning would report success.
+        sys.exit(143)
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
     except Exception as error:
@@ -179,7 +199,8 @@ def _shipped_configs(command: str) -> list[str]:
     if command == "sweep":
         return []
     paths = [Path(resource.name) for resource in files("lightning_ssesam.configs").iterdir()]
-    names = sorted(path.stem for path in paths if path.suffix == ".yaml")
+    # macOS puts files such as `._digits_lt.yaml` on drives of other systems.
+    names = sorted(path.stem for path in paths if path.suffix == ".yaml" and path.stem[0] != ".")
     return [name for name in names if name.startswith("compare_") == (command == "compare")]
 
 

@@ -1,17 +1,20 @@
 """Which classes are head and tail, and which are many-, medium- and few-shot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_ssesam._validation import bad_argument, check_flag, check_fraction, check_integer
+from lightning_ssesam.class_order import in_class_order, in_sample_order
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.targets import IGNORE_INDEX
+
+Counts: TypeAlias = Sequence[int] | Mapping[int, int] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,8 @@ class ClassSplit:
     default (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019).
 
     Args:
-        class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+        class_counts: Training samples of each class, shape ``(C,)``, integers >= 1. A mapping or a pandas Series is
+            read by its keys, the class indices 0 to C-1.
         tail: Tail classes, as a boolean mask of shape ``(C,)`` or as class indices in ``[0, C)``.
         many_above: Training samples above which a class is many-shot, an integer >= 0.
         few_below: Training samples below which a class is few-shot, an integer in ``[0, many_above + 1]``.
@@ -51,7 +55,7 @@ class ClassSplit:
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Counts,
         tail: Sequence[int] | Sequence[bool] | Tensor,
         many_above: int = 100,
         few_below: int = 20,
@@ -70,7 +74,7 @@ class ClassSplit:
     @classmethod
     def from_counts(
         cls,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Counts,
         tail_below: int | None = None,
         tail_fraction: float | None = None,
         many_above: int = 100,
@@ -80,7 +84,7 @@ class ClassSplit:
         """Choose the tail by class size.
 
         Args:
-            class_counts: Training samples of each class, shape ``(C,)``, integers >= 1.
+            class_counts: Training samples of each class, see :class:`ClassSplit`.
             tail_below: Training samples below which a class is tail, an integer >= 1 (eta in ImbSAM, ICCV 2023).
             tail_fraction: Fraction of the training samples, in (0, 1), that the tail classes hold at most. The rarest
                 classes are chosen first; of two classes of equal size the one with the higher index is the rarer.
@@ -124,6 +128,8 @@ class ClassSplit:
         """
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
+        # The index of a pandas Series does not matter here.
+        labels = in_sample_order("labels", labels, is_ordered=False)
         values = as_labels(labels, num_classes=num_classes, ignore_index=ignore_index)
         counts = count_labels(values, num_classes or 0, ignore_index, allow_empty=kwargs.get("allow_empty", False))
         return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
@@ -190,7 +196,7 @@ def as_labels(
         ArgumentError: If ``labels`` is anything else.
     """
     expected = "a non-empty vector of class indices"
-    values = _as_tensor(name, expected, labels)
+    values = _as_tensor(name, expected, in_sample_order(name, labels))
     whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
     if values.ndim != 1 or values.numel() == 0 or not whole:
         got = f"{str(values.dtype).removeprefix('torch.')} values of shape {tuple(values.shape)}"
@@ -224,17 +230,18 @@ def count_labels(
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, LookupError, OverflowError):
         raise bad_argument(name, expected, value) from None
 
 
-def as_counts(class_counts: Sequence[int] | Tensor, allow_empty: bool = False) -> Tensor:
+def as_counts(class_counts: Counts, allow_empty: bool = False) -> Tensor:
     """Return class counts as an int64 vector ``(C,)``.
 
     It raises ``ArgumentError`` if they are not integers >= 1; with ``allow_empty``, not integers >= 0, or all 0.
     """
     least = 0 if allow_empty else 1
-    counts = _as_tensor("class_counts", f"a vector of integers >= {least}", class_counts)
+    expected = f"a vector of integers >= {least}"
+    counts = _as_tensor("class_counts", expected, in_class_order("class_counts", class_counts))
     if counts.ndim != 1 or counts.numel() == 0 or counts.dtype == torch.bool or counts.is_complex():
         raise bad_argument("class_counts", f"a non-empty vector of integers >= {least}", class_counts)
     if counts.is_floating_point() and not bool((counts.isfinite() & (counts == counts.floor())).all()):
@@ -252,6 +259,7 @@ def as_counts(class_counts: Sequence[int] | Tensor, allow_empty: bool = False) -
 
 def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) -> Tensor:
     expected = "a boolean mask or a vector of class indices"
+    tail = _mask_in_class_order(tail, expected)
     if isinstance(tail, list | tuple) and len({isinstance(value, bool) for value in tail}) > 1:
         raise bad_argument("tail", expected, tail)
     values = _as_tensor("tail", expected, tail)
@@ -269,6 +277,16 @@ def _as_mask(tail: Sequence[int] | Sequence[bool] | Tensor, num_classes: int) ->
         raise bad_argument("tail", f"class indices in [0, {num_classes})", tail)
     mask[values.long()] = True
     return mask
+
+
+def _mask_in_class_order(tail: Any, expected: str) -> Any:
+    """Read a mask that comes with an index by it. The index of a Series of class indices says nothing."""
+    values = list(tail.values()) if isinstance(tail, Mapping) else in_sample_order("tail", tail, is_ordered=False)
+    if values is not tail and all(isinstance(value, bool) for value in values):
+        return in_class_order("tail", tail)
+    if isinstance(tail, Mapping):
+        raise bad_argument("tail", expected, tail)
+    return values
 
 
 def _rarest(counts: Tensor, fraction: float) -> Tensor:

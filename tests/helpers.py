@@ -3,6 +3,8 @@
 import copy
 import re
 import shutil
+import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +225,20 @@ def planned_runs(monkeypatch, *commands):
         with pytest.raises(SystemExit):
             main(["compare", *options])
     return planned
+
+
+def running(session):
+    """The commands of a session that run. A zombie has ended, and waits for its parent to see it."""
+    listed = subprocess.run(["ps", "-A", "-o", "sess=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    fields = [line.split(None, 2) for line in listed.splitlines()]
+    return [command for found, state, command in fields if found == str(session) and not state.startswith("Z")]
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 NEEDS_BROWSER = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")

@@ -1,4 +1,5 @@
 import csv
+import os
 import runpy
 import subprocess
 import sys
@@ -210,6 +211,99 @@ def test_an_interrupt_ends_fit_without_a_traceback(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main([*FIT, "--data=DigitsLT", "--model.backbone.in_channels=1"])
     assert stop.value.code == 130
+
+
+ONE_FOLDER = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.version=mine"]
+SHORT = [
+    "--config=digits_lt",
+    *QUICK,
+    "--model.objective=ERM",
+    "--trainer.callbacks=null",
+    "--trainer.limit_train_batches=2",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+def files_of(folder):
+    # Lightning 2.5 writes hyperparameters too, of which there are none.
+    paths = [path for path in Path(folder).iterdir() if path.is_file() and path.name != "hparams.yaml"]
+    return {path.name: path.read_text() for path in paths}
+
+
+def saved_weights(pattern):
+    (path,) = Path().glob(pattern)
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_one_command_resumes_and_nothing_is_lost():
+    """Twice, and then an evaluation, in one folder. The weights are those of an uninterrupted training."""
+    main(["fit", *SHORT, "--trainer.max_epochs=3"])
+    folder = "runs/lightning_logs/mine"
+    again = ["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"]
+    main([*again, "--trainer.max_epochs=1"])
+    first = files_of(folder)
+    assert set(first) == {"config.yaml", "metrics.csv"}
+    main([*again, "--trainer.max_epochs=2"])
+    second = files_of(folder)
+    assert second["config.yaml"] == first["config.yaml"]
+    assert second["metrics-1.csv"] == first["metrics.csv"]
+    assert yaml.safe_load(second["config-1.yaml"])["trainer"]["max_epochs"] == 2
+    main([*again, "--trainer.max_epochs=3"])
+    third = files_of(folder)
+    assert set(third) == {*second, "config-2.yaml", "metrics-2.csv"}
+    assert (third["config-1.yaml"], third["metrics-2.csv"]) == (second["config-1.yaml"], second["metrics.csv"])
+    steps = [row["step"] for name in ("metrics-1.csv", "metrics-2.csv", "metrics.csv") for row in steps_of(third[name])]
+    assert steps == ["0", "1", "2", "3", "4", "5"]
+    resumed, whole = (
+        saved_weights(f"{place}/checkpoints/epoch=2*.ckpt") for place in (folder, "lightning_logs/version_0")
+    )
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    main(["test", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
+    assert files_of(folder)["metrics-3.csv"] == third["metrics.csv"]
+
+
+def steps_of(text):
+    return [row for row in csv.DictReader(text.splitlines()) if row.get("train/loss")]
+
+
+def test_the_folder_of_another_training_is_not_written_to():
+    """Lightning noticed it after it had deleted the metrics."""
+    main(["fit", *SHORT, *ONE_FOLDER])
+    before = files_of("runs/lightning_logs/mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *SHORT, *ONE_FOLDER])
+    assert str(stop.value).startswith("error: 'runs/lightning_logs/mine' holds a training already")
+    assert "--ckpt_path last" in str(stop.value)
+    assert files_of("runs/lightning_logs/mine") == before
+
+
+def test_the_checkpoint_that_is_called_last(monkeypatch):
+    """It comes before newer ones. Where the folder is always new, the error names the newest of the others."""
+    main(["fit", *SHORT])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *SHORT, "--ckpt_path=last"])
+    (saved,) = Path("lightning_logs/version_0/checkpoints").iterdir()
+    assert str(stop.value).startswith("error: `--ckpt_path last` looks for a checkpoint in the folder of this training")
+    assert f"--ckpt_path '{saved.resolve()}'" in str(stop.value)
+
+    loaded = []
+
+    def fit(self, model, datamodule, ckpt_path: str | None = None):
+        loaded.append(ckpt_path)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    folder = Path("runs/lightning_logs/mine/checkpoints")
+    main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("b", "last-v1", "a")):
+        (folder / f"{name}.ckpt").touch()
+        os.utime(folder / f"{name}.ckpt", (age, age))
+    main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
+    (folder / "last-v1.ckpt").unlink()
+    main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
+    main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=best"])
+    main(["fit", *SHORT, "--trainer.fast_dev_run=true", "--ckpt_path=last"])
+    assert loaded == ["last", "last", str((folder / "a.ckpt").resolve()), "best", "last"]
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])

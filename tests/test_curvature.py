@@ -18,6 +18,7 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -436,6 +437,51 @@ def test_against_differences_of_gradients(make_net):
     rise = (hessian.loss(at=step) + hessian.loss(at=-step) - 2 * base) / 1e-6
     assert float(vector @ (hessian @ vector)) == pytest.approx(rise, rel=1e-3, abs=1e-6)
     assert float(other @ (hessian @ vector)) == pytest.approx(float(vector @ (hessian @ other)), rel=1e-9)
+
+
+class Watching(TorchFunctionMode):
+    """Stands in for a GPU: notes for which functions cuDNN is switched on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        self.seen.setdefault(name, set()).add(torch.backends.cudnn.enabled)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.LSTM(2, 4, num_layers=2, batch_first=True), "lstm"),
+        (lambda: nn.LSTM(2, 4, proj_size=3, bidirectional=True, batch_first=True), "lstm"),
+        (lambda: nn.GRU(2, 4, bidirectional=True, batch_first=True), "gru"),
+        (lambda: nn.RNN(2, 4, batch_first=True), "rnn_tanh"),
+        (lambda: nn.RNN(2, 4, nonlinearity="relu", batch_first=True), "rnn_relu"),
+    ],
+)
+def test_recurrent_layers_are_computed_without_cudnn(make, name):
+    """It has no second derivatives, and no first ones in evaluation mode. Other layers keep it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.cells, self.last = nn.Conv1d(4, 4, 1), make(), nn.LazyLinear(5)
+
+        def forward(self, x):
+            return self.last(self.cells(self.conv(x.view(-1, 4, 2)))[0][:, -1])
+
+    net = Net()
+    net(torch.zeros(1, 8))
+    with Watching() as watching:
+        hessian = Hessian(net, batches(1), losses_of)
+        hessian @ torch.ones(hessian.shape[0])
+        hessian.loss(at=torch.zeros(hessian.shape[0]))
+    assert watching.seen[name] == {False}
+    assert watching.seen["conv1d"] == {True}
+    assert torch.backends.cudnn.enabled
 
 
 class Padded(nn.Module):

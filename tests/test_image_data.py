@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import pickle
 import sys
 import tracemalloc
@@ -505,6 +506,94 @@ def test_folders_without_images():
     folders("other/train", a=9)
     Path("other/test/a").mkdir(parents=True)
     fails(lambda: ImageFolderLT("other"), "`root` to be a folder with images in test")
+
+
+# Paths below a data set, of which nothing is a class or an image.
+HIDDEN = [
+    ".ipynb_checkpoints/0-checkpoint.png",
+    "__MACOSX/a/0.png",
+    "__macosx/0.png",
+    "@eaDir/0.png",
+    "#recycle/0.png",
+    "$RECYCLE.BIN/0.png",
+    "System Volume Information/0.png",
+    ".git/0.png",
+    "a/.ipynb_checkpoints/0-checkpoint.png",
+    "a/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg",
+    "a/__MACOSX/deep/er/0.png",
+    "a/._0.png",
+    "a/.hidden.png",
+    "a/deep/.thumbnails/0.png",
+    "b/.AppleDouble/0.png",
+]
+
+
+def write_hidden(root):
+    for number, path in enumerate(HIDDEN):
+        save_image(f"{root}/{path}", 200 + number)
+    for name in (".DS_Store", "Thumbs.db", "a/.DS_Store", "a/Thumbs.db", "a/desktop.ini", "b/Thumbs.db"):
+        Path(root, name).write_text("no image")
+
+
+@pytest.mark.parametrize("root", ["root", ".cache/root"])
+def test_hidden_folders_and_files_are_ignored(root):
+    """The data set itself may lie in a hidden folder, and folders within a class may not be hidden."""
+    folders(root, a=10, b=10)
+    save_image(f"{root}/b/deep/x..y.png", 20)
+    expected = parts_of(ImageFolderLT(root, image_size=8, **RAW))
+    assert counts_of(expected, 2) == {"train": [7, 8], "val": [1, 1], "test": [2, 2]}
+    write_hidden(root)
+    data = ImageFolderLT(root, image_size=8, **RAW)
+    assert (data.class_names, data.class_counts) == (["a", "b"], [7, 8])
+    parts = parts_of(data)
+    assert {name: sorted(images) for name, (_, images) in parts.items()} == {
+        name: sorted(images) for name, (_, images) in expected.items()
+    }
+
+
+def test_hidden_folders_beside_train_and_test_are_ignored():
+    folders("root/train", a=10, b=10)
+    folders("root/test", 100, a=3, b=3)
+    for folder in ("root", "root/train", "root/test"):
+        write_hidden(folder) if folder != "root" else save_image("root/.ipynb_checkpoints/a/0.png")
+    save_image("root/__MACOSX/test/a/._0.png")
+    data = ImageFolderLT("root", image_size=8, **RAW)
+    assert data.class_names == ["a", "b"]
+    assert counts_of(parts_of(data), 2) == {"train": [9, 9], "val": [1, 1], "test": [3, 3]}
+
+
+@pytest.mark.parametrize(
+    ("paths", "parts"),
+    [
+        (
+            [".ipynb_checkpoints/0.png", "@eaDir/1.png"],
+            ["`root` to be a folder with folders of images, but got root with only hidden folders: .ipynb_checkpoints"],
+        ),
+        (
+            ["a/0.png", "b/._0.png", "c/@eaDir/0.png"],
+            ["`root` to be a folder with images of every class, but got root with none for the classes b, c"],
+        ),
+        (["train/a/0.png", "test/.ipynb_checkpoints/0.png"], ["`root` to be a folder with folders of images"]),
+        (["train/a/0.png", "test/a/._0.png"], ["`root` to be a folder with images in test, but got root with none"]),
+    ],
+)
+def test_nothing_but_hidden_files_gets_one_error(paths, parts):
+    for path in paths:
+        save_image(Path("root", path))
+    fails(lambda: ImageFolderLT("root"), *parts)
+
+
+def test_hidden_files_of_a_list_are_skipped():
+    """As `find` writes them. Folders above an absolute path's file count only if no data set can lie in them."""
+    base = Path(".cache").resolve()
+    kept = ["a/0.png", "./b/1.png", "../x/2.png", f"{base}/3.png", "a/deep.er/4..png", "my_eaDir/5.png"]
+    hidden = [f"{base}/._6.png", f"{base}/@eaDir/7.png", f"{base}/.ipynb_checkpoints/8.png", "./._9.png", *HIDDEN]
+    write_list("list.txt", [f"{path} {k % 2}" for k, path in enumerate([*hidden, *kept])])
+    images = ImageList("list.txt", "root")
+    assert [images.path(k) for k in range(len(images))] == [os.path.join("root", path) for path in kept]
+    assert images.targets.tolist() == [k % 2 for k in range(len(hidden), len(hidden) + len(kept))]
+    write_list("list.txt", [f"{path} 0" for path in hidden])
+    fails(lambda: ImageList("list.txt"), "list.txt: ", "a file without any (lines of hidden files do not count)")
 
 
 # All of them ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import SPLIT, Model, assert_same_bits, batches, convbn, mlp
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_ssesam.curvature import Hessian, filter_normalized, line, plane
 
@@ -83,6 +84,46 @@ def test_filters_are_as_long_as_those_of_the_weights():
     drawn = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).flatten(1)
     ratios = conv.view(4, 27) / drawn
     torch.testing.assert_close(ratios, ratios[:, :1].expand(4, 27))
+
+
+def output_filters(layer, groups):
+    """The weights of each output channel of a transposed convolution, one by one."""
+    weights = layer.detach().double()
+    ins, outs = len(weights) // groups, weights.shape[1]
+    return [weights[g * ins : (g + 1) * ins, k] for g in range(groups) for k in range(outs)]
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: layer, spectral_norm], ids=["plain", "spectral norm"])
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        (lambda: nn.ConvTranspose2d(6, 4, 3), 1),
+        (lambda: nn.ConvTranspose2d(6, 4, (1, 3), groups=2, bias=False), 2),
+        (lambda: nn.ConvTranspose1d(4, 4, 3, groups=4), 4),
+        (lambda: nn.ConvTranspose3d(2, 6, 2, groups=2), 2),
+        (lambda: nn.ConvTranspose2d(4, 4, 1), 1),
+    ],
+)
+def test_filters_of_transposed_convolutions(make, groups, wrap):
+    """Against a loop over groups and output channels. All weights of a filter get the same factor."""
+    layer = make()
+    with torch.no_grad():
+        layer.weight *= torch.rand(layer.weight.shape[1], *[1] * (layer.weight.ndim - 2)) + 0.1
+    net = nn.Sequential(wrap(layer), nn.Conv2d(4, 6, 1, groups=2))
+    weight = max(net[0].parameters(), key=lambda p: p.ndim)
+    direction = filter_normalized(net)
+    drawn, start = torch.Generator().manual_seed(0), 0
+    for parameter in net.parameters():
+        noise = torch.randn(parameter.shape, generator=drawn)
+        part = direction[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+        if parameter.ndim == 1:
+            assert not part.any()
+            continue
+        split = output_filters if parameter is weight else lambda p, _: list(p.detach().double())
+        for moved, like, raw in zip(*(split(t, groups) for t in (part, parameter, noise)), strict=True):
+            torch.testing.assert_close(moved, raw * like.norm() / raw.norm(), rtol=1e-5, atol=1e-6)
+    assert start == len(direction)
 
 
 def test_losses_that_are_not_finite():

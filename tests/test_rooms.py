@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_ssesam.__file__).parent
 FLOORS = [
     # Torch alone: from the targets of a batch to the gradient.
     ["_version", "errors", "tensors"],
-    ["_validation", "snapshots", "ascent"],
+    ["_validation", "class_order", "snapshots", "ascent"],
     ["forward_state"],
     ["split", "step_options", "targets"],
     ["objectives"],
@@ -139,8 +139,9 @@ def own_names():
 OTHERS = {
     "_fields", "_replace",  # NamedTuple
     "_plot",  # torchmetrics, its recipe for metrics
-    "_BatchNorm", "_NormBase", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch", "_modules", "_parameters",
-    "_version", "_processes", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_weight_norm",
+    "_BatchNorm", "_NormBase", "_ConvTransposeNd", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch",
+    "_modules", "_parameters", "_version", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm",
+    "_weight_norm",
 }  # fmt: skip
 
 

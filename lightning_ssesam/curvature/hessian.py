@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ssesam._validation import bad_argument, check_choice
 from lightning_ssesam.batches import find_targets, pick_samples
+from lightning_ssesam.class_order import in_class_order
 from lightning_ssesam.curvature.settings import BATCH_NORM, check_dtype
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored, find_ignored
@@ -92,7 +93,7 @@ class Hessian:
             raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.model, self.batches = model, batches
         self.sample_losses = sample_losses or (lambda model, batch: model.sample_losses(batch))
-        self.classes = None if classes is None else torch.as_tensor(classes).cpu()
+        self.classes = None if classes is None else torch.as_tensor(in_class_order("classes", classes)).cpu()
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
         self.batch_norm = check_choice("batch_norm", batch_norm, BATCH_NORM)
@@ -267,10 +268,20 @@ class _Losses(nn.Module):
         return run(partial(self.sample_losses, self.model))
 
 
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Computes weight norm by its definition. The second derivatives of PyTorch's fused operation are wrong."""
+    """Replaces operations of PyTorch that have no second derivatives, or wrong ones.
+
+    Weight norm is computed by its definition, because the fused operation has wrong ones. Recurrent layers are computed
+    without cuDNN, which has none, and no first ones in evaluation mode either. All other layers keep it.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RECURRENT:
+            with torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **(kwargs or {}))
         if func is torch._weight_norm:
             direction, length, dim = args
             return direction * (length / torch.norm_except_dim(direction, 2, dim))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from tqdm.auto import tqdm
 
 from lightning_ssesam._validation import bad_argument, check_integer
@@ -126,7 +127,8 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
     It has the type of the weights, but at least float32. It is Gaussian, then scaled filter by filter (Li et al.,
     "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, arXiv:1712.09913, section 4). Without this scaling, a
     network with normalization looks flatter if its weights are larger. A filter is the weights of one output channel,
-    or of one output of a linear layer: an entry of the first dimension. Parameters of one dimension (biases, scales of
+    or of one output of a linear layer: an entry of the first dimension. In a transposed convolution it is an entry of
+    the second dimension, in one of the groups of the first. Parameters of one dimension (biases, scales of
     normalizations) are not moved, as in their code.
 
     Args:
@@ -137,21 +139,43 @@ def filter_normalized(model: nn.Module, seed: int = 0) -> Tensor:
         ArgumentError: If no parameter that requires a gradient has two dimensions or more, or ``seed`` is out of range.
     """
     generator = torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
-    if all(weights.ndim <= 1 for weights in trained):
+    if all(p.ndim <= 1 for p in model.parameters() if p.requires_grad):
         expected = "one whose trained parameters have filters, that is two dimensions or more"
         raise bad_argument("model", expected, got_text="one without")
-    return torch.cat([_like_filters(weights, generator).flatten() for weights in trained])
+    groups = _transposed_groups(model)
+    parts = [_like_filters(p.detach(), generator, groups.get(p)) for p in model.parameters() if p.requires_grad]
+    return torch.cat([part.flatten() for part in parts])
 
 
-def _like_filters(weights: Tensor, generator: torch.Generator) -> Tensor:
+def _transposed_groups(model: nn.Module) -> dict[Tensor, int]:
+    """Return the number of groups by weight of a transposed convolution, also of one with weight or spectral norm."""
+    found: dict[Tensor, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, _ConvTransposeNd):
+            shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+            found |= {p: layer.groups for p in layer.parameters() if p.shape == shape}
+    return found
+
+
+def _like_filters(weights: Tensor, generator: torch.Generator, transposed_groups: int | None) -> Tensor:
     dtype = torch.promote_types(weights.dtype, torch.float32)
     drawn = torch.randn(weights.shape, generator=generator, dtype=torch.float32).to(weights.device, dtype)
     if weights.ndim <= 1:
         return torch.zeros_like(drawn)
-    filters = drawn.flatten(1)
-    lengths: Tensor = weights.to(dtype).flatten(1).norm(dim=1, keepdim=True) / filters.norm(dim=1, keepdim=True)
-    return filters * lengths
+    if transposed_groups is None:
+        return _with_row_norms(drawn, weights.to(dtype))
+    # From (C_in, C_out / G, ...) to (G, C_out / G, C_in / G, ...), a filter being all weights of an output channel.
+    shape = (transposed_groups, -1, *weights.shape[1:])
+    filters, like = (tensor.reshape(shape).transpose(1, 2) for tensor in (drawn, weights.to(dtype)))
+    scaled = _with_row_norms(filters.flatten(0, 1), like.flatten(0, 1))
+    return scaled.view(filters.shape).transpose(1, 2).reshape(weights.shape)
+
+
+def _with_row_norms(drawn: Tensor, like: Tensor) -> Tensor:
+    """Scale each entry of the first dimension of ``drawn`` to the norm of that of ``like``."""
+    rows = drawn.flatten(1)
+    lengths: Tensor = like.flatten(1).norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
+    return (rows * lengths).view(drawn.shape)
 
 
 def _checked_direction(name: str, direction: Tensor, hessian: Hessian) -> Tensor:

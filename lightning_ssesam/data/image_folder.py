@@ -1,6 +1,7 @@
 """Images in folders, one folder for each class."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
-from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform
+from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
 
@@ -23,7 +24,8 @@ class ImageFolderLT(ImageDataModule):
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
     folder for each class. A missing set is drawn at random from the training images of each class. No image is in two
-    sets, and every class keeps at least one training image.
+    sets, and every class keeps at least one training image. Hidden folders and files, whose name begins with a dot, and
+    those of systems, such as ``__MACOSX`` and ``@eaDir``, are ignored.
 
     Batches are pairs of images ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64, in the
     order of the sorted folder names.
@@ -122,20 +124,32 @@ def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
 def _folders(root: Path) -> list[str]:
     from torchvision.datasets.folder import find_classes
 
+    expected = "a folder with folders of images"
     try:
-        return list(find_classes(root)[0])
+        found = list(find_classes(root)[0])
     except OSError as error:
-        raise bad_argument("root", "a folder with folders of images", got_text=f"{root}: {error}") from error
+        raise bad_argument("root", expected, got_text=f"{root}: {error}") from error
+    if not (folders := [name for name in found if not is_hidden(name)]):
+        raise bad_argument("root", expected, got_text=f"{root} with only hidden folders: {', '.join(found)}")
+    return folders
 
 
 def _samples(root: Path, names: list[str], allow_empty: bool = False) -> Samples:
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+    above = len(os.path.join(os.path.expanduser(root), ""))
     classes = {name: label for label, name in enumerate(names)}
-    try:
-        return list(make_dataset(root, classes, IMG_EXTENSIONS, allow_empty=allow_empty))
-    except FileNotFoundError as error:
-        raise bad_argument("root", "a folder with images of every class", got_text=f"{root}: {error}") from error
+    samples: Samples = make_dataset(
+        root,
+        classes,
+        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(path[above:]),
+        allow_empty=True,
+    )
+    empty = sorted(classes.keys() - {names[label] for _, label in samples})
+    if empty and not allow_empty:
+        found = f"{root} with none for the classes {', '.join(empty)} (images end with {', '.join(IMG_EXTENSIONS)})"
+        raise bad_argument("root", "a folder with images of every class", got_text=found)
+    return samples
 
 
 def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:

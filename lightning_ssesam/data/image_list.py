@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, read_image
+from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden, read_image
 from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
@@ -24,7 +24,7 @@ class ImageList(ImageFiles):
     """The images that a list file names. A line has a path, which may contain spaces, a space and the label.
 
     Memory holds the start and the label of each line, 12 bytes an image. A path is read from the file when its image is
-    requested. Blank lines are skipped.
+    requested. Blank lines are skipped, and so are lines of hidden files, such as ``cat/.1.jpg``.
 
     Attributes:
         targets: Label of every image, shape ``(N,)``, int32.
@@ -57,7 +57,7 @@ class ImageList(ImageFiles):
         except OSError as error:
             raise _bad_file(self.list_file, error.strerror or repr(error)) from error
         if not labels:
-            raise _bad_file(self.list_file, "a file without any")
+            raise _bad_file(self.list_file, "a file without any (lines of hidden files do not count)")
         self._starts = torch.frombuffer(starts, dtype=torch.int64)
         self.targets = torch.frombuffer(labels, dtype=torch.int32)
         self.num_classes = int(self.targets.max()) + 1 if num_classes is None else num_classes
@@ -153,8 +153,9 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
             fields = line.rsplit(None, 1)
             # Every label has at most ten digits, and `int` raises on thousands of them.
             if len(fields) == 2 and len(fields[1]) <= 10 and fields[1].isdigit() and (label := int(fields[1])) < limit:
-                starts.append(start)
-                labels.append(label)
+                if not is_hidden(os.fsdecode(fields[0])):
+                    starts.append(start)
+                    labels.append(label)
             elif fields:
                 expected = "a path and a label" if len(fields) == 1 else f"a label that is an integer in [0, {limit})"
                 raise ArgumentError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")

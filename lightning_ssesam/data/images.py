@@ -1,6 +1,8 @@
 """Shared by the data sets of images: a base for data modules, reading of files, the usual transforms."""
 
+import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +21,34 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
+
+
+# Folders that operating systems, file servers and tools put among data, for previews, copies and deleted files.
+_SYSTEM_FOLDERS = {
+    *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
+    *("@eadir", "#eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot"),
+    *(".ipynb_checkpoints", ".appledouble", ".trashes", ".trash-1000", ".spotlight-v100", ".fseventsd", ".thumbnails"),
+}
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether a path is that of a hidden or a system's file or folder, or leads through one.
+
+    A name is hidden if it begins with a dot. The folders above an absolute path's file may be hidden, because the whole
+    data set may lie in one such as ``~/.cache``.
+
+    Args:
+        path: Path relative to the folder of the data, or an absolute path.
+    """
+    folder, _, name = path.replace(os.sep, "/").rpartition("/")
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS or _leads_through_hidden(folder)
+
+
+@lru_cache(maxsize=10_000)
+def _leads_through_hidden(folder: str) -> bool:
+    names = folder.split("/")
+    dotted = [] if os.path.isabs(folder) else [name for name in names if name.startswith(".")]
+    return any(name not in (".", "..") for name in dotted) or not _SYSTEM_FOLDERS.isdisjoint(map(str.lower, names))
 
 
 class ImageDataModule(LongTailDataModule):

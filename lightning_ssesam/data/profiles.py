@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.class_order import in_class_order
 from lightning_ssesam.split import as_labels
 
 Profile = Literal["exponential", "step"]
@@ -73,7 +74,7 @@ def long_tailed_indices(
 
     Args:
         labels: Label of every available sample, shape ``(N,)``, integers in [0, C).
-        class_counts: Samples to keep of each class, length C, integers >= 0.
+        class_counts: Samples to keep of each class, length C, integers >= 0; a pandas Series is read by its index.
         generator: Source of the random choice.
 
     Returns:
@@ -82,6 +83,8 @@ def long_tailed_indices(
     Raises:
         ArgumentError: If a class has fewer samples than it should keep.
     """
+    class_counts = in_class_order("class_counts", class_counts)
+    class_counts = class_counts.tolist() if isinstance(class_counts, Tensor) else class_counts
     labels = as_labels(labels, num_classes=len(class_counts))
     # Sorting once is fast with thousands of classes, where a search for each class is not.
     order = labels.argsort(stable=True)

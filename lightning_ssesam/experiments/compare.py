@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_ssesam._validation import bad_argument, check_fraction, check_int
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.jobs import Task, make_runs
+from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Experiment, Run, RunStore
@@ -166,17 +168,17 @@ def _finish(tasks: list[Task], store: RunStore, jobs: int, output: Path) -> list
 
     runs = sorted(filter(None, kept), key=place)
     try:
-        for run in make_runs(missing, jobs):
-            store.save(run, fingerprints[run.method])
-            insort(runs, run, key=place)
-            write_runs(runs, output / "results.csv")
+        with closing(make_runs(missing, jobs)) as made:
+            for run in made:
+                store.save(run, fingerprints[run.method])
+                insort(runs, run, key=place)
+                write_runs(runs, output / "results.csv")
     except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
-        # Lightning turns a KeyboardInterrupt into a SystemExit.
         print(f"\nInterrupted after {len(runs)} of {len(tasks)} runs, which are in {store.folder}.")
         print("Run it again to make the others.")
         if runs:
             print(format_table(runs))
         if isinstance(error, BrokenProcessPool):
             raise
-        raise KeyboardInterrupt from None
+        raise interruption(error) from None
     return runs

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_choice, check_fraction, check_integer, check_positive
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
+from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS, Experiment
 from lightning_ssesam.experiments.tables import write_csv
@@ -83,9 +84,9 @@ def sweep(
         try:
             for _ in tqdm(range(max(missing, 0)), unit="trial"):
                 study.optimize(search, n_trials=1)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as error:
             print("\nInterrupted; run it again to go on.")
-            raise KeyboardInterrupt from None
+            raise interruption(error) from None
         finally:
             _write_trials(study.trials, output / "trials.csv")
     return _report(study, output, config)

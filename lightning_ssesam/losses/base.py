@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.class_order import in_class_order
 from lightning_ssesam.losses.functional import Counts, along_classes, counts_of
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import IGNORE_INDEX, at_least_one
@@ -24,8 +25,9 @@ class LongTailLoss(nn.Module):
     mean.
 
     Args:
-        counts: Training samples of each class, ``(C,)``, integers >= 1, or a split; can be bound later.
-        weight: Class weights ``(C,)``, finite and >= 0; none by default.
+        counts: Training samples of each class, ``(C,)``, integers >= 1, or a split; can be bound later. A mapping or a
+            pandas Series is read by its keys, the class indices.
+        weight: Class weights ``(C,)``, finite and >= 0; none by default. A pandas Series is read by its index.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         ignore_index: Class index that does not count, any integer. Its loss is 0, and it is not part of the mean.
 
@@ -171,6 +173,7 @@ class LongTailLoss(nn.Module):
 def _check_weight(weight: Weight) -> Tensor | None:
     if weight is None:
         return None
+    weight = in_class_order("weight", weight)
     try:
         values = torch.as_tensor(weight).detach().to(torch.get_default_dtype(), copy=True)
     except (TypeError, ValueError, RuntimeError):

@@ -11,7 +11,6 @@ part in the softmax, and its own loss is large and finite.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lightning_ssesam._validation import check_beta
 from lightning_ssesam.split import ClassSplit, as_counts
+from lightning_ssesam.split import Counts as ClassCounts
 
 __all__ = [
     "adjusted",
@@ -32,7 +32,7 @@ __all__ = [
     "vector_scaling",
 ]
 
-Counts = ClassSplit | Sequence[int] | Tensor
+Counts = ClassSplit | ClassCounts
 
 
 def class_balanced_weights(counts: Counts, beta: float = 0.9999) -> Tensor:

@@ -1,0 +1,95 @@
+"""The folder of a training that `lightning-ssesam fit` begins, resumes or evaluates. No file of it is overwritten."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from itertools import chain, count
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from typing_extensions import override
+
+_CONFIG, _METRICS = "config.yaml", "metrics.csv"
+_FOLDER = "choose another folder (--trainer.default_root_dir, or the logger's version)"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration as config.yaml or, in the folder of an earlier run, as config-1.yaml and so on."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called when a run starts: choose a name that no file has, and save."""
+        if not self.already_saved and (folder := trainer.log_dir) is not None:
+            self.config_filename = _unused(folder, _CONFIG)
+        super().setup(trainer, pl_module, stage)
+
+
+def prepare_folder(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> str | None:
+    """Keep what an earlier run has left in the folder of this one. Return the checkpoint to load.
+
+    CSVLogger would delete the metrics. If ``last`` is asked for, and Lightning's ModelCheckpoint has saved no
+    checkpoint of that name, it is the newest one in the folder.
+
+    Args:
+        trainer: Trainer that has not run yet.
+        command: Name of the command, ``"fit"``, ``"validate"`` or ``"test"``.
+        options: Options of the command, not instantiated.
+
+    Raises:
+        MisconfigurationException: If ``fit`` would begin another training in the folder of an earlier one, or if
+            ``last`` is asked for in a folder that is always new.
+    """
+    folder, checkpoint = trainer.log_dir, options.get("ckpt_path")
+    if folder is None:
+        return checkpoint
+    if command == "fit" and checkpoint is None and get_filesystem(folder).isfile(os.path.join(folder, _CONFIG)):
+        found = f"{folder!r} holds a training already (it has a {_CONFIG})."
+        raise MisconfigurationException(f"{found} Resume it with --ckpt_path last, or {_FOLDER}.")
+    if checkpoint == "last":
+        checkpoint = _last_checkpoint(trainer, folder, options["trainer"].get("logger"))
+    _keep_metrics(trainer)
+    return checkpoint
+
+
+def _last_checkpoint(trainer: pl.Trainer, folder: str, logger: Any) -> str:
+    """Return a path, or ``"last"`` if Lightning finds the checkpoint by itself, or there is none yet."""
+    saved = _checkpoints(getattr(trainer.checkpoint_callback, "dirpath", None) or os.path.join(folder, "checkpoints"))
+    if saved:
+        has_last = any(os.path.basename(path).startswith("last") for path in saved)
+        return "last" if has_last else saved[-1]
+    # Loggers number their folders by themselves unless they are told a version.
+    chosen = {} if logger in (None, True) else logger
+    is_numbered = isinstance(chosen, dict) and chosen.get("init_args", {}).get("version") is None
+    if is_numbered and (others := _checkpoints(os.path.join(os.path.dirname(folder), "*", "checkpoints"))):
+        new = f"`--ckpt_path last` looks for a checkpoint in the folder of this training, but {folder!r} is new."
+        raise MisconfigurationException(
+            f"{new} Give the path, such as --ckpt_path {others[-1]!r}, or set the version of the logger for all runs."
+        )
+    return "last"
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """Return the paths of the checkpoints in a folder, the newest last."""
+    files = get_filesystem(folder)
+    return sorted(map(str, files.glob(os.path.join(folder, "*.ckpt"))), key=files.modified)
+
+
+@rank_zero_only
+def _keep_metrics(trainer: pl.Trainer) -> None:
+    """Rename the metrics of earlier runs in the folder. Nothing is left for CSVLogger to delete."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and os.path.isfile(path := os.path.join(logger.log_dir, _METRICS)):
+            os.rename(path, os.path.join(logger.log_dir, _unused(logger.log_dir, _METRICS)))
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+
+
+def _unused(folder: str, name: str) -> str:
+    """Return a name that no file in a folder has: the given one, or the first with a number such as config-1.yaml."""
+    files, (stem, suffix) = get_filesystem(folder), os.path.splitext(name)
+    names = chain([name], (f"{stem}-{number}{suffix}" for number in count(1)))
+    return next(name for name in names if not files.exists(os.path.join(folder, name)))
