@@ -161,7 +161,9 @@ class SharpnessEngine:
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
         modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
-        state, buffers = self._state_of(modules, parameters, params[0].device), buffers_of(modules)
+        buffers = buffers_of(modules)
+        mark = bytes([module.training for module in modules]) + bytes([p.requires_grad for p in parameters])
+        state = self._state_of(modules, zlib.crc32(mark + bytes([len(b) % 256 for b in buffers])), params[0].device)
         is_perturbed = any(summand.rho > 0 for summand in summands)
         self._start = start = state.everything() if state.is_new and is_perturbed else state.moment()
         self._buffers.save_buffers(buffers)
@@ -245,10 +247,8 @@ class SharpnessEngine:
             return "an embedding with `scale_grad_by_freq` counts the whole batch"
         return why_not_apart(part, groups, losses, step.start)
 
-    def _state_of(self, modules: list[nn.Module], parameters: list[Tensor], device: torch.device) -> ForwardState:
+    def _state_of(self, modules: list[nn.Module], mark: int, device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""
-        layers = bytes(module.training for module in modules) + bytes(len(m._buffers) % 256 for m in modules)
-        mark = zlib.crc32(layers + bytes(p.requires_grad for p in parameters))
         if modules != self._modules:
             self._mixes = {}
         if self._state is None or mark != self._mark or modules != self._modules:

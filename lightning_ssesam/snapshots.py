@@ -72,10 +72,12 @@ class BufferSnapshot(Snapshot):
     def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
         tensors = [t for names in buffers for t in names.values() if t is not None]
-        if any(map(is_lazy, tensors)):
-            # The first forward makes them.
-            tensors = [t for t in tensors if not is_lazy(t)]
-        self.save([t for t in tensors if t.is_contiguous() or not overlaps_itself(t)])
+        try:
+            tensors = [t for t in tensors if t.is_contiguous() or not overlaps_itself(t)]
+        except ValueError:
+            # Lazy modules make their buffers in the first forward.
+            tensors = [t for t in tensors if not is_lazy(t) and not overlaps_itself(t)]
+        self.save(tensors)
         self._versions = [t._version for t in self._tensors]
         self._bindings = [(names, dict(names.items())) for names in buffers]
 
