@@ -180,6 +180,7 @@ class SharpnessEngine:
             if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
         except BaseException:
+            self._forget_note()
             self._weights.restore()
             start.restore()
             self._buffers.restore()
@@ -246,6 +247,12 @@ class SharpnessEngine:
         if counts_batch(self._modules):
             return "an embedding with `scale_grad_by_freq` counts the whole batch"
         return why_not_apart(part, groups, losses, step.start)
+
+    def _forget_note(self) -> None:
+        """Forget what a step has found out that failed: it may come of the fault."""
+        if self._note is not None:
+            self._mixes.pop(self._mark, None)
+        self._note = None
 
     def _state_of(self, modules: list[nn.Module], mark: int, device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""

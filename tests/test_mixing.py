@@ -725,3 +725,20 @@ def test_message_of_the_clean_pass(passes, exists, float64):
     used = read[1:] if exists and passes == "auto" else read
     assert sum(map(torch.sum, used[-2:])) == weights.sum() * (1 if outcome.note is None and passes == "auto" else 2)
     assert torch.equal(net.message, weights)
+
+
+def test_step_that_fails_finds_out_nothing(float64):
+    net, (x, y), engine = Net(nn.Identity()), (torch.randn(12, 8), torch.arange(12) % 5), SharpnessEngine()
+
+    def step(fault):
+        def sample_losses(index, is_clean):
+            if fault:
+                raise ConnectionError("injected")
+            return plain_loss(net, x if index is None else x[index], y if index is None else y[index])
+
+        batch = [MicroBatch(sample_losses, SSESAM(SPLIT).terms(y))]
+        return engine.compute(batch, net.parameters(), net, passes="auto").note
+
+    with pytest.raises(ConnectionError):
+        step(fault=True)
+    assert step(fault=False) is None
