@@ -138,7 +138,8 @@ def own_names():
 OTHERS = {
     "_fields", "_replace",  # NamedTuple
     "_plot",  # torchmetrics, its recipe for metrics
-    "_BatchNorm", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch", "_modules", "_parameters", "_version",
+    "_BatchNorm", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch", "_modules", "_parameters",
+    "_torchdynamo_orig_callable", "_version",
     "_processes", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_weight_norm",
 }  # fmt: skip
 
