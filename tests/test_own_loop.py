@@ -47,7 +47,11 @@ def in_two_processes(port, folder):
         (folder / str(rank) / "train.py").write_text(START + code.replace(in_one, in_two) + SAVE)
         options = {"cwd": folder / str(rank), "env": os.environ | environment(2, rank, port)}
         processes.append(subprocess.Popen([sys.executable, "train.py"], **options, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], errors
     return [torch.load(folder / str(rank) / "weights.pt") for rank in range(2)]
 
