@@ -56,9 +56,11 @@ class TrainerSupport(Callback):
             replace(trainer.strategy, "batch_to_device", self._watched(trainer.strategy.batch_to_device, trainer))
         if (bar := trainer.progress_bar_callback) is not None:
             replace(bar, "get_metrics", self._with_loss(bar.get_metrics, trainer))
-        if "training_step" in vars(pl_module):
+        step = MethodType(type(pl_module).training_step, pl_module)
+        # torch.compile (torch/_dynamo/eval_frame.py) keeps there what it compiled. Another step that is assigned stays.
+        if getattr(vars(pl_module).get("training_step"), "_torchdynamo_orig_callable", None) == step:
             # torch.compile(module) would compile the arithmetic too; `forward` and the networks stay compiled.
-            replace(pl_module, "training_step", MethodType(type(pl_module).training_step, pl_module))
+            replace(pl_module, "training_step", step)
         if any(is_compiled(module) for module in pl_module.modules()):
             # One step may make one backward from a forward, and the next step two; compiled code must bear both.
             replace(torch._functorch.config, "donated_buffer", False)

@@ -319,7 +319,7 @@ def _quiet():
 
 def test_every_page_with_code_is_run():
     with_code = {page.stem for page in PAGES if "```python\n" in page.read_text()}
-    with_tests_of_their_own = {"README", "CONTRIBUTING", "method", "performance", "toolkit", "trainer"}
+    with_tests_of_their_own = {"README", "CONTRIBUTING", "method", "own_loop", "performance", "toolkit", "trainer"}
     assert with_code - with_tests_of_their_own == set(RUN_AS_THEY_ARE)
 
 

@@ -509,6 +509,14 @@ class TestMisuse:
         with pytest.raises(MisconfigurationException, match=r"`Left.training_step` takes the place of Sharp"):
             fit(model, batches(3))
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_training_step_assigned_to_the_module(self, compiled):
+        model = Model()
+        step = lambda batch, batch_idx: model.sample_losses(batch).mean()  # noqa: E731
+        model.training_step = torch.compile(step, backend="eager") if compiled else step
+        with pytest.raises(MisconfigurationException, match=r"`Model.training_step` takes the place of Sharp"):
+            fit(model, batches(3))
+
     def test_several_optimizers(self):
         model = Model(scheduler=lambda optimizer: [optimizer, optimizer])
         self.refused(model, "`Model.configure_optimizers` must return one optimizer under SharpnessAwareMixin")

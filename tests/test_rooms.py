@@ -140,8 +140,8 @@ OTHERS = {
     "_fields", "_replace",  # NamedTuple
     "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_NormBase", "_ConvTransposeNd", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch",
-    "_modules", "_parameters", "_version", "_foreach_add_", "_foreach_copy_", "_foreach_mul_", "_foreach_norm",
-    "_weight_norm",
+    "_modules", "_parameters", "_torchdynamo_orig_callable", "_version", "_foreach_add_", "_foreach_copy_",
+    "_foreach_mul_", "_foreach_norm", "_weight_norm",
 }  # fmt: skip
 
 

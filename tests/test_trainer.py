@@ -1167,6 +1167,17 @@ class TestCompile:
         torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-5, atol=1e-6)
         assert len(frames) == 1
 
+    def test_step_that_wraps_the_mixins(self):
+        """A step that is assigned to the module, and calls the one of its class."""
+        model, plain, seen, data = Model(), Model(), [], batches(2)
+        plain.load_state_dict(model.state_dict())
+        step = model.training_step
+        model.training_step = lambda batch, batch_idx: (seen.append(batch_idx), step(batch, batch_idx))[1]
+        fit(model, data)
+        fit(plain, data)
+        assert seen == [0, 1]
+        assert_same_bits(model.parameters(), plain.parameters())
+
     def test_setting_is_put_back(self):
         config = torch._functorch.config
         before = getattr(config, "donated_buffer", None)
