@@ -1,29 +1,37 @@
-"""Batches of a step: their targets, some of their samples, and the objective's terms on several of them together."""
+"""Batches of a step: their targets, their losses, and the objective's terms on several of them together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
+from inspect import signature
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.objectives import Objective, Term
+from lightning_ssesam.selection import SelectionError
 from lightning_ssesam.targets import NO_CLASS, fill_ignored, ignored_mask
-from lightning_ssesam.tensors import move, rows
+from lightning_ssesam.tensors import move
 
 Gather = Callable[[Tensor], tuple[list[Tensor], int]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A batch, or some samples of one, and its targets as ``sample_targets`` returns them. ``len`` counts samples."""
+    """A batch, or some samples of one, and its targets as ``sample_targets`` returns them. ``len`` counts samples.
+
+    ``batch_idx`` is the number of the batch in its epoch.
+    """
 
     batch: Any
     targets: Tensor
+    batch_idx: int
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -31,7 +39,7 @@ class Part:
     def clone(self) -> "Part":
         """Clone the tensors of a part that is kept for a later update. The loader may reuse their memory."""
         batch, targets = apply_to_collection((self.batch, self.targets), Tensor, Tensor.clone)
-        return Part(batch, targets)
+        return Part(batch, targets, self.batch_idx)
 
 
 class HostTargets:
@@ -61,18 +69,71 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor._version
 
 
-def pick_samples(item: Any, index: Tensor, size: int) -> Any:
-    """Return a batch of ``size`` samples with only those at ``index`` (on the CPU), whatever its nesting."""
-    if isinstance(item, Tensor):
-        has_rows = item.ndim > 0 and item.shape[0] == size
-        return rows(item, index) if has_rows else item
-    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
-        if len(item) == size and not any(isinstance(value, Tensor | Mapping | list | tuple) for value in item):
-            return type(item)(item[i] for i in index.tolist())
-        return type(item)(pick_samples(value, index, size) for value in item)
-    if isinstance(item, dict):
-        return {key: pick_samples(value, index, size) for key, value in item.items()}
-    return apply_to_collection(item, Tensor, partial(pick_samples, index=index, size=size))
+def losses_of(module: Any, batch: Any, batch_idx: int) -> Any:
+    """Call ``module.sample_losses`` with a batch, and with its number if it has a parameter ``batch_idx``."""
+    method = module.sample_losses
+    if _takes_batch_idx(getattr(method, "__func__", method)):
+        return method(batch, batch_idx=batch_idx)
+    return method(batch)
+
+
+class SkippedPart(Exception):
+    """``sample_losses`` has returned None for a part."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.part = part
+
+
+def checked_losses(losses: Any, part: Part, chosen: Part, shape: torch.Size, module: pl.LightningModule) -> Any:
+    """Return the losses of some samples of a part, if they have the expected shape or no more is known than that.
+
+    Args:
+        losses: What ``sample_losses`` has returned.
+        part: The part.
+        chosen: The samples, or the part itself.
+        shape: Expected shape of the losses of one sample.
+        module: The module.
+
+    Raises:
+        SkippedPart: If there are no losses, for the part to be left out.
+        SelectionError: If there are losses of other samples.
+        ArgumentError: If targets are taken for class probabilities that are none.
+    """
+    if losses is None:
+        if module.trainer.world_size > 1:
+            raise skipped_by_one(type(module).__name__)
+        raise SkippedPart(part)
+    if not isinstance(losses, Tensor) or losses.shape == (len(chosen), *shape):
+        return losses
+    if chosen is not part and losses.shape[:1] != (len(chosen),):
+        raise SelectionError(
+            f"`sample_losses` returned losses of shape {tuple(losses.shape)} for {len(chosen)} of {len(part)} samples."
+            " Something in the batch was not picked with them.",
+            type(module).__name__,
+        )
+    if part.targets.is_floating_point() and part.targets.ndim > 1:
+        raise bad_argument(
+            "targets",
+            f"class probabilities (N, C, ...), since they are floating, for losses of shape {tuple(losses.shape)}; for"
+            " a regression, override `sample_targets` to return an integer for each loss, such as"
+            " `torch.zeros(shape_of_losses, dtype=torch.long)`",
+            got_text=f"shape {tuple(part.targets.shape)}",
+        )
+    return losses
+
+
+def skipped_by_one(name: str) -> MisconfigurationException:
+    """Return the error for a batch that one of several processes skips."""
+    return MisconfigurationException(
+        f"`{name}` skips a batch, but the other processes wait for it. With several processes, return losses of 0 from"
+        " `sample_losses` instead of None."
+    )
+
+
+@lru_cache(maxsize=16)
+def _takes_batch_idx(function: Callable[..., Any]) -> bool:
+    return "batch_idx" in signature(function).parameters
 
 
 def find_targets(batch: Any, owner: str) -> Tensor:

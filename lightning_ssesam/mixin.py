@@ -13,14 +13,26 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ssesam.batches import Part, find_targets, pick_samples, terms_of_union
+from lightning_ssesam.batches import (
+    Part,
+    SkippedPart,
+    checked_losses,
+    find_targets,
+    losses_of,
+    skipped_by_one,
+    terms_of_union,
+)
 from lightning_ssesam.engine import MicroBatch, Outcome, SampleLosses
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.exact_resume import ExactResume
 from lightning_ssesam.lightning_internals import count_step, skips_backward
+from lightning_ssesam.module_checks import check_bases, check_class, check_count, check_step
 from lightning_ssesam.objectives import Objective
+from lightning_ssesam.optimizer_closure import OptimizerClosure
 from lightning_ssesam.passes import Survey, choose_passes, survey
 from lightning_ssesam.processes import Processes
+from lightning_ssesam.selection import SelectionError, pick_samples
+from lightning_ssesam.step_logs import norms_and_sharpness
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.targets import at_least_one, sum_counted
@@ -29,11 +41,15 @@ from lightning_ssesam.trainer_calls import (
     between_forwards,
     callbacks_of,
     has_scaler,
+    has_several_loaders,
     is_fitting,
+    trained_parameters,
     unscaled,
     zero_grad,
 )
 from lightning_ssesam.trainer_support import TrainerSupport
+
+_PROPERTIES = ("in_clean_pass", "skipped_updates")
 
 
 class SharpnessAwareMixin(pl.LightningModule):
@@ -52,21 +68,29 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     Raises:
         MisconfigurationException: Before training, if ``objective``, its split or ``sample_losses`` is missing,
-            ``step_options`` has another type, there are several optimizers, or the Trainer's strategy cannot work. At
-            once, if ``automatic_optimization`` is assigned.
+            ``step_options`` has another type, an attribute takes the place of one of the mixin's, there are several
+            optimizers, or the Trainer's strategy cannot work. At the first update, if the optimizer needs gradients at
+            other weights. At once, if ``automatic_optimization`` is assigned, or a base class is of
+            ``pytorch_lightning``.
     """
 
     objective: Objective
     step_options: StepOptions = StepOptions()
 
     # What `to_torchscript` must leave out.
-    __jit_ignored_attributes__ = ["objective", "step_options", "_step"]  # noqa: RUF012
-    __jit_unused_properties__ = [*pl.LightningModule.__jit_unused_properties__, "in_clean_pass"]  # noqa: RUF012
+    __jit_ignored_attributes__ = ["objective", "step_options"]  # noqa: RUF012
+    __jit_unused_properties__ = [*pl.LightningModule.__jit_unused_properties__, *_PROPERTIES]  # noqa: RUF012
+
+    # Private names have two underscores: Python puts the class's name before them, so that no attribute or method of a
+    # user's module takes their place.
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_bases(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._step = StepState()
-        self.skipped_updates = 0
+        self.__step = StepState()
 
     # Methods that a user defines or overrides.
 
@@ -76,6 +100,9 @@ class SharpnessAwareMixin(pl.LightningModule):
         Called once or more in a training step, at perturbed weights too. The values that it logs are logged once, from
         the clean pass, which is at the unperturbed weights. Guard anything else that must happen once, such as metrics,
         with :attr:`in_clean_pass`.
+
+        With a second parameter named ``batch_idx``, it also gets the number of the batch. Return None to skip a bad
+        batch, as from ``training_step`` under automatic optimization.
         """
         raise NotImplementedError(f"`{type(self).__name__}` must define `sample_losses(self, batch)`.")
 
@@ -93,11 +120,14 @@ class SharpnessAwareMixin(pl.LightningModule):
     def select_samples(self, batch: Any, index: Tensor) -> Any:
         """Return the batch with only the samples at ``index`` ``(M,)``, a CPU tensor. Passes over some samples call it.
 
-        The default picks the rows of every tensor, at any nesting, that has one row per sample. It also picks the items
-        of lists of plain values (file names) that have one per sample. Override it for other batches, or if another
-        tensor happens to have as many rows as there are samples.
+        The default picks the rows of every tensor and array, at any nesting, that has one row per sample. It also picks
+        the items of lists that have one per sample, such as file names or images of several sizes. Override it for
+        other batches, or if another tensor happens to have as many rows as there are samples.
+
+        Raises:
+            MisconfigurationException: If the default cannot tell what belongs to which sample (docs/own_module.md).
         """
-        return pick_samples(batch, index, len(self.sample_targets(batch)))
+        return pick_samples(batch, index, len(self.sample_targets(batch)), type(self).__name__)
 
     @property
     def in_clean_pass(self) -> bool:
@@ -105,12 +135,21 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         Each sample is seen once there, in one call for each group of samples (split passes) and each accumulated batch.
         """
-        return self._step.is_clean is True
+        return self.__step.is_clean is True
+
+    @property
+    def skipped_updates(self) -> int:
+        """Number of updates that were skipped, because a loss or gradient was not finite."""
+        return self.__step.skipped_updates
+
+    @skipped_updates.setter
+    def skipped_updates(self, value: int) -> None:
+        self.__step.skipped_updates = check_count("skipped_updates", value)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Let :meth:`sample_losses` be called between steps, to measure: it logs nothing."""
-        with self._step.having(is_clean=False):
+        with self.__step.having(is_clean=False):
             yield
 
     # The training step.
@@ -121,7 +160,7 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         So Lightning does clipping, accumulation, schedulers, logged rows and checkpoints as usual.
         """
-        return self._step.is_fitting and not self._step.is_by_hand
+        return self.__step.is_fitting and not self.__step.is_by_hand
 
     @automatic_optimization.setter
     def automatic_optimization(self, value: bool) -> None:
@@ -138,38 +177,70 @@ class SharpnessAwareMixin(pl.LightningModule):
         them. Gradients are freed when the step is done; ``on_before_optimizer_step`` sees them.
 
         Returns:
-            The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept.
+            The mean loss of the samples at the unperturbed weights, a detached scalar; None for a batch that is kept or
+            skipped.
         """
-        self._check_supported()
-        step = self._step
-        step.has_stepped = True
+        step = self.__step
+        # TrainerSupport sets this around every step.
+        check_step(self, step.is_by_hand)
+        step.has_seen_batch = True
         step.logs.clear()
         if skips_backward(self.trainer):
-            return self._forward_only(batch)
+            return self.__forward_only(batch, batch_idx)
+        return self.__keep(Part(batch, step.host_targets.of(self.sample_targets(batch)), batch_idx), batch_idx)
+
+    def __skip_batch(self, batch_idx: int) -> None:
+        """Called for a batch that an override of ``training_step`` keeps from the mixin: update for those before."""
+        self.__step.logs.clear()
+        if self.trainer.world_size > 1:
+            raise skipped_by_one(type(self).__name__)
+        if not skips_backward(self.trainer):
+            self.__keep(None, batch_idx)
+
+    def __keep(self, part: Part | None, batch_idx: int) -> Tensor | None:
+        """Keep a part, if there is one. Update if no other batch belongs to the update."""
+        step, waits = self.__step, accumulates(self.trainer, batch_idx)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             # An epoch that was cut short may have left some over.
             step.pending = []
-        part = Part(batch, step.host_targets.of(self.sample_targets(batch)))
-        if accumulates(self.trainer, batch_idx):
-            step.pending.append(part.clone())
-            return None
-        parts, step.pending = [*step.pending, part], []
-        with between_forwards(self.trainer, step.outer_dtype):
-            return self._update(parts, batch_idx)
+        if part is not None:
+            step.pending.append(part.clone() if waits else part)
+        return None if waits else self.__update(batch_idx)
 
-    def _update(self, parts: list[Part], batch_idx: int) -> Tensor:
-        # At the end of an epoch there may be fewer parts, and Lightning divides their gradients by k all the same.
-        share, layers = len(parts) / self.trainer.accumulate_grad_batches, survey(self)
-        try:
-            with self._step.having(is_clean=None):
-                outcome = self._find_gradient(parts, share, layers)
-        except NonFiniteError as error:
-            self._skip_or_raise(error)
-            return error.loss
-        optimizer, steps = self.optimizers(), self.trainer.global_step
+    def __update(self, batch_idx: int) -> Tensor | None:
+        """Update the weights for the batches that are kept. Return their loss; None if the last one is skipped."""
+        step = self.__step
+        parts, step.pending = step.pending, []
+        layers, outcome, last = survey(self), None, parts[-1] if parts else None
+        with between_forwards(self.trainer, step.outer_dtype):
+            try:
+                with step.having(is_clean=None):
+                    while parts and outcome is None:
+                        try:
+                            # There may be fewer parts at last. Lightning divides their gradients by k all the same.
+                            share = len(parts) / self.trainer.accumulate_grad_batches
+                            outcome = self.__find_gradient(parts, share, layers)
+                        except SkippedPart as skipped:
+                            step.logs.clear()
+                            parts = [part for part in parts if part is not skipped.part]
+            except NonFiniteError as error:
+                self.__skip_or_raise(error)
+                return error.loss
+            self.__step_optimizer(None if outcome is None else outcome.loss, batch_idx, layers)
+            if outcome is None:
+                return None
+            self.__log_outcome(outcome, sum(map(len, parts)), share)
+        return outcome.loss if parts[-1] is last else None
+
+    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Survey) -> None:
+        """Let the optimizer move the weights, through the hooks of automatic optimization."""
+        step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
-        with self._step.having(is_by_hand=False):
-            self.optimizer_step(self.current_epoch, batch_idx, optimizer, lambda: outcome.loss)
+        trained = trained_parameters(self.trainer, layers.parameters)
+        closure = OptimizerClosure(loss, trained, is_first=not step.has_updated)
+        with step.having(is_by_hand=False), closure.watch():
+            self.optimizer_step(self.trainer.current_epoch, batch_idx, optimizer, closure)
+        step.has_updated = True
         if self.trainer.global_step == steps:
             # An override may make no step with the optimizer; Lightning counts it all the same.
             count_step(self.trainer)
@@ -178,10 +249,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         for p in layers.parameters:
             if p.grad is not None:
                 p.grad = None
-        self._log_outcome(outcome, sum(map(len, parts)), share)
-        return outcome.loss
 
-    def _find_gradient(self, parts: list[Part], share: float, layers: Survey) -> Outcome:
+    def __find_gradient(self, parts: list[Part], share: float, layers: Survey) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
         options, processes = self.step_options, Processes(self.trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
@@ -189,17 +258,16 @@ class SharpnessAwareMixin(pl.LightningModule):
         terms = terms_of_union(self.objective, [part.targets for part in parts], gather)
         if (self.trainer.global_step + 1) % options.interval:
             terms = [[term._replace(rho=0.0) for term in terms_of_part] for terms_of_part in terms]
-        # An optimizer may train parameters that are not the module's.
-        others = [p for group in self.trainer.optimizers[0].param_groups for p in group["params"]]
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
-        return self._step.engine.compute(
+        find_ignored = self.objective.find_ignored
+        return self.__step.engine.compute(
             [
-                MicroBatch(self._losses_of(part), terms[number], self.objective.find_ignored(part.targets))
-                for number, part in enumerate(parts)
+                MicroBatch(self.__losses_of(part, own[0].weights), own, find_ignored(part.targets))
+                for part, own in zip(parts, terms, strict=True)
             ],
-            list({id(p): p for p in (*layers.parameters, *others)}.values()),
+            trained_parameters(self.trainer, layers.parameters),
             layers.modules,
-            processes.backward(partial(self._backward, share=share)),
+            processes.backward(partial(self.__backward, share=share)),
             choose_passes(self, layers, options, processes),
             synchronize=processes.synchronize,
             processes=options.processes,
@@ -207,57 +275,69 @@ class SharpnessAwareMixin(pl.LightningModule):
             report=options.log_sharpness,
         )
 
-    def _backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
+    def __backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may take no arguments, and needs none for a single term.
         options = {"retain_graph": True} if retain_graph else {}
-        self.manual_backward(loss if share == 1 else share * loss, **options)
+        type(self).manual_backward(self, loss if share == 1 else share * loss, **options)
 
-    def _losses_of(self, part: Part) -> SampleLosses:
+    def __losses_of(self, part: Part, weights: Tensor) -> SampleLosses:
         def sample_losses(index: Tensor | None, is_clean: bool) -> Tensor:
-            chosen = part if index is None else self._select(part, index)
+            chosen = part if index is None else self.__select(part, index)
             # Kept until the next pass begins, since the backward may forward again (activation checkpointing).
-            self._step.is_clean = is_clean
-            self._step.logs.samples = len(chosen)
+            self.__step.is_clean = is_clean
+            self.__step.logs.samples = len(chosen)
             with self.trainer.precision_plugin.train_step_context():
-                return self.sample_losses(chosen.batch)
+                losses = losses_of(self, chosen.batch, chosen.batch_idx)
+            checked: Tensor = checked_losses(losses, part, chosen, weights.shape[1:], self)
+            return checked
 
         return sample_losses
 
-    def _select(self, part: Part, index: Tensor) -> Part:
+    def __select(self, part: Part, index: Tensor) -> Part:
         """Return some samples of a part."""
-        if type(self).select_samples is SharpnessAwareMixin.select_samples:
-            batch = pick_samples(part.batch, index, len(part))
+        owner = type(self).__name__
+        if getattr(self.select_samples, "__func__", None) is SharpnessAwareMixin.select_samples:
+            if has_several_loaders(self.trainer, part.batch):
+                raise SelectionError("A batch joins those of several loaders, which have no samples in common.", owner)
+            batch = pick_samples(part.batch, index, len(part), owner)
         else:
             batch = self.select_samples(part.batch, index)
-        chosen = Part(batch, self.sample_targets(batch))
+        chosen = Part(batch, self.sample_targets(batch), part.batch_idx)
         if len(chosen) != len(index):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}.select_samples` was asked for {len(index)} samples, but `sample_targets` finds"
-                f" {len(chosen)} targets in the batch that it returned. Override both so that they agree."
+            raise SelectionError(
+                f"`{owner}.select_samples` was asked for {len(index)} samples, but `sample_targets` finds {len(chosen)}"
+                " targets in the batch that it returned.",
+                owner,
             )
         return chosen
 
-    def _forward_only(self, batch: Any) -> Tensor:
-        part = Part(batch, self.sample_targets(batch))
-        with torch.no_grad(), self._step.having(is_clean=None):
-            losses, count = sum_counted(self._losses_of(part)(None, True), self.objective.find_ignored(part.targets))
-            loss = losses / at_least_one(count)
-        self._log_outcome(Outcome(loss), len(part))
+    def __forward_only(self, batch: Any, batch_idx: int) -> Tensor | None:
+        part = Part(batch, self.sample_targets(batch), batch_idx)
+        try:
+            with torch.no_grad(), self.__step.having(is_clean=None):
+                losses = self.__losses_of(part, part.targets)(None, True)
+        except SkippedPart:
+            return None
+        total, count = sum_counted(losses, self.objective.find_ignored(part.targets))
+        loss: Tensor = total / at_least_one(count)
+        self.__log_outcome(Outcome(loss), len(part))
         return loss
 
-    def _skip_or_raise(self, error: NonFiniteError) -> None:
+    def __skip_or_raise(self, error: NonFiniteError) -> None:
         if self.step_options.on_nonfinite == "raise":
             raise NonFiniteError(
-                f"The loss or the gradient of step {self.global_step} is infinite or not a number. Weights, buffers and"
-                " optimizer are as before the step. Look at the data of the step, lower the learning rate or"
-                " the radii, or set `on_nonfinite='skip'` to go on without such steps.",
+                f"The loss or the gradient of step {self.trainer.global_step} is infinite or not a number. Weights,"
+                " buffers and optimizer are as before the step. Look at the data of the step, lower the learning rate"
+                " or the radii, or set `on_nonfinite='skip'` to go on without such steps.",
                 error.loss,
             ) from None
         self.skipped_updates += 1
         if self.skipped_updates == 1:
-            rank_zero_info(f"The update of step {self.global_step} is skipped: its loss or gradient is not finite.")
+            rank_zero_info(
+                f"The update of step {self.trainer.global_step} is skipped: its loss or gradient is not finite."
+            )
         count_step(self.trainer)
-        self.log("train/skipped_updates", float(self.skipped_updates))
+        type(self).log(self, "train/skipped_updates", float(self.skipped_updates))
 
     # Logging.
 
@@ -269,35 +349,34 @@ class SharpnessAwareMixin(pl.LightningModule):
         passes) or batches (accumulation) becomes one: the mean over the samples, or what ``reduce_fx`` makes of them.
         For a ``Metric`` object, the epoch's value is exact and the step's value is that of the last group.
         """
-        if self._step.is_clean:
-            self._step.logs.add(name, value, *args, **kwargs)
-        elif self._step.is_clean is None:
+        step = self.__step
+        if step.is_clean:
+            step.logs.add(self, name, value, *args, **kwargs)
+        elif step.is_clean is None:
             super().log(name, value, *args, **kwargs)
+            if step.is_by_hand:
+                step.logs.note(self, name, value, *args, **kwargs)
 
-    def _log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
-        options, names = self.step_options, self._step.logs.flush(super().log)
+    def __log_outcome(self, outcome: Outcome, size: int, share: float = 1.0) -> None:
+        options, names = self.step_options, self.__step.logs.flush(super().log)
         if outcome.note is not None:
             rank_zero_info(f"`passes='auto'` forwards the whole batch in every pass: {outcome.note}.")
-        if "train/loss" not in names and size > 0:
-            self.log("train/loss", outcome.loss, batch_size=size)
-            self._step.loss_on_bar = outcome.loss
+        # Not `self.log`, because a module may have a logger of that name.
+        log = partial(type(self).log, self)
+        if options.log_loss and "train/loss" not in names and size > 0:
+            log("train/loss", outcome.loss, batch_size=size)
+            self.__step.loss_on_bar = outcome.loss
         if options.on_nonfinite == "skip":
-            self.log("train/skipped_updates", float(self.skipped_updates))
+            log("train/skipped_updates", float(self.skipped_updates))
         if options.batch_norm_statistics == "group" and any(rise is not None for rise in outcome.sharpness):
             # Made on the device, because copying a number there would wait for it.
-            share_of_full = torch.full((), float(not outcome.is_difference), device=self.device)
-            self.log("train/full_passes", share_of_full, on_step=False, on_epoch=True)
+            share_of_full = torch.full((), float(not outcome.is_difference), device=outcome.loss.device)
+            log("train/full_passes", share_of_full, on_step=False, on_epoch=True)
         if not options.log_sharpness or outcome.gradient_norm is None:
             return
-        values = {"train/grad_norm": unscaled(self.trainer, outcome.gradient_norm)}
-        terms, number = self.objective.term_names, len(outcome.sharpness)
-        terms = terms if len(terms) == number else tuple(map(str, range(number)))
-        for term, norm, rise in zip(terms, outcome.gradient_norms, outcome.sharpness, strict=True):
-            if norm is not None:
-                values[f"train/grad_norm_{term}"] = unscaled(self.trainer, norm) / share
-            if rise is not None:
-                values[f"train/sharpness_{term}"] = rise
-        self.log_dict(values, batch_size=size, sync_dist=self.trainer.world_size > 1)
+        values = norms_and_sharpness(outcome, self.objective.term_names, partial(unscaled, self.trainer), share)
+        for name, value in values.items():
+            log(name, value, batch_size=size, sync_dist=self.trainer.world_size > 1)
 
     # When a run starts.
 
@@ -310,39 +389,13 @@ class SharpnessAwareMixin(pl.LightningModule):
         callbacks = super().configure_callbacks()
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         if is_fitting(self):
-            self._check_class()
-            self._step.begin()
+            check_class(self, SharpnessAwareMixin)
+            self.__step.begin()
         attached = callbacks_of(self.trainer)
         if not any(isinstance(callback, TrainerSupport) and callback.module is self for callback in attached):
-            callbacks.append(TrainerSupport(self, self._step))
+            callbacks.append(TrainerSupport(self, self.__step, self.__skip_batch))
         # Options of another type are refused later, when the module is set up.
         wants_resume = getattr(self.step_options, "exact_resume", False)
         if wants_resume and not any(isinstance(c, ExactResume) and c.module is self for c in attached):
             callbacks.append(ExactResume(self))
         return callbacks
-
-    def _check_supported(self) -> None:
-        name = type(self).__name__
-        if not is_fitting(self):
-            raise MisconfigurationException(
-                f"`{name}.training_step` makes an update and needs `Trainer.fit` around it. Call"
-                " `sample_losses(batch)` for the losses of a batch."
-            )
-        # TrainerSupport sets this around every step.
-        if not self._step.is_by_hand:
-            raise MisconfigurationException(
-                f"`{name}.configure_callbacks` overrides SharpnessAwareMixin's and drops its callbacks. Return"
-                " `[*super().configure_callbacks(), ...]` from it."
-            )
-
-    def _check_class(self) -> None:
-        name = type(self).__name__
-        if type(self).sample_losses is SharpnessAwareMixin.sample_losses:
-            raise MisconfigurationException(
-                f"`{name}` uses SharpnessAwareMixin and must define `sample_losses(self, batch)`, which returns the"
-                " unreduced losses (N,) of a batch."
-            )
-        if "_step" not in vars(self):
-            raise MisconfigurationException(
-                f"`{name}` uses SharpnessAwareMixin: call `super().__init__()` in its `__init__`."
-            )

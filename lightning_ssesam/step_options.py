@@ -46,6 +46,8 @@ class StepOptions:
             are not perturbed have no values.
         exact_resume: Whether checkpoints store the random state and the position in the data, so that a resumed run
             equals an uninterrupted one bit for bit (docs/trainer.md). Without it, runs resume as Lightning does.
+        log_loss: Whether to log ``train/loss``, the mean loss at the unperturbed weights, which the progress bar shows,
+            too. What ``sample_losses`` logs is logged in any case.
 
     Raises:
         ArgumentError: If a value is out of range, or ``"group"`` is combined with other passes than ``"split"``.
@@ -62,6 +64,7 @@ class StepOptions:
     on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
     log_sharpness: bool = False
     exact_resume: bool = True
+    log_loss: bool = True
 
     def __post_init__(self) -> None:
         check_choice("passes", self.passes, ("auto", "full", "split"))
@@ -71,6 +74,7 @@ class StepOptions:
         check_choice("on_nonfinite", self.on_nonfinite, ("ignore", "skip", "raise"))
         check_flag("log_sharpness", self.log_sharpness)
         check_flag("exact_resume", self.exact_resume)
+        check_flag("log_loss", self.log_loss)
         if self.batch_norm_statistics == "group" and self.passes != "split":
             raise ArgumentError(
                 f"`batch_norm_statistics='group'` requires `passes='split'`, but `passes` is {self.passes!r}."

@@ -14,7 +14,7 @@ from lightning_ssesam.step_logs import StepLogs
 class StepState:
     """Working memory of :class:`~lightning_ssesam.SharpnessAwareMixin`. Trainer support clears it when a run ends.
 
-    It is never copied, pickled or saved: a copy of the module begins with an empty one.
+    Of all this, only the number of skipped updates is copied or pickled with the module.
 
     Attributes:
         logs: Values that the clean passes of the current step have logged.
@@ -22,17 +22,21 @@ class StepState:
         pending: Parts that wait for their update, where batches are accumulated.
         is_clean: Whether the current pass is a clean one; None outside of the passes.
         is_by_hand: Whether a training step is making its passes, and Lightning must not optimize.
+        has_seen_batch: Whether the mixin's training step was called for the current batch.
+        has_updated: Whether the optimizer has made a step in this run.
+        skipped_updates: Number of updates that were skipped.
         loss_on_bar: Loss that the progress bar shows next.
         outer_dtype: Default dtype outside of the training step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, skipped_updates: int = 0) -> None:
         self.engine = SharpnessEngine()
         self.logs = StepLogs()
         self.host_targets = HostTargets()
         self.pending: list[Part] = []
         self.is_clean: bool | None = None
-        self.is_fitting = self.is_by_hand = self.has_stepped = False
+        self.is_fitting = self.is_by_hand = self.has_seen_batch = self.has_updated = False
+        self.skipped_updates = skipped_updates
         self.loss_on_bar: Tensor | None = None
         self.outer_dtype = torch.get_default_dtype()
 
@@ -48,7 +52,7 @@ class StepState:
 
     def begin(self) -> None:
         """Called when a fit begins."""
-        self.is_fitting, self.has_stepped, self.pending = True, False, []
+        self.is_fitting, self.has_updated, self.pending, self.logs = True, False, [], StepLogs()
 
     def end(self) -> None:
         """Called when a fit has ended, or was interrupted: keep no data of it."""
@@ -57,5 +61,5 @@ class StepState:
         self.loss_on_bar = None
         self.engine.release()
 
-    def __reduce__(self) -> tuple[Callable[[], "StepState"], tuple[()]]:
-        return StepState, ()
+    def __reduce__(self) -> tuple[Callable[[int], "StepState"], tuple[int]]:
+        return StepState, (self.skipped_updates,)

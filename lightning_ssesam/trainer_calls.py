@@ -1,7 +1,8 @@
 """What a step asks of the Trainer, by public names of Lightning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -71,3 +72,18 @@ def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
         callback.on_before_zero_grad(trainer, module, optimizer)
     module.on_before_zero_grad(optimizer)
     module.optimizer_zero_grad(trainer.current_epoch, batch_idx, optimizer)
+
+
+def trained_parameters(trainer: pl.Trainer, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return a module's parameters and those that only the optimizer has, each once."""
+    others = (p for group in trainer.optimizers[0].param_groups for p in group["params"])
+    return list({id(p): p for p in (*parameters, *others)}.values())
+
+
+def has_several_loaders(trainer: pl.Trainer, batch: Any) -> bool:
+    """Return whether a batch consists of a batch of each of several loaders."""
+    loaders: Any = trainer.train_dataloader
+    if isinstance(loaders, Mapping):
+        return isinstance(batch, Mapping) and batch.keys() == loaders.keys()
+    is_list = isinstance(loaders, list | tuple) and isinstance(batch, list | tuple)
+    return is_list and len(batch) == len(loaders)

@@ -17,10 +17,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
-from lightning_ssesam.objectives import Objective
+from lightning_ssesam.module_checks import check_attributes
 from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
-from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.trainer_calls import callbacks_of, is_fitting, monitored
 
@@ -28,9 +27,9 @@ from lightning_ssesam.trainer_calls import callbacks_of, is_fitting, monitored
 class TrainerSupport(Callback):
     """Serves a module with the mixin, which attaches this callback. Leaves the Trainer's other modules alone."""
 
-    def __init__(self, module: Any, step: StepState) -> None:
+    def __init__(self, module: Any, step: StepState, skip_batch: Callable[[int], None]) -> None:
         self.module: Any = module
-        self._step = step
+        self._step, self._skip_batch = step, skip_batch
         self._replacements = internals.Replacements()
         self._has_validated = False
 
@@ -48,6 +47,7 @@ class TrainerSupport(Callback):
         internals.preflight(trainer, internals.STEP)
         replace = self._replacements.replace
         internals.replace_step(self._replacements, trainer, lambda: self._step.having(is_by_hand=True))
+        replace(trainer.strategy, "training_step", self._with_skips(trainer.strategy.training_step))
         internals.share_step_count(trainer)
         replace(pl_module, "configure_optimizers", _with_one_optimizer(pl_module))
         state_dict = trainer.strategy.lightning_module_state_dict
@@ -70,7 +70,7 @@ class TrainerSupport(Callback):
         """Called when the module is set up and has its optimizer: refuse what cannot work."""
         if pl_module is not self.module:
             return
-        objective, options = _check_attributes(pl_module)
+        objective, options = check_attributes(pl_module)
         Processes.check_supported(trainer.strategy, options.processes)
         has_switch = any(getattr(callback, "switches_stages", False) for callback in callbacks_of(trainer))
         if objective.num_stages > objective.stage and not has_switch:
@@ -107,8 +107,8 @@ class TrainerSupport(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every batch: find out at the first one whether the mixin's step is in use."""
-        if pl_module is self.module and outputs and not self._step.has_stepped:
+        """Called after every batch: find out whether the mixin's step was in use."""
+        if pl_module is self.module and outputs and not self._step.has_seen_batch:
             raise MisconfigurationException(
                 f"`{type(pl_module).__name__}.training_step` takes the place of SharpnessAwareMixin's, so that nothing"
                 " is trained. Remove it and define `sample_losses`, or call `super().training_step(batch, batch_idx)`."
@@ -127,6 +127,23 @@ class TrainerSupport(Callback):
                     f"{who} monitors {name!r}, which is NaN after the first validation. The accuracy of a group is NaN"
                     " if the group has no classes, or no samples in the validation data."
                 )
+
+    def _with_skips(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a ``training_step`` that does without the batches that an override of the module's skips."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            trainer = self.module.trainer
+            steps, self._step.has_seen_batch = trainer.global_step, False
+            output = training_step(*args, **kwargs)
+            # An override may also have made a step of its own.
+            if output is None and not self._step.has_seen_batch and trainer.global_step == steps:
+                self._skip_batch(trainer.fit_loop.epoch_loop.batch_idx)
+            if isinstance(output, Mapping) and output.get("loss") is None:
+                # The loss of a batch that is kept is not known yet.
+                return {key: value for key, value in output.items() if key != "loss"}
+            return output
+
+        return call
 
     def _watched(self, batch_to_device: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
         """Return a ``batch_to_device`` that notes the targets on the host, so that no step waits to see them."""
@@ -192,25 +209,6 @@ class TrainerSupport(Callback):
     def _end(self) -> None:
         self._replacements.undo()
         self._step.end()
-
-
-def _check_attributes(module: pl.LightningModule) -> tuple[Objective, StepOptions]:
-    """Return the module's objective and options, if they can be used."""
-    name, objective, options = type(module).__name__, getattr(module, "objective", None), module.step_options
-    if not isinstance(objective, Objective):
-        raise MisconfigurationException(
-            f"`{name}` uses SharpnessAwareMixin and must set `self.objective` to an Objective, such as"
-            f" `SAM(rho=0.05)`, but it is {objective!r}."
-        )
-    if not isinstance(options, StepOptions):
-        raise MisconfigurationException(
-            f"`{name}.step_options` must be a StepOptions, such as `StepOptions(interval=2)`, but it is {options!r}."
-        )
-    try:
-        objective.check_ready()
-    except (RuntimeError, ValueError) as error:
-        raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
-    return objective, options
 
 
 def _with_one_optimizer(module: pl.LightningModule) -> Callable[..., Any]:

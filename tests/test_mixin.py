@@ -676,18 +676,18 @@ def test_compiled(part):
 def test_scratch_memory_is_freed_when_the_run_ends():
     class Failing(Model):
         def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.size = len(self._step.engine._weights._copies)
+            self.size = len(self._SharpnessAwareMixin__step.engine._weights._copies)
             if self.fail:
                 raise ConnectionError
 
     model = Failing(objective=SAM(0.1))
     model.fail = False
     fit(model, batches(1))
-    assert (model.size, len(model._step.engine._weights._copies)) == (4, 0)
+    assert (model.size, len(model._SharpnessAwareMixin__step.engine._weights._copies)) == (4, 0)
     model.fail = True
     with pytest.raises(ConnectionError):
         fit(model, batches(1))
-    assert (model.size, len(model._step.engine._weights._copies)) == (4, 0)
+    assert (model.size, len(model._SharpnessAwareMixin__step.engine._weights._copies)) == (4, 0)
 
 
 def test_evaluation_needs_nothing_of_the_training():

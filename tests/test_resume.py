@@ -242,7 +242,7 @@ def test_same_module_goes_on_after_an_exception():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             models.append(pl_module)
             if trainer.global_step == 2 and batch_idx == 1:
-                assert len(pl_module._step.pending) == 1
+                assert len(pl_module._SharpnessAwareMixin__step.pending) == 1
                 raise ConnectionError
 
     run(accumulate=3, callbacks=[Failing(), OnExceptionCheckpoint(".", "fault")])

@@ -23,7 +23,7 @@ FLOORS = [
     ["objectives"],
     ["plan", "mixing", "gradient_sum", "engine"],
     # The step, and all that it needs of Lightning.
-    ["lightning_internals", "trainer_calls", "step_logs", "batches"],
+    ["lightning_internals", "trainer_calls", "step_logs", "batches", "selection", "optimizer_closure", "module_checks"],
     ["processes", "passes", "step_state"],
     ["exact_resume", "trainer_support"],
     ["mixin"],
@@ -137,7 +137,7 @@ def own_names():
 
 # Private names of torch, torchmetrics, jsonargparse and Python, each in the file that uses it.
 OTHERS = {
-    "_fields", "_replace",  # NamedTuple
+    "_fields", "_make", "_replace",  # NamedTuple
     "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_NormBase", "_ConvTransposeNd", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch",
     "_modules", "_parameters", "_torchdynamo_orig_callable", "_version", "_foreach_add_", "_foreach_copy_",

@@ -29,6 +29,7 @@ pytestmark = STRICT
             {"on_nonfinite": "stop"},
             "Expected argument `on_nonfinite` to be one of 'ignore', 'skip', 'raise', but got 'stop'.",
         ),
+        ({"log_loss": 0}, "Expected argument `log_loss` to be True or False, but got 0."),
         ({"log_sharpness": "yes"}, "Expected argument `log_sharpness` to be True or False, but got 'yes'."),
         ({"exact_resume": 1}, "Expected argument `exact_resume` to be True or False, but got 1."),
         *(

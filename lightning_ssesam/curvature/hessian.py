@@ -19,10 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_ssesam._validation import bad_argument, check_choice
-from lightning_ssesam.batches import find_targets, pick_samples
+from lightning_ssesam.batches import find_targets, losses_of
 from lightning_ssesam.class_order import in_class_order
 from lightning_ssesam.curvature.settings import BATCH_NORM, check_dtype
 from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.mixin import SharpnessAwareMixin
+from lightning_ssesam.selection import SelectionError, pick_samples
 from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored, find_ignored
 
 if TYPE_CHECKING:
@@ -92,7 +94,8 @@ class Hessian:
         if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
             raise bad_argument("batches", "an iterable that can be iterated again and again", batches)
         self.model, self.batches = model, batches
-        self.sample_losses = sample_losses or (lambda model, batch: model.sample_losses(batch))
+        self._batch_idx = 0
+        self.sample_losses = sample_losses or (lambda model, batch: losses_of(model, batch, self._batch_idx))
         self.classes = None if classes is None else torch.as_tensor(in_class_order("classes", classes)).cpu()
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
@@ -173,7 +176,8 @@ class Hessian:
         loss = torch.zeros((), dtype=torch.float64, device=exact_device)
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device) if gradient else None
         products = None if vectors is None else torch.zeros_like(vectors)
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
+            self._batch_idx = number
             weighted, mass = self._weighted_loss(call, batch)
             weight += mass
             if weighted is None:
@@ -194,17 +198,15 @@ class Hessian:
         """Return the sum of the group's losses in a batch, and their weight. The sum is None if there are none."""
         mass = None
         if self.classes is not None:
-            find = getattr(self.model, "sample_targets", None) or partial(find_targets, owner=type(self.model).__name__)
             ignore_index = getattr(getattr(self.model, "objective", None), "ignore_index", IGNORE_INDEX)
-            mass = _mass(find(batch).detach().cpu(), self.classes, ignore_index)
+            mass = _mass(self._targets(batch), self.classes, ignore_index)
             rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             if not len(rows):
                 return None, 0.0
             norms = [layer for layer in self.model.modules() if isinstance(layer, _BatchNorm)]
             mixes_samples = any(norm.training or norm.running_mean is None for norm in norms)
             if len(rows) < len(mass) and not mixes_samples:
-                select = getattr(self.model, "select_samples", None) or partial(pick_samples, size=len(mass))
-                batch, mass = select(batch, index=rows), mass[rows]
+                batch, mass = self._select(batch, mass, rows)
         losses = call(_cast(move_data_to_device(batch, self.device), self.dtype))
         if losses.ndim == 0 or (mass is not None and losses.shape != mass.shape):
             expected = "unreduced" if mass is None else f"unreduced, of the shape {tuple(mass.shape)} of the targets"
@@ -213,14 +215,32 @@ class Hessian:
             return losses.sum(), float(losses.numel())
         return (losses * mass.to(losses)).sum(), float(mass.sum())
 
+    def _targets(self, batch: Any) -> Tensor:
+        find = getattr(self.model, "sample_targets", None)
+        targets: Tensor = find(batch) if callable(find) else find_targets(batch, type(self.model).__name__)
+        return targets.detach().cpu()
+
+    def _select(self, batch: Any, mass: Tensor, rows: Tensor) -> tuple[Any, Tensor]:
+        """Return the samples at some rows and their mass; all samples, if the batch cannot be split."""
+        owner, select = type(self.model).__name__, getattr(self.model, "select_samples", None)
+        try:
+            chosen = select(batch, rows) if callable(select) else pick_samples(batch, rows, len(mass), owner)
+        except SelectionError:
+            # The others weigh nothing. They only cost time.
+            return batch, mass
+        if (found := len(self._targets(chosen))) != len(rows):
+            expected = f"a method of `{owner}` that returns the {len(rows)} samples that it is asked for"
+            raise bad_argument("select_samples", expected, got_text=f"a batch of {found} targets")
+        return chosen, mass[rows]
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Prepare the model and the settings of torch for a pass, and put everything back after it."""
         # So that a module with `SharpnessAwareMixin` logs nothing. It is asked by name, because a module wrapped by
         # `torch.compile` hands its attributes on but has another type.
-        measuring = getattr(self.model, "measuring", None)
+        measuring: Any = getattr(self.model, "measuring", None)
         with isolate_rng(), torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-            if callable(measuring):
+            if getattr(measuring, "__func__", None) is SharpnessAwareMixin.measuring:
                 stack.enter_context(measuring())
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             # Fused attention and compiled code have no second derivatives. They are switched off in all passes, so that
