@@ -68,10 +68,9 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     Raises:
         MisconfigurationException: Before training, if ``objective``, its split or ``sample_losses`` is missing,
-            ``step_options`` has another type, an attribute takes the place of one of the mixin's, there are several
-            optimizers, or the Trainer's strategy cannot work. At the first update, if the optimizer needs gradients at
-            other weights. At once, if ``automatic_optimization`` is assigned, or a base class is of
-            ``pytorch_lightning``.
+            ``step_options`` has another type, an attribute takes a name of the mixin's, there are several optimizers,
+            or the strategy cannot work. At the first update, if the optimizer needs gradients at other weights. At
+            once, if ``automatic_optimization`` is assigned, or a base class is of ``pytorch_lightning``.
     """
 
     objective: Objective
