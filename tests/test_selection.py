@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OBJECTIVES, SPLIT, STRICT, Model, batches, batches_loader, fit, mlp, naive_gradient, trainer
+from helpers import (
+    OBJECTIVES,
+    SPLIT,
+    STRICT,
+    Model,
+    assert_same_bits,
+    batches,
+    batches_loader,
+    fit,
+    mlp,
+    naive_gradient,
+    trainer,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -240,7 +252,7 @@ class TestRefused:
             pick({"a": [make(), 3, 4], "y": X})
 
     @pytest.mark.parametrize("form", REFUSED)
-    def test_in_a_training_where_full_passes_work(self, form):
+    def test_in_a_training_where_full_passes_work(self, form, caplog):
         class Anything(Model):
             def transfer_batch_to_device(self, batch, device, dataloader_idx):
                 return batch
@@ -257,9 +269,16 @@ class TestRefused:
         with pytest.raises(MisconfigurationException, match="Override `select_samples"):
             trainer().fit(model, loader)
         assert torch.equal(model.net[0].weight, net[0].weight)
-        model = Anything(net, SSESAM(SPLIT), "full")
-        trainer().fit(model, loader)
-        assert not torch.equal(model.net[0].weight, Anything().net[0].weight)
+        models = [Anything(copy.deepcopy(net), SSESAM(SPLIT), passes) for passes in ("full", "auto")]
+        for model in models:
+            torch.manual_seed(1)
+            with caplog.at_level("INFO"):
+                trainer().fit(model, loader)
+        assert not torch.equal(models[0].net[0].weight, net[0].weight)
+        assert_same_bits(models[0].parameters(), models[1].parameters())
+        said = [record.getMessage() for record in caplog.records if "passes='auto'" in record.getMessage()]
+        assert len(said) == 1
+        assert "samples cannot be picked from the batch" in said[0]
 
     def test_batches_of_several_loaders(self):
         class Semi(Model):
@@ -325,11 +344,12 @@ FORMS = ("list", "named tuple", "dataclass", "encoding")
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("passes", ["split", "auto"])
 @pytest.mark.parametrize("form", FORMS)
-def test_training_and_curvature_equal_their_plain_versions(form):
+def test_training_and_curvature_equal_their_plain_versions(form, passes):
     x, y = batches(1, n=16)[0]
     net, objective = mlp(), OBJECTIVES["SSESAM 1"]()
-    model = OfForm(copy.deepcopy(net), objective, "split", optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    model = OfForm(copy.deepcopy(net), objective, passes, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
     curvature = Hessian(model, [in_form(form, x, y)], classes=SPLIT.tail)
     in_tail = SPLIT.tail[y]
     expected = F.cross_entropy(net(x[in_tail]), y[in_tail])
