@@ -97,14 +97,16 @@ class Model(SharpnessAwareMixin, L.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 5))
         self.objective = SSESAM(SPLIT, head_rho=0.05, tail_rho=0.1)
-        self.fault_share, self.chance, self.faults = fault_share, chance, faults
+        # A generator of the module would be put back after a fault, and the same fault would come again.
+        self.draw, self.choose = chance.random, chance.choice
+        self.fault_share, self.faults = fault_share, faults
 
     @override
     def sample_losses(self, batch: Any) -> Tensor:
         inputs, targets = batch
         losses = F.cross_entropy(self.net(inputs), targets, reduction="none")
-        if self.chance.random() < self.fault_share:
-            kind = self.chance.choice(["exception", "kill"])
+        if self.draw() < self.fault_share:
+            kind = self.choose(["exception", "kill"])
             self.faults[f"{kind} in a {'clean' if self.in_clean_pass else 'perturbed'} pass"] += 1
             raise ConnectionError if kind == "exception" else Killed
         return losses
