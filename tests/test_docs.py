@@ -294,7 +294,15 @@ class PublishedSSESAM:
         torch.nn.utils.vector_to_parameters(weights.detach(), self.parameters)
 
 
-RUN_AS_THEY_ARE = ["existing_project", "own_module", "choosing", "coming_from", "troubleshooting", "curvature"]
+RUN_AS_THEY_ARE = [
+    "existing_project",
+    "own_module",
+    "batches_and_modules",
+    "choosing",
+    "coming_from",
+    "troubleshooting",
+    "curvature",
+]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
