@@ -202,8 +202,19 @@ def _holders_of(modules: Sequence[nn.Module]) -> Iterator[_Holder]:
         if module._buffers and not isinstance(module, _NormBase):
             yield _Holder(module._buffers)
         for name, value in attributes.items():
-            if name not in _NOT_STATE and "hooks" not in name and isinstance(value, list | dict | deque):
+            if name in _NOT_STATE or "hooks" in name:
+                continue
+            if isinstance(value, list | dict | deque):
                 yield _Holder(value)
+            elif _is_plain_object(value):
+                yield _Holder(vars(value))
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return whether a value is an object of the user's that may hold state, such as a memory bank."""
+    is_foreign = type(value).__module__.partition(".")[0] in ("builtins", "lightning", "torch")
+    is_data = isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)
+    return hasattr(value, "__dict__") and not (is_foreign or is_data or isinstance(value, nn.Module | type))
 
 
 def _global_generators() -> Iterator[_Generator]:

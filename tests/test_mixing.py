@@ -227,6 +227,35 @@ class Queue(nn.Module):
         return y
 
 
+class Bank:
+    def __init__(self):
+        self.mean = torch.zeros(8)
+
+
+class PlainObject(nn.Module):
+    """Keeps its state in an object that is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.bank = Bank()
+
+    def forward(self, x):
+        y = x - self.bank.mean
+        self.bank.mean = 0.5 * self.bank.mean + 0.5 * x.detach().mean(0)
+        return y
+
+
+class ListState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.state = [torch.zeros(8)]
+
+    def forward(self, x):
+        y = x - self.state[0]
+        self.state[0] = 0.5 * self.state[0] + 0.5 * x.detach().mean(0)
+        return y
+
+
 class BufferQueue(nn.Module):
     def __init__(self):
         super().__init__()
@@ -435,6 +464,8 @@ CASES = {
     "plain attribute": Case(PlainAttribute, FULL_PASSES),
     "attribute in place": Case(AttributeInPlace, FULL_PASSES),
     "attribute from the first forward": Case(LateAttribute, FULL_PASSES),
+    "object": Case(PlainObject, FULL_PASSES),
+    "list": Case(ListState, FULL_PASSES),
     "queue": Case(Queue, FULL_PASSES),
     "queue of buffers": Case(BufferQueue, FULL_PASSES),
     "checkpointed batch norm": Case(lambda: Checkpointed(reentrant=False), FULL_PASSES),
