@@ -19,6 +19,8 @@ from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_g
 
 Passes = Literal["auto", "full", "split", "difference"]
 
+_NOT_FINITE = "a loss is infinite or not a number"
+
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]
 
 
@@ -219,13 +221,16 @@ class SharpnessEngine:
                 return "split"
             try:
                 with torch.no_grad():
-                    self._note = self._why_full(step, part, groups)
+                    reason = self._why_full(step, part, groups)
             finally:
                 step.start.restore()
                 self._buffers.restore()
                 # Autocast keeps the copies of weights that it has made without gradients.
                 torch.clear_autocast_cache()
-            self._mixes[self._mark] = self._note is not None
+            if reason is _NOT_FINITE:
+                # The next batch may tell.
+                return "full"
+            self._mixes[self._mark], self._note = reason is not None, reason
         return "full" if self._mixes[self._mark] else "split"
 
     def _why_full(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> str | None:
@@ -246,6 +251,8 @@ class SharpnessEngine:
             return "a forward moves parameters that are not trained"
         if counts_batch(self._modules):
             return "an embedding with `scale_grad_by_freq` counts the whole batch"
+        if not bool(losses.isfinite().all()):
+            return _NOT_FINITE
         return why_not_apart(part, groups, losses, step.start)
 
     def _forget_note(self) -> None:
@@ -257,9 +264,9 @@ class SharpnessEngine:
     def _state_of(self, modules: list[nn.Module], mark: int, device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""
         if modules != self._modules:
-            self._mixes = {}
-        if self._state is None or mark != self._mark or modules != self._modules:
-            self._state, self._mark, self._modules = ForwardState(modules, device), mark, modules
+            self._state, self._modules, self._mixes = None, modules, {}
+        if self._state is None or mark != self._mark:
+            self._state, self._mark = ForwardState(modules, device), mark
         return self._state
 
     def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:

@@ -19,7 +19,6 @@ def counts_batch(modules: Iterable[nn.Module]) -> bool:
     return any(layer.scale_grad_by_freq for layer in embeddings)
 
 
-@torch.no_grad()
 def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: Moment) -> str | None:
     """Return why groups of samples cannot be forwarded apart, after forwarding a part of the batch again; else None.
 
@@ -31,7 +30,7 @@ def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: 
     Args:
         part: A part of the batch that has been forwarded.
         groups: The forwards of its groups, at least two, each with its samples.
-        losses: The losses ``(N, ...)`` of that forward.
+        losses: The losses ``(N, ...)`` of that forward, all finite.
         met: What that forward met. Only the generators are put back.
     """
     draws = bool(met.used_generators())
@@ -48,18 +47,13 @@ def why_not_apart(part: MicroBatch, groups: list[Forward], losses: Tensor, met: 
         except Exception as error:
             # The whole batch has just been forwarded, so this comes of picking samples.
             return f"samples cannot be picked from the batch ({error})"
-        if not _same_bits(rows(among_copies, samples), expected):
+        if not torch.equal(rows(among_copies, samples), expected):
             return "the loss of a sample depends on the other samples of the batch"
         if alone is not None and not _same_up_to_rounding(alone, expected):
             return "the loss of a sample depends on the number of samples in the batch"
     return None
 
 
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    return bool(((first == second) | (first.isnan() & second.isnan())).all())
-
-
 def _same_up_to_rounding(alone: Tensor, expected: Tensor) -> bool:
     tolerance = _ROUNDING_OF_DOUBLE if expected.dtype == torch.float64 else _ROUNDING
-    size = float(expected.abs().max())
-    return torch.allclose(alone, expected, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+    return torch.allclose(alone, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

@@ -5,6 +5,7 @@ met, and after a step everything has to be as after one forward at the unperturb
 """
 
 import copy
+import math
 import random
 from collections import deque
 from pathlib import Path
@@ -773,3 +774,19 @@ def test_step_that_fails_finds_out_nothing(float64):
     with pytest.raises(ConnectionError):
         step(fault=True)
     assert step(fault=False) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("make", [nn.Identity, HandmadeBatchNorm])
+def test_first_batch_that_is_not_finite_decides_nothing(make, value, float64):
+    """It takes full passes, and the next batch is measured."""
+    net, engine, seen, notes = Net(make()), SharpnessEngine(), [], []
+    for first in (value, 0.0):
+        x, y = torch.randn(12, 8), torch.tensor([0, 1, 2, 3, 4, 0, 0, 1, 1, 2, 3, 0])
+        x[3, 0] += first
+        outcome, sizes = engine_step(engine, net, plain_loss, SSESAM(SPLIT).terms(y), x, y, "auto")
+        seen.append(sizes)
+        notes.append(outcome.note)
+    mixes = make is HandmadeBatchNorm
+    assert seen == [[12], [12] if mixes else [9, 3]]
+    assert notes == [None, "the loss of a sample depends on the other samples of the batch" if mixes else None]
