@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from lightning_ssesam.snapshots import Snapshot, overlaps_itself, set_torch_random_state, torch_random_state
+from lightning_ssesam.snapshots import Snapshot, overlaps_itself, rebind, set_torch_random_state, torch_random_state
 from lightning_ssesam.tensors import is_sharded
 
 # Attributes of modules that hold what is looked at by itself.
@@ -42,12 +42,9 @@ class _Holder:
 
     def write(self, held: Any) -> None:
         if isinstance(held, dict):
-            now = self.read()
-            for name in now.keys() - held.keys():
+            for name in self.read().keys() - held.keys():
                 del self.owner[name]
-            for name, value in held.items():
-                if name not in now or now[name] is not value:
-                    self.owner[name] = value
+            rebind(self.owner, held)
         elif len(held) != len(self.owner) or any(a is not b for a, b in zip(held, self.owner, strict=True)):
             self.owner.clear()
             self.owner.extend(held)
@@ -101,11 +98,12 @@ class Moment:
         """Return clones of the copies, by the memory of their originals."""
         return {place: copy for _, snapshot in self.copies for place, copy in snapshot.copies().items()}
 
-    def moved_holders(self) -> list[_Holder]:
-        """Return the holders that a forward has moved since."""
-        changed = [holder for holder, copies in self.copies if copies.differs()]
-        rebound = [holder for holder, held in self.bindings if holder.is_rebound(held)]
-        return list(dict.fromkeys([*rebound, *changed]))
+    def keep_moved(self) -> None:
+        """Keep only the holders that a forward has moved since."""
+        # What has not moved needs no restore, and may share its memory with a parameter.
+        self.copies = [(holder, copies) for holder, copies in self.copies if copies.differs()]
+        changed = [holder for holder, _ in self.copies]
+        self.bindings = [(h, held) for h, held in self.bindings if h in changed or h.is_rebound(held)]
 
     def used_generators(self) -> list[_Generator]:
         """Return the generators that have been drawn from since."""
@@ -154,23 +152,21 @@ class ForwardState:
     def learn(self, before: Moment, is_clean: bool) -> None:
         """Find out what the first forward has drawn from and moved, since :meth:`everything`."""
         self._generators += [g for g in before.used_generators() if g is not self._generators[0]]
-        self._keep(before.moved_holders(), before)
+        self._keep_moved(before)
         self.is_new, self.is_sure = False, not is_clean or not self._holders
 
     def is_returning(self, before: Moment) -> bool:
         """Return whether the first perturbed forward has moved what it should have met. Called right after it."""
-        self._keep(before.moved_holders(), before)
+        self._keep_moved(before)
         self.is_sure = True
         return bool(self._holders)
 
-    def _keep(self, moved: list[_Holder], before: Moment) -> None:
-        self._holders = moved
-        # What has not moved needs no restore, and may share its memory with a parameter.
-        before.bindings = [(holder, held) for holder, held in before.bindings if holder in moved]
-        before.copies = [(holder, copies) for holder, copies in before.copies if copies.differs()]
+    def _keep_moved(self, before: Moment) -> None:
+        before.keep_moved()
+        self._holders = [holder for holder, _ in before.bindings]
         self._copied = [holder for holder, _ in before.copies]
         parameters = {id(module._parameters) for module in self._modules}
-        self.moves_parameters = any(id(holder.owner) in parameters for holder in moved)
+        self.moves_parameters = any(id(holder.owner) in parameters for holder in self._holders)
 
 
 def _are_same(first: Any, second: Any) -> bool:
@@ -212,9 +208,14 @@ def _holders_of(modules: Sequence[nn.Module]) -> Iterator[_Holder]:
 
 def _is_plain_object(value: Any) -> bool:
     """Return whether a value is an object of the user's that may hold state, such as a memory bank."""
-    is_foreign = type(value).__module__.partition(".")[0] in ("builtins", "lightning", "torch")
+    is_foreign = _leads_outside(value) or type(value).__module__.partition(".")[0] in ("builtins", "torch")
     is_data = isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)
     return hasattr(value, "__dict__") and not (is_foreign or is_data or isinstance(value, nn.Module | type))
+
+
+def _leads_outside(value: Any) -> bool:
+    """Return whether a value is Lightning's or this project's, such as the Trainer, and no part of the model."""
+    return type(value).__module__.startswith("lightning")
 
 
 def _global_generators() -> Iterator[_Generator]:
@@ -230,9 +231,7 @@ def _generators_of(modules: Sequence[nn.Module]) -> Iterator[_Generator]:
     pending = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _NOT_STATE]
     while pending:
         value, depth = pending.pop()
-        # What belongs to Lightning (the Trainer) leads out of the model.
-        is_outside = type(value).__module__.startswith("lightning")
-        if id(value) in seen or is_outside or isinstance(value, nn.Module | Tensor | type):
+        if id(value) in seen or _leads_outside(value) or isinstance(value, nn.Module | Tensor | type):
             continue
         seen.add(id(value))
         if generator := _as_generator(value):
@@ -259,4 +258,4 @@ def _inside(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, list | tuple | deque):
         return value
-    return vars(value).values() if hasattr(type(value), "__dict__") and hasattr(value, "__dict__") else ()
+    return vars(value).values() if hasattr(value, "__dict__") else ()

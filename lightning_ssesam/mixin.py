@@ -211,6 +211,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         step = self.__step
         parts, step.pending = step.pending, []
         layers, outcome, last = survey(self), None, parts[-1] if parts else None
+        trained = trained_parameters(self.trainer, layers.parameters)
         with between_forwards(self.trainer, step.outer_dtype):
             try:
                 with step.having(is_clean=None):
@@ -218,24 +219,23 @@ class SharpnessAwareMixin(pl.LightningModule):
                         try:
                             # There may be fewer parts at last. Lightning divides their gradients by k all the same.
                             share = len(parts) / self.trainer.accumulate_grad_batches
-                            outcome = self.__find_gradient(parts, share, layers)
+                            outcome = self.__find_gradient(parts, share, layers, trained)
                         except SkippedPart as skipped:
                             step.logs.clear()
                             parts = [part for part in parts if part is not skipped.part]
             except NonFiniteError as error:
                 self.__skip_or_raise(error)
                 return error.loss
-            self.__step_optimizer(None if outcome is None else outcome.loss, batch_idx, layers)
+            self.__step_optimizer(None if outcome is None else outcome.loss, batch_idx, layers, trained)
             if outcome is None:
                 return None
             self.__log_outcome(outcome, sum(map(len, parts)), share)
         return outcome.loss if parts[-1] is last else None
 
-    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Survey) -> None:
+    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Survey, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
         step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
-        trained = trained_parameters(self.trainer, layers.parameters)
         closure = OptimizerClosure(loss, trained, is_first=not step.has_updated)
         with step.having(is_by_hand=False), closure.watch():
             self.optimizer_step(self.trainer.current_epoch, batch_idx, optimizer, closure)
@@ -249,7 +249,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             if p.grad is not None:
                 p.grad = None
 
-    def __find_gradient(self, parts: list[Part], share: float, layers: Survey) -> Outcome:
+    def __find_gradient(self, parts: list[Part], share: float, layers: Survey, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
         options, processes = self.step_options, Processes(self.trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
@@ -264,7 +264,7 @@ class SharpnessAwareMixin(pl.LightningModule):
                 MicroBatch(self.__losses_of(part, own[0].weights), own, find_ignored(part.targets))
                 for part, own in zip(parts, terms, strict=True)
             ],
-            trained_parameters(self.trainer, layers.parameters),
+            trained,
             layers.modules,
             processes.backward(partial(self.__backward, share=share)),
             choose_passes(self, layers, options, processes),

@@ -75,13 +75,10 @@ class OptimizerClosure:
                 )
         except MisconfigurationException:
             with torch.no_grad():
-                for p, copy in self._copied():
+                for p, copy in zip(self._parameters, self._copies, strict=False):
                     local_part(p).copy_(copy)
             set_gradients(self._parameters, None)
             raise
-
-    def _copied(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._parameters, self._copies, strict=False)
 
     def _refusal(self, what: str) -> MisconfigurationException:
         return MisconfigurationException(

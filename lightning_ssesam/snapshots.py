@@ -84,9 +84,7 @@ class BufferSnapshot(Snapshot):
     @override
     def restore(self) -> None:
         for names, saved in self._bindings:
-            for name, tensor in saved.items():
-                if names[name] is not tensor:
-                    names[name] = tensor
+            rebind(names, saved)
         super().restore()
         self._versions = [t._version for t in self._tensors]
 
@@ -105,6 +103,13 @@ class BufferSnapshot(Snapshot):
     def forget(self) -> None:
         super().forget()
         self._bindings = []
+
+
+def rebind(names: Buffers, saved: Buffers) -> None:
+    """Bind names to the tensors that they had. The buffers of TorchScript are no dictionary, and have no `update`."""
+    for name, tensor in saved.items():
+        if name not in names or names[name] is not tensor:
+            names[name] = tensor
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[Buffers]:
