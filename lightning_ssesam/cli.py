@@ -1,15 +1,13 @@
 """The command ``lightning-ssesam``."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import lightning_ssesam
-from lightning_ssesam.errors import ArgumentError
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
@@ -45,46 +43,18 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif name in COMMANDS:
         run, _ = COMMANDS[name]
-        with _without_traceback():
+        from lightning_ssesam.experiments.refusals import without_traceback
+
+        with without_traceback():
             run(_with_shipped_configs(name, options))
     else:
         sys.exit(f"error: Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.")
 
 
-def _lightning(command: str, options: list[str]) -> None:
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+def _train(command: str, options: list[str]) -> None:
+    from lightning_ssesam.experiments.training_commands import run_training_command
 
-    from lightning_ssesam.data import LongTailDataModule
-    from lightning_ssesam.experiments.lifetimes import bound_forks
-    from lightning_ssesam.experiments.resume import SaveConfig, prepare_folder
-    from lightning_ssesam.models import LongTailClassifier
-
-    class CLI(LightningCLI):
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {name: names for name, names in LightningCLI.subcommands().items() if name in COMMANDS}
-
-        def before_run(self) -> None:
-            checkpoint = prepare_folder(self.trainer, command, self.config[command].as_dict())
-            self.config_init[command]["ckpt_path"] = checkpoint
-
-        before_fit = before_validate = before_test = before_run
-
-    # Lightning warns about arguments that differ from those of the program.
-    sys.argv = [sys.argv[0], command, *options]
-    # The Trainer handles SIGTERM: it ends the step first.
-    with bound_forks():
-        CLI(
-            LongTailClassifier,
-            LongTailDataModule,
-            save_config_callback=SaveConfig,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lightning-ssesam"},
-        )
+    run_training_command(command, options)
 
 
 def _compare(options: list[str]) -> None:
@@ -114,9 +84,9 @@ def _curvature(options: list[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "fit": (partial(_lightning, "fit"), "train a LongTailClassifier"),
-    "validate": (partial(_lightning, "validate"), "evaluate a classifier on the validation data"),
-    "test": (partial(_lightning, "test"), "evaluate a classifier on the test data"),
+    "fit": (partial(_train, "fit"), "train a LongTailClassifier"),
+    "validate": (partial(_train, "validate"), "evaluate a classifier on the validation data"),
+    "test": (partial(_train, "test"), "evaluate a classifier on the test data"),
     "compare": (
         _compare,
         "train ERM, SAM, ImbSAM and SSESAM, or your own methods, and write tables, pictures and an HTML report",
@@ -164,34 +134,6 @@ def _names_given(options: list[str]) -> set[str]:
             # Arguments without a class are for the default class.
             names |= {name for name, value in content.items() if not isinstance(value, dict) or "class_path" in value}
     return names
-
-
-@contextmanager
-def _without_traceback() -> Iterator[None]:
-    """End the program without a traceback after an interrupt, an ArgumentError or a MisconfigurationException."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except SIGTERMException:
-        # Lightning would report success.
-        sys.exit(143)
-    except MisconfigurationException as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        if (argument_error := _find_argument_error(error)) is None:
-            raise
-        # A process of a DataLoader raises the same type again, with its traceback before the message.
-        sys.exit(f"error: {str(argument_error).rpartition('ArgumentError: ')[2].strip()}")
-
-
-def _find_argument_error(error: BaseException | None) -> ArgumentError | None:
-    """Return the ArgumentError that an error is or was raised from. jsonargparse wraps those of classes."""
-    while error is not None and not isinstance(error, ArgumentError):
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return error
 
 
 def _shipped_configs(command: str) -> list[str]:

@@ -313,7 +313,7 @@ def test_other_errors_keep_their_traceback(error, monkeypatch):
     def fail(*args):
         raise error("Expected argument `x` to be a thing of the user, but got none.")
 
-    monkeypatch.setattr("lightning_ssesam.experiments.runs.Experiment.run", fail)
+    monkeypatch.setattr("lightning_ssesam.experiments.experiment.Experiment.run", fail)
     with pytest.raises(error, match="a thing of the user"):
         main(["compare", "--methods=ERM", "--seeds=1", "--jobs=1"])
 

@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import quiet
+from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.report import write_report
-from lightning_ssesam.experiments.runs import Comparison, Experiment, Run, RunStore
+from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
 from lightning_ssesam.models import BackboneFactory
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective

@@ -1,22 +1,11 @@
-"""Output folders, threads and messages of the commands."""
+"""Threads and messages of the commands."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-
-from lightning_ssesam._validation import bad_argument
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for the output, or raise ``ArgumentError``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(folder)) from error
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from lightning_ssesam.curvature.settings import CurvatureSettings
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoint
-from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
+from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.files import make_folder
 from lightning_ssesam.experiments.tables import write_csv
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.split import ClassSplit

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.lifetimes import end_with_parent, killed_on_error
-from lightning_ssesam.experiments.runs import Experiment, Run
+from lightning_ssesam.experiments.runs import Run
 
 
 class Task(NamedTuple):

@@ -15,10 +15,12 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_fraction, check_integer, check_positive
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.console import limited_threads, make_folder, quiet
+from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.files import make_folder
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.recipe import Recipe
-from lightning_ssesam.experiments.runs import GROUPS, Experiment
+from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.tables import write_csv
 from lightning_ssesam.objectives import SSESAM
 

@@ -2,12 +2,12 @@
 
 import csv
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_ssesam.experiments.files import replaced
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 
 
@@ -161,7 +161,5 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
 
 def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a CSV file: all of it, or nothing if the program ends before."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-    os.replace(unfinished, path)

@@ -1,0 +1,185 @@
+"""One training of a comparison or a search: its recipe, and how a run is made from it."""
+
+import copy
+import hashlib
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from typing_extensions import override
+
+from lightning_ssesam import _version
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.callbacks import StageSwitch
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.metrics import HeadTailAccuracy
+from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.objectives import Objective
+from lightning_ssesam.split import ClassSplit
+
+
+@dataclass(frozen=True)
+class Experiment(Recipe):
+    """Recipe for training one method. It can be sent to another process if its parts can be pickled.
+
+    Args:
+        method: Name of the method.
+        objective: Makes the objective, without a split.
+        callbacks: Callbacks, copied for every run.
+        gamma: Fraction of the training after which an objective with stages is switched, in (0, 1).
+        **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
+    """
+
+    method: str
+    objective: Callable[[], Objective]
+    callbacks: Sequence[Callback] = ()
+    gamma: float = 0.7
+
+    def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
+        """Return a module to train on ``data``."""
+        thresholds = {"many_above": data.many_above, "few_below": data.few_below}
+        return LongTailClassifier(
+            data.class_counts,
+            self.backbone,
+            self.objective(),
+            loss=None if self.loss is None else self.loss(),
+            optimizer=self.optimizer,
+            scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
+            **{**thresholds, **self.model_arguments},
+        )
+
+    def make_split(self, data: LongTailDataModule) -> ClassSplit:
+        """Return the class split of the modules trained on ``data``. The random state does not change."""
+        with torch.random.fork_rng(devices=[]):
+            return self.make_model(data).split
+
+    def make_callbacks(self, model: LongTailClassifier) -> list[Callback]:
+        """Return the callbacks of one run. An objective with stages gets a :class:`StageSwitch`."""
+        callbacks = [copy.deepcopy(callback) for callback in self.callbacks]
+        if self.is_switched_at_gamma(model.objective):
+            callbacks.append(StageSwitch(at=self.gamma))
+        return callbacks
+
+    def is_switched_at_gamma(self, objective: Objective) -> bool:
+        """Return whether stage 2 begins at ``gamma``, because no :class:`StageSwitch` is among the callbacks."""
+        return objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in self.callbacks)
+
+    def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
+        """Return a Trainer without output, on one device: on GPU number ``device`` if it is given."""
+        given = self.trainer or {}
+        outputs = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        devices = 1 if device is None or given.get("accelerator") == "cpu" else [device]
+        defaults: dict[str, Any] = {**dict.fromkeys(outputs, False), "num_sanity_val_steps": 0, "devices": devices}
+        return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**defaults, **given})
+
+    def fingerprint(self, split: ClassSplit) -> str:
+        """Return a text that identifies the settings. Trainings have the same one if only their seeds differ.
+
+        Raises:
+            ArgumentError: If a part cannot be built.
+        """
+        data = self.data()
+        with torch.random.fork_rng(devices=[]):
+            model = self.make_model(data)
+        if list(data.class_counts) != split.class_counts.tolist():
+            expected = "methods on data with the same training samples per class"
+            raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
+        parts = {
+            "version": _version.__version__,
+            "data": {"class": type(data).__qualname__, **_settings(vars(data))},
+            "counts": split.class_counts.tolist(),
+            "tail": model.split.tail.tolist(),
+            "model": _without_addresses(repr(model)),
+            "loss": _settings({**vars(model.loss), **dict(model.loss.named_buffers())}),
+            "objective": repr(model.objective),
+            "optimizer": _without_addresses(repr(self.optimizer(model.parameters()))),
+            "made_by": [_without_addresses(repr(factory)) for factory in (self.data, self.backbone, self.loss)],
+            "callbacks": [
+                (type(callback).__qualname__, _settings(vars(callback), private=True)) for callback in self.callbacks
+            ],
+            "settings": [self.epochs, self.gamma, _settings(self.model_arguments), _settings(self.trainer or {})],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def fit(
+        self, seed: int, callbacks: Sequence[Callback] = (), device: int | None = None
+    ) -> tuple[pl.Trainer, LongTailClassifier, LongTailDataModule]:
+        """Train once, with further callbacks. Return the Trainer, the module and its data."""
+        pl.seed_everything(seed, verbose=False)
+        data = self.data()
+        model = self.make_model(data)
+        trainer = self.make_trainer([*callbacks, *self.make_callbacks(model)], device)
+        trainer.fit(model, datamodule=data)
+        return trainer, model, data
+
+    def run(self, seed: int, device: int | None = None) -> Run:
+        """Train and test once."""
+        run, start = Run(self.method, seed), time.perf_counter()
+        with quiet(), limited_threads(self.threads):
+            trainer, model, data = self.fit(seed, [_Recorder(run)], device)
+            (tested,) = trainer.test(model, datamodule=data, verbose=False)
+        run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
+        run.confusion = {name: tested[f"test/{name}"] for name in CONFUSIONS}
+        # Pad the curves of a run that stopped early with NaN.
+        for curve in run.curves.values():
+            curve += [math.nan] * (self.epochs - len(curve))
+        best_epoch = np.argmax(np.nan_to_num(run.curves["all"], nan=-1.0))
+        run.best = {group: curve[best_epoch] for group, curve in run.curves.items()}
+        device_used = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device_used) if device_used.type == "cuda" else platform.processor()
+        run.device = name or platform.machine()
+        run.seconds = time.perf_counter() - start
+        return run
+
+
+class _Recorder(Callback):
+    """Records validation curves, divergence and test recalls in a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        run.curves.update({group: [] for group in GROUPS})
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after validation: record the accuracies. They are NaN until the first validation."""
+        for group, curve in self.run.curves.items():
+            curve.append(float(trainer.callback_metrics.get(f"val/acc_{group}", math.nan)))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the module resets its metrics: record the recalls."""
+        assert isinstance(pl_module, LongTailClassifier)
+        self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
+
+
+def _settings(values: dict[str, Any], private: bool = False) -> dict[str, str]:
+    """Return attributes as text. Private ones are included if ``private``."""
+    skipped = ("trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
+    return {
+        # The `repr` of a long tensor leaves out its middle.
+        name: _without_addresses(repr(value.tolist() if isinstance(value, torch.Tensor) else value))
+        for name, value in values.items()
+        if (private or not name.startswith("_")) and name not in skipped
+    }
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,0 +1,47 @@
+"""Output folders and files that are written whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lightning_ssesam._validation import bad_argument
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for the output, or raise ``ArgumentError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(folder)) from error
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file beside ``path``. It takes the place of ``path`` if the block ends without an error.
+
+    The new file has a name of its own, so that two programs can write the same file, and the suffix of ``path``.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(descriptor)
+    try:
+        # A file of `mkstemp` is for its owner alone.
+        os.chmod(name, 0o666 & ~_umask())
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8: all of it, or nothing if the program ends before."""
+    with replaced(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
