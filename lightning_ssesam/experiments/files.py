@@ -1,12 +1,16 @@
 """Output folders and files that are written whole or not at all."""
 
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.errors import ArgumentError
 
 
 def make_folder(folder: Path) -> None:
@@ -15,6 +19,32 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(folder)) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands out of an output folder that exists.
+
+    The operating system frees the lock when this program ends, whatever ends it.
+
+    Raises:
+        ArgumentError: If another command has the folder.
+    """
+    owner, lock = folder / ".owner", FileLock(folder / ".lock")
+    who = ""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with suppress(OSError):
+            who = f" ({owner.read_text(encoding='utf-8')})"
+        raise ArgumentError(
+            f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another `output`."
+        ) from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

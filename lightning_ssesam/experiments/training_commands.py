@@ -27,7 +27,7 @@ class TrainingCLI(LightningCLI):
 
     def before_run(self) -> None:
         """Called before a command runs: keep what an earlier run has left in its folder."""
-        assert (command := self.subcommand) is not None
+        command = str(self.subcommand)
         checkpoint = prepare_folder(self.trainer, command, self.config[command].as_dict())
         self.config_init[command]["ckpt_path"] = checkpoint
 
