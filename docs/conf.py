@@ -15,7 +15,7 @@ author = "lightning-ssesam developers"
 copyright = f"{author}. Apache License 2.0"
 version = release = lightning_ssesam.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "mathml"]
 exclude_patterns = ["_ext", "pictures.py"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

@@ -126,6 +126,19 @@ def browser(tmp_path_factory):
         yield browser
 
 
+# Blocks of code without a button to copy them, commands that are cut off, pictures that do not follow the page.
+UNCOPIED = "return [...document.querySelectorAll('div.highlight')].filter(d => !d.querySelector('.copybtn')).length"
+CUT_OFF = (
+    "return [...document.querySelectorAll('.highlight-bash pre')].filter(p => p.scrollWidth > p.clientWidth).length"
+)
+INVERTED = (
+    "return [...document.querySelectorAll('article img')].map(i => getComputedStyle(i).filter.includes('invert'))"
+)
+# Tables and code that scroll without a shadow at the edge that moves with the window, not with the content.
+UNHINTED = """return [...document.querySelectorAll('.table-wrapper, .highlight pre')].filter(e => e.scrollWidth >
+    e.clientWidth && getComputedStyle(e).backgroundAttachment != 'local, local, scroll, scroll').length"""
+
+
 # Each page at both widths and in both schemes, and every other page with them the other way round.
 LOOKS = [[(1280, False), (390, True)], [(1280, True), (390, False)]]
 
@@ -144,6 +157,8 @@ def test_in_a_browser(pages, browser):
             ground, text = colors_in(browser)
             assert (ground < 150) == dark, path.name
             assert abs(ground - text) > 350, path.name
+            assert [browser.execute_script(script) for script in (UNCOPIED, CUT_OFF, UNHINTED)] == [0, 0, 0], path.name
+            assert set(browser.execute_script(INVERTED)) <= {dark}, path.name
         assert not errors_in(browser), path.name
 
 
