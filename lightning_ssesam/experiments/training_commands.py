@@ -2,10 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.command_parser import CommandParser
 from lightning_ssesam.experiments.lifetimes import bound_forks
 from lightning_ssesam.experiments.resume import SaveConfig, prepare_folder
 from lightning_ssesam.models import LongTailClassifier
@@ -15,6 +20,13 @@ TRAINING_COMMANDS = ("fit", "validate", "test")
 
 class TrainingCLI(LightningCLI):
     """Lightning's command line, whose model takes the class counts from the data module."""
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Called when a command's parser is made: take the one whose errors are one line."""
+        parser = CommandParser(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of the options below.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Called when a command's parser is made: link the class counts."""
