@@ -1,15 +1,19 @@
 """The command ``lightning-ssesam``."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning_ssesam
+
+if TYPE_CHECKING:
+    from lightning_ssesam.experiments.command_parser import CommandParser
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
@@ -18,8 +22,9 @@ Train classifiers on long-tailed data with sharpness-aware methods.
 commands:
 {commands}
 
-`lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
-line. Give options one by one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
+`lightning-ssesam COMMAND --help` lists the options of a command. `lightning-ssesam completion SHELL` prints a script by
+which bash, zsh or fish completes them. `fit`, `validate` and `test` are Lightning's command line. Give options one by
+one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
 `fit` {fit}; for `compare` {compare}.
 
 examples:
@@ -76,6 +81,26 @@ def _classes_of_working_folder() -> Iterator[None]:
     finally:
         if is_new and folder in sys.path:
             sys.path.remove(folder)
+
+
+def _print_completion(options: Sequence[str]) -> None:
+    """Print the script of a shell. The words are those of the help of every command."""
+    from lightning_ssesam.experiments.compare import METHODS
+    from lightning_ssesam.experiments.completion import SHELLS, completion_script, options_in
+    from lightning_ssesam.experiments.refusals import refuse
+
+    if len(options) != 1 or options[0] not in SHELLS:
+        got = repr(" ".join(options)) if options else "nothing"
+        refuse(f"Expected `completion` to be followed by one of {', '.join(SHELLS)}, but got {got}.")
+    words: dict[str, dict[str, Sequence[str]]] = {}
+    for command in COMMANDS:
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+            main([command, "--help"])
+        words[command] = {**options_in(text.getvalue()), "--config": _shipped_configs(command)}
+        if "--methods" in words[command]:
+            words[command]["--methods"] = METHODS
+    more = {"completion": dict.fromkeys(SHELLS, ()), "help": dict.fromkeys(COMMANDS, ())}
+    print(completion_script(options[0], {**words, **more}), end="")
 
 
 def _train(command: str, options: list[str]) -> None:

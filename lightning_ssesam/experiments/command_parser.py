@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.class_names import known_classes
+from lightning_ssesam.experiments.completion import options_in
 from lightning_ssesam.experiments.parser_messages import cut, shorten
 from lightning_ssesam.experiments.refusals import place_in_user_code, refuse
 
@@ -24,21 +25,17 @@ _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
 class ShortHelp(DefaultHelpFormatter):
     """Help that lists a few classes by their names instead of all that are known."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _expand_help(self, action: argparse.Action) -> str:
         """Return the text of one option."""
-        text = super()._get_help_string(action)
+        text = str(super()._expand_help(action))
         if action.dest.endswith(".help"):
-            return (
-                text.partition(" given subclass")[0].partition(" the help")[0] + " the arguments of a class and exit."
-            )
+            return "Show the arguments of a class and exit."
         if action.dest == "print_config":
             return "Print the configuration with all options and exit."
-        names = known_classes(action.dest)
-        if " (" in text and (names or ", known subclasses: " in text):
-            default = re.search(r"default: (.*?)(?:, known subclasses: .*)?\)$", text, re.DOTALL)
-            chosen = _short_default(default[1]) if default else ""
-            choices = f"{', '.join(names)}, or a class path" if names else "a class path"
-            return f"{(action.help or '').partition(' (')[0]} ({choices}{chosen})"
+        text = re.sub(r", known subclasses: .*(?=\)$)", "", text, flags=re.DOTALL)
+        text = re.sub(r"\{'class_path': '(?:\w+\.)*(\w+)'(?:, 'init_args':( .*\}))?\}(?=\)$)", r"\1\2", text)
+        if names := known_classes(action.dest):
+            text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
         return text.replace("<class 'Path'>", "path")
 
 
@@ -49,18 +46,20 @@ class CommandParser(LightningArgumentParser):
         # An abbreviation would be taken for another option in silence, and jsonargparse is about to drop them.
         super().__init__(*args, **{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
 
-    def option_names(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of all options, with their dashes, and the values that each one may have, if they are few."""
-        found = re.findall(r"^  (?:-\w[ \w]*, )?(--[\w.]+)(?: \{([^}]*)\})?", self.format_help(), re.MULTILINE)
-        return {name: tuple(choices.split(",")) if choices else () for name, choices in found}
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help. Its first lines do not repeat the options."""
+        prog = self.prog.replace(" [options]", "")
+        text = super().format_help(*args, **kwargs)
+        return re.sub(r"\Ausage: .*?\n\n", f"usage: {prog} [options]\n\n", text, flags=re.DOTALL)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Called with what is wrong: end the program with one line and exit status 2, or raise where that is asked for."""
+        """Called with what is wrong: end the program with one line and exit status 2, or raise where that is asked."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        refuse(shorten(message, parser.option_names()))
+        refuse(shorten(message, options_in(parser.format_help())))
 
     @override
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -78,21 +77,26 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         loader = yaml.SafeLoader(path.read_bytes().decode())
         node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            found = _KINDS[type(node)] if node else "nothing"
-            refuse(f"Expected `--config` to be a YAML file with options, but {str(path)!r} has {found}.")
-        if twice := _find_twice(node, set()):
-            refuse(f"{str(path)!r} has `{twice.value}` twice in one place (line {twice.start_mark.line + 1}).")
-        return dict(loader.construct_document(node))
-    except UnicodeDecodeError as error:
-        reason = f"its byte {error.start} is not UTF-8"
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
-        reason = f"{problem}, line {mark.line + 1}" if mark else f"{problem}"
-    except OSError as error:
-        reason = f"{error.strerror}"
-    refuse(f"Expected `--config` to be a YAML file, but {str(path)!r} is none: {cut(reason)}.")
+        content = {} if node is None else loader.construct_document(node)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        refuse(f"Expected `--config` to be a YAML file, but {str(path)!r} is none: {cut(_reason(error))}.")
+    if not isinstance(node, yaml.MappingNode):
+        found = _KINDS[type(node)] if node else "nothing"
+        refuse(f"Expected `--config` to be a YAML file with options, but {str(path)!r} has {found}.")
+    if twice := _find_twice(node, set()):
+        refuse(f"{str(path)!r} has `{twice.value}` twice in one place (line {twice.start_mark.line + 1}).")
+    return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"its byte {error.start} is not UTF-8"
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem}, line {mark.line + 1}" if mark else str(problem)
 
 
 def _find_twice(node: yaml.Node, seen: set[int]) -> yaml.Node | None:
@@ -111,12 +115,6 @@ def _find_twice(node: yaml.Node, seen: set[int]) -> yaml.Node | None:
                 keys.add(key.value)
         children.append(child)
     return next(filter(None, (_find_twice(child, seen) for child in children)), None)
-
-
-def _short_default(default: str) -> str:
-    path = re.search(r"'class_path': '(?:\w+\.)*(\w+)'", default)
-    name = path[1] if path else default
-    return "" if name in ("null", "None") else f"; default: {name}"
 
 
 def _not_imported(error: Exception, args: Sequence[str]) -> str:

@@ -117,13 +117,13 @@ def _value_of(message: str) -> str | None:
     """Return the value that was refused, as it was written."""
     for text in _VALUE.findall(message):
         if found := _NESTED.match(text):
-            return found[2].strip("'")
+            return str(found[2]).strip("'")
         if found := re.match(r"\{'class_path': '([^']*)'", text):
-            return found[1]
+            return str(found[1])
         if not text.startswith("Namespace("):
-            return text
+            return str(text)
     found = re.search(r"import path string: (.*)", message)
-    return found[1] if found else None
+    return str(found[1]) if found else None
 
 
 def _plain(kind: str) -> str:

@@ -27,8 +27,10 @@ _LOADS = {
     "lightning.fabric.utilities.cloud_io",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 }
-_LOAD_ERRORS = (OSError, EOFError, KeyError, RuntimeError, TypeError, ValueError, AttributeError)
-_LOAD_ERRORS += (pickle.UnpicklingError, zipfile.BadZipFile)
+_LOAD_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
 
 
 class Refusal(SystemExit):

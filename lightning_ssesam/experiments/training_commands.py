@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -25,7 +24,7 @@ class TrainingCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Called when a command's parser is made: take the one whose errors are one line."""
         parser = CommandParser(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of the options below.")
+        parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
