@@ -60,10 +60,11 @@ def main(args: Sequence[str] | None = None) -> None:
             run(_with_shipped_configs(name, options))
     else:
         from lightning_ssesam.experiments.class_names import closest, did_you_mean
+        from lightning_ssesam.experiments.parser_messages import cut
         from lightning_ssesam.experiments.refusals import refuse
 
         guess = did_you_mean(closest(name, COMMANDS))
-        refuse(f"Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.{guess}")
+        refuse(f"Expected a command, one of {', '.join(COMMANDS)}, but got {cut(name)!r}.{guess}")
 
 
 @contextmanager
@@ -236,7 +237,8 @@ def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
 
 def _refuse_config(value: str, shipped: Sequence[str]) -> None:
     from lightning_ssesam.experiments.class_names import closest, did_you_mean
+    from lightning_ssesam.experiments.parser_messages import cut
     from lightning_ssesam.experiments.refusals import refuse
 
     expected = f"a YAML file or one of {', '.join(shipped)}" if shipped else "a YAML file"
-    refuse(f"Expected `--config` to be {expected}, but got {value!r}.{did_you_mean(closest(value, shipped))}")
+    refuse(f"Expected `--config` to be {expected}, but got {cut(value)!r}.{did_you_mean(closest(value, shipped))}")

@@ -83,7 +83,9 @@ def _fish(commands: Mapping[str, Options]) -> str:
         seen = f'{start} "__fish_seen_subcommand_from {command}"'
         for option, choices in names.items():
             if option.startswith("--"):
-                lines.append(f"{seen} -l {option[2:]}" + (f' -r -a "{" ".join(choices)}"' if choices else ""))
+                # Files are values of `--config`, too.
+                files = "-r" if option == "--config" else "-x"
+                lines.append(f"{seen} -l {option[2:]}" + (f' {files} -a "{" ".join(choices)}"' if choices else ""))
             else:
                 lines.append(f'{seen} -f -a "{option}"')
     return "\n".join(lines) + "\n"
