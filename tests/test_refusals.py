@@ -2,8 +2,13 @@
 
 import builtins
 import errno
+import importlib
+import logging
+import multiprocessing
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,8 +16,9 @@ import pytest
 import torch
 from helpers import STRICT
 
-from lightning_ssesam.cli import main
+from lightning_ssesam.cli import COMMANDS, main
 from lightning_ssesam.experiments.class_names import closest, known_classes
+from lightning_ssesam.experiments.console import held_back
 from lightning_ssesam.experiments.parser_messages import shorten
 from lightning_ssesam.experiments.refusals import refuse, without_traceback
 
@@ -384,7 +390,7 @@ def test_an_error_of_the_project_keeps_its_traceback(monkeypatch):
 
 
 def test_a_refusal_with_several_lines_is_joined(capsys):
-    with pytest.raises(SystemExit, match="^error: one two$"):
+    with pytest.raises(SystemExit, match=r"^error: one two$"):
         refuse("one\n   two\n")
     assert capsys.readouterr().err == "error: one two\n"
 
@@ -399,6 +405,35 @@ def test_a_refusal_with_several_lines_is_joined(capsys):
 )
 def test_messages_that_are_not_known(message, expected):
     assert shorten(message, ["--a"]) == expected
+
+
+def held(end):
+    """What is shown of a message and a warning that come before ``end``."""
+    shown, handler = [], logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with held_back() as release:
+                logging.getLogger("lightning.pytorch.x").warning("first")
+                warnings.warn("second", UserWarning, stacklevel=1)
+                assert (shown, caught) == ([], [])
+                end(release)
+                assert shown == ["first"]
+                logging.getLogger("lightning.pytorch.x").warning("third")
+    except ZeroDivisionError:
+        pass
+    finally:
+        assert handler in logger.handlers
+        logger.removeHandler(handler)
+    return shown, [str(warning.message) for warning in caught]
+
+
+def test_what_comes_before_a_refusal_is_not_shown():
+    assert held(lambda release: release()) == (["first", "third"], ["second"])
+    assert held(lambda _: 1 / 0) == ([], [])
 
 
 def test_guesses():
@@ -421,21 +456,35 @@ class MyNet(SmallConvNet):
 
 
 def test_classes_in_the_working_folder():
-    """By the installed program, and in its worker processes; a file of the folder takes the place of no module."""
+    """By the installed program; a file of the folder takes the place of no module."""
     Path("my_networks.py").write_text(MODULE)
     for name in ("random", "json", "yaml", "tqdm"):
         Path(f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
-    command = [Path(sys.executable).parent / "lightning-ssesam", *COMPARE[:-1], "--jobs=2", "--seeds=2"]
-    done = subprocess.run([*command, "--backbone=my_networks.MyNet"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(list(Path("comparison/runs").glob("*.json"))) == 2
+    command = [Path(sys.executable).parent / "lightning-ssesam", "compare", "--backbone=my_networks.MyNett"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    # The module was found, and the line is all that the program prints.
+    assert done.stderr.endswith("module 'my_networks' has no attribute 'MyNett'. Did you mean 'my_networks.MyNet'?\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_processes_find_the_classes_in_the_working_folder(monkeypatch):
+    """As the workers of `compare --jobs 2`: a function is sent to them by its module and its name."""
+    Path("in_folder.py").write_text("def answer():\n    return 42\n")
+
+    def run(options):
+        answer = importlib.import_module("in_folder").answer
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            print(executor.submit(answer).result())
+
+    monkeypatch.setitem(COMMANDS, "sweep", (run, ""))
+    main(["sweep"])
+    sys.modules.pop("in_folder")
 
 
 def test_the_working_folder_is_searched_last_and_for_a_command_alone(monkeypatch, tmp_path):
     seen, before = [], list(sys.path)
-    monkeypatch.setitem(
-        __import__("lightning_ssesam.cli").cli.COMMANDS, "sweep", (lambda _: seen.append(list(sys.path)), "")
-    )
+    monkeypatch.setitem(COMMANDS, "sweep", (lambda _: seen.append(list(sys.path)), ""))
     main(["sweep"])
     assert seen == [[*before, str(tmp_path)]]
     assert sys.path == before

@@ -29,7 +29,8 @@ _BASH = """_lightning_ssesam() {{
         case "${{COMP_WORDS[1]}} $option" in
 {values}
             *" --"*) [[ "$word" == -* ]] && words="-" ;;
-            *) [[ "$word" == -* || ( -z "$word" && "${{COMP_WORDS[1]}}" != "curvature" ) ]] && words="-" ;;
+            "curvature "*) [[ -n "$word" ]] && words="-" ;;
+            *) words="-" ;;
         esac
         if [[ "$words" == "-" ]]; then
             case "${{COMP_WORDS[1]}}" in
