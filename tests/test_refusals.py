@@ -124,6 +124,8 @@ WRONG_OPTIONS = [
     (["fit", "--nope"], "There is no option `--nope`."),
     (["test", "--modle.tta=hflip"], "There is no option `--modle.tta`. Did you mean '--model.tta'?"),
     ([*FIT, "surplus"], "Expected options that begin with --, but got 'surplus'."),
+    # The shell has replaced a pattern by two names.
+    ([*FIT, "--ckpt_path", "a.ckpt", "b.ckpt"], "Expected one checkpoint, but there are more: b.ckpt."),
     # An abbreviation was taken for the option in silence.
     ([*FIT, "--trainer.max_epoch=3"], "There is no option `--trainer.max_epoch`. Did you mean '--trainer.max_epochs'?"),
     ([*FIT, "--trainer.max_epochs=abc"], "Expected `--trainer.max_epochs` to be int or null, but got 'abc'."),
@@ -426,6 +428,9 @@ def held(end):
     except ZeroDivisionError:
         pass
     finally:
+        # As at the end of Python.
+        for reference in logging._handlerList:
+            reference().flush()
         assert handler in logger.handlers
         logger.removeHandler(handler)
     return shown, [str(warning.message) for warning in caught]

@@ -39,7 +39,12 @@ def held_back() -> Iterator[Callable[[], None]]:
             for warning in caught or ():
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
-        yield release
+        try:
+            yield release
+        finally:
+            # Python flushes every handler at its end.
+            for *_, memory in held:
+                memory.setTarget(None)
 
 
 def _hold(logger: logging.Logger, handler: logging.Handler) -> tuple[logging.Logger, logging.Handler, MemoryHandler]:
