@@ -1,13 +1,19 @@
 """The command ``lightning-ssesam``."""
 
+import io
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning_ssesam
+
+if TYPE_CHECKING:
+    from lightning_ssesam.experiments.command_parser import CommandParser
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
@@ -16,8 +22,9 @@ Train classifiers on long-tailed data with sharpness-aware methods.
 commands:
 {commands}
 
-`lightning-ssesam COMMAND --help` lists the options of a command. `fit`, `validate` and `test` are Lightning's command
-line. Give options one by one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
+`lightning-ssesam COMMAND --help` lists the options of a command. `lightning-ssesam completion SHELL` prints a script by
+which bash, zsh or fish completes them. `fit`, `validate` and `test` are Lightning's command line. Give options one by
+one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
 `fit` {fit}; for `compare` {compare}.
 
 examples:
@@ -35,20 +42,66 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command and options. By default those with which the program was started.
     """
     name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
-    if name in ("-h", "--help"):
+    if name == "help" and options:
+        name, options = options[0], ["--help"]
+    if name in ("-h", "--help", "help"):
         commands = "\n".join(f"  {command:<10} {text}" for command, (_, text) in COMMANDS.items())
         shipped = {command: ", ".join(_shipped_configs(command)) for command in ("fit", "compare")}
         print(_USAGE.format(commands=commands, **shipped), end="")
-    elif name == "--version":
+    elif name in ("-V", "--version"):
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
+    elif name == "completion":
+        _print_completion(options)
     elif name in COMMANDS:
         run, _ = COMMANDS[name]
         from lightning_ssesam.experiments.refusals import without_traceback
 
-        with without_traceback():
+        with without_traceback(options), _classes_of_working_folder():
             run(_with_shipped_configs(name, options))
     else:
-        sys.exit(f"error: Expected a command, one of {', '.join(COMMANDS)}, but got {name!r}.")
+        from lightning_ssesam.experiments.class_names import closest, did_you_mean
+        from lightning_ssesam.experiments.parser_messages import cut
+        from lightning_ssesam.experiments.refusals import refuse
+
+        guess = did_you_mean(closest(name, COMMANDS))
+        refuse(f"Expected a command, one of {', '.join(COMMANDS)}, but got {cut(name)!r}.{guess}")
+
+
+@contextmanager
+def _classes_of_working_folder() -> Iterator[None]:
+    """Let class paths name modules of the working folder.
+
+    The folder comes last, so that a file such as ``random.py`` in it takes the place of no other module. Processes that
+    are started meanwhile search the same folders.
+    """
+    folder, is_new = os.getcwd(), os.getcwd() not in sys.path
+    if is_new:
+        sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if is_new and folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _print_completion(options: Sequence[str]) -> None:
+    """Print the script of a shell. The words are those of the help of every command."""
+    from lightning_ssesam.experiments.compare import METHODS
+    from lightning_ssesam.experiments.completion import SHELLS, completion_script, options_in
+    from lightning_ssesam.experiments.refusals import refuse
+
+    if len(options) != 1 or options[0] not in SHELLS:
+        got = repr(" ".join(options)) if options else "nothing"
+        refuse(f"Expected `completion` to be followed by one of {', '.join(SHELLS)}, but got {got}.")
+    words: dict[str, dict[str, Sequence[str]]] = {}
+    for command in COMMANDS:
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
+            main([command, "--help"])
+        words[command] = {**options_in(text.getvalue()), "--config": _shipped_configs(command)}
+        if "--methods" in words[command]:
+            words[command]["--methods"] = METHODS
+    more = {"completion": dict.fromkeys(SHELLS, ()), "help": dict.fromkeys(COMMANDS, ())}
+    print(completion_script(options[0], {**words, **more}), end="")
 
 
 def _train(command: str, options: list[str]) -> None:
@@ -70,17 +123,22 @@ def _sweep(options: list[str]) -> None:
 
 
 def _curvature(options: list[str]) -> None:
-    from jsonargparse import ArgumentParser
-
     from lightning_ssesam.experiments.curvature_command import curvature
     from lightning_ssesam.experiments.lifetimes import ended_in_order
 
-    parser = ArgumentParser(prog="lightning-ssesam curvature", description=_description(curvature))
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
-    parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
-    chosen = vars(parser.parse_args(options))
+    chosen = vars(_curvature_parser().parse_args(options))
     with ended_in_order():
         curvature(**chosen)
+
+
+def _curvature_parser() -> "CommandParser":
+    from lightning_ssesam.experiments.command_parser import CommandParser
+    from lightning_ssesam.experiments.curvature_command import curvature
+
+    parser = CommandParser(prog="lightning-ssesam curvature", description=_description(curvature))
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
+    parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
+    return parser
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -99,15 +157,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
     """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML."""
-    from jsonargparse import ArgumentParser
-
     from lightning_ssesam.experiments.lifetimes import ended_in_order
-    from lightning_ssesam.experiments.recipe import DEFAULT_SGD
 
-    parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=_description(function))
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    parser.add_function_arguments(function, as_group=False, skip={"config"})
-    parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
+    parser = _function_parser(function, name, **defaults)
     # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
@@ -118,21 +170,37 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
         function(**arguments)
 
 
+def _function_parser(function: Callable[..., Any], name: str, **defaults: Any) -> "CommandParser":
+    """Return the parser of a command that is a function."""
+    from lightning_ssesam.experiments.command_parser import CommandParser
+    from lightning_ssesam.experiments.recipe import DEFAULT_SGD
+
+    parser = CommandParser(prog=f"lightning-ssesam {name}", description=_description(function))
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_function_arguments(function, as_group=False, skip={"config"})
+    parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
+    return parser
+
+
 def _description(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
 
 
 def _names_given(options: list[str]) -> set[str]:
     """Return the options that are given, on the command line or in a file. ``--data.seed`` does not give ``data``."""
-    import yaml
+    from lightning_ssesam.experiments.command_parser import read_config
 
     names = {arg.removeprefix("--").partition("=")[0] for arg in options if arg.startswith("--")}
     for position, arg in enumerate(options):
         option, _, value = arg.partition("=")
-        path = Path(value or "".join(options[position + 1 : position + 2]))
-        if option == "--config" and path.is_file() and isinstance(content := yaml.safe_load(path.read_text()), dict):
+        value = value or "".join(options[position + 1 : position + 2])
+        if option == "--config" and value:
             # Arguments without a class are for the default class.
-            names |= {name for name, value in content.items() if not isinstance(value, dict) or "class_path" in value}
+            names |= {
+                name
+                for name, value in read_config(Path(value)).items()
+                if not isinstance(value, dict) or "class_path" in value
+            }
     return names
 
 
@@ -147,17 +215,30 @@ def _shipped_configs(command: str) -> list[str]:
 
 
 def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
-    """Replace the names of shipped YAML files by their paths."""
+    """Replace the names of shipped YAML files by their paths, and refuse files that cannot be read."""
+    from lightning_ssesam.experiments.command_parser import read_config
+
     shipped, resolved = _shipped_configs(command), list(options)
     for position, arg in enumerate(options):
         option, equals, value = arg.partition("=")
         if not equals and position > 0:
             option, value = options[position - 1], arg
-        if option not in ("--config", "-c") or Path(value).exists():
+        if option not in ("--config", "-c") or (not value and not equals):
+            continue
+        if os.path.exists(value):
+            read_config(Path(value))
             continue
         if value not in shipped:
-            expected = f"a YAML file or one of {', '.join(shipped)}" if shipped else "a YAML file"
-            sys.exit(f"error: Expected `--config` to be {expected}, but got {value!r}.")
+            _refuse_config(value, shipped)
         with as_file(files("lightning_ssesam.configs") / f"{value}.yaml") as path:
             resolved[position] = f"{option}={path}" if equals else str(path)
     return resolved
+
+
+def _refuse_config(value: str, shipped: Sequence[str]) -> None:
+    from lightning_ssesam.experiments.class_names import closest, did_you_mean
+    from lightning_ssesam.experiments.parser_messages import cut
+    from lightning_ssesam.experiments.refusals import refuse
+
+    expected = f"a YAML file or one of {', '.join(shipped)}" if shipped else "a YAML file"
+    refuse(f"Expected `--config` to be {expected}, but got {cut(value)!r}.{did_you_mean(closest(value, shipped))}")

@@ -392,4 +392,4 @@ def test_commands_are_understood(name, monkeypatch, capsys):
             assert not stop.value.code, command
             assert "class_path" in capsys.readouterr().out
     others = {command[1] for command in commands() if command[0] == "lightning-ssesam"}
-    assert others <= {"fit", "test", "compare", "sweep", "curvature", "--version", "--help"}
+    assert others <= {"fit", "test", "compare", "sweep", "curvature", "--version", "--help", "completion"}

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.class_names import closest, did_you_mean
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.jobs import Task, make_runs
@@ -145,7 +147,9 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
         return methods
     names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
-        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+        guess = next((closest(name, METHODS) for name in map(str, names) if name not in METHODS), None)
+        error = bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
+        raise ArgumentError(f"{error}{did_you_mean(guess)}")
     makers: dict[str, Callable[[], Objective]] = {
         "ERM": ERM,
         "SAM": partial(SAM, radii["sam_rho"]),

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from logging.handlers import MemoryHandler
 
 import torch
 
@@ -20,9 +21,52 @@ def limited_threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
+def held_back() -> Iterator[Callable[[], None]]:
+    """Hold back what Lightning logs and warns of, until the function that is yielded is called.
+
+    It is lost if an error ends the block before, which then stands alone.
+    """
+    with ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        held = [_hold(logger, handler) for logger in _loggers() for handler in list(logger.handlers)]
+        for logger, handler, memory in held:
+            stack.callback(_give_back, logger, handler, memory)
+
+        def release() -> None:
+            stack.close()
+            for *_, memory in held:
+                memory.flush()
+            for warning in caught or ():
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+        try:
+            yield release
+        finally:
+            # Python flushes every handler at its end.
+            for *_, memory in held:
+                memory.setTarget(None)
+
+
+def _hold(logger: logging.Logger, handler: logging.Handler) -> tuple[logging.Logger, logging.Handler, MemoryHandler]:
+    memory = MemoryHandler(10_000, logging.CRITICAL + 1, handler, flushOnClose=False)
+    logger.removeHandler(handler)
+    logger.addHandler(memory)
+    return logger, handler, memory
+
+
+def _give_back(logger: logging.Logger, handler: logging.Handler, memory: MemoryHandler) -> None:
+    logger.removeHandler(memory)
+    logger.addHandler(handler)
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Silence the messages that Lightning writes for each training."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = _loggers()
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")

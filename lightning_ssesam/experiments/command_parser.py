@@ -1,0 +1,129 @@
+"""The parser of the commands: its errors take one line, and its help names the classes that are mostly used."""
+
+import argparse
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.class_names import known_classes
+from lightning_ssesam.experiments.completion import options_in
+from lightning_ssesam.experiments.parser_messages import cut, shorten
+from lightning_ssesam.experiments.refusals import place_in_user_code, refuse
+
+_KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """Help that lists a few classes by their names instead of all that are known."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        """Return the text of one option."""
+        text = str(super()._expand_help(action))
+        if action.dest.endswith(".help"):
+            return "Show the arguments of a class and exit."
+        if action.dest == "print_config":
+            return "Print the configuration with all options and exit."
+        text = re.sub(r", known subclasses: .*(?=\)$)", "", text, flags=re.DOTALL)
+        text = re.sub(r"\{'class_path': '(?:\w+\.)*(\w+)'(?:, 'init_args':( .*\}))?\}(?=\)$)", r"\1\2", text)
+        if names := known_classes(action.dest):
+            text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
+        return text.replace("<class 'Path'>", "path")
+
+
+class CommandParser(LightningArgumentParser):
+    """Parser that ends the program with one line for whatever is wrong with the options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation would be taken for another option in silence, and jsonargparse is about to drop them.
+        super().__init__(*args, **{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help. Its first lines do not repeat the options."""
+        prog = self.prog.replace(" [options]", "")
+        text = super().format_help(*args, **kwargs)
+        return re.sub(r"\Ausage: .*?\n\n", f"usage: {prog} [options]\n\n", text, flags=re.DOTALL)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Called with what is wrong: end the program with one line and exit status 2, or raise where that is asked."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        refuse(shorten(message, options_in(parser.format_help())))
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse options. Whatever the module of a class raises when it is imported ends the program with one line."""
+        try:
+            return super().parse_args(args, *others, **kwargs)
+        except ArgumentError:
+            raise
+        except Exception as error:
+            refuse(_not_imported(error, list(sys.argv[1:] if args is None else args)))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the options of a YAML file, or end the program with one line."""
+    try:
+        loader = yaml.SafeLoader(path.read_bytes().decode())
+        node = loader.get_single_node()
+        content = {} if node is None else loader.construct_document(node)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        refuse(f"Expected `--config` to be a YAML file, but {str(path)!r} is none: {cut(_reason(error))}.")
+    if not isinstance(node, yaml.MappingNode):
+        found = _KINDS[type(node)] if node else "nothing"
+        refuse(f"Expected `--config` to be a YAML file with options, but {str(path)!r} has {found}.")
+    if twice := _find_twice(node, set()):
+        refuse(f"{str(path)!r} has `{twice.value}` twice in one place (line {twice.start_mark.line + 1}).")
+    return dict(content)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file cannot be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"its byte {error.start} is not UTF-8"
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem}, line {mark.line + 1}" if mark else str(problem)
+
+
+def _find_twice(node: yaml.Node, seen: set[int]) -> yaml.Node | None:
+    """Return the second key of the same name in a mapping, or None. Aliases are looked at once."""
+    if id(node) in seen or isinstance(node, yaml.ScalarNode):
+        return None
+    seen.add(id(node))
+    keys = set()
+    children = []
+    for child in node.value:
+        if isinstance(child, tuple):
+            key, child = child
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys and key.value != "<<":
+                    return key
+                keys.add(key.value)
+        children.append(child)
+    return next(filter(None, (_find_twice(child, seen) for child in children)), None)
+
+
+def _not_imported(error: Exception, args: Sequence[str]) -> str:
+    """Return the line for an error of a module that was imported for an option."""
+    place = place_in_user_code(error)
+    module = Path(place.file).stem if place else ""
+    named = [arg for arg in args if module and re.search(rf"\b{re.escape(module)}\b", arg)]
+    option = next((arg.partition("=")[0] for arg in named if arg.startswith("--")), None)
+    if option is None and named:
+        option = args[args.index(named[0]) - 1]
+    text = cut(" ".join(traceback.format_exception_only(error)[-1].split()))
+    return f"Cannot use {f'`{option}`' if option else 'a class of the configuration'}: {text}{place or ''}."

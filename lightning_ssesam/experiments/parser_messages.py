@@ -1,0 +1,152 @@
+"""One line from the message of a parser, which may have eighty: the option, what it must be, and what it got."""
+
+import re
+from collections.abc import Collection, Iterable
+
+from lightning_ssesam.experiments.class_names import closest, did_you_mean, guess_class, known_classes, takes_class
+
+# Texts of jsonargparse and argparse. What they do not match is shown as it is, on one line.
+_KEY = re.compile(r'[Pp]arser key "([^"]+)"')
+_VALUE = re.compile(r"(?:Given value|Got value): (.*?)(?=\. Got value|$)", re.MULTILINE)
+_NESTED = re.compile(r"NestedArg\(key='([^']*)', val=(.*)\)$")
+_CLASS = re.compile(r"class_path[ =]'([^']+)'")
+_UNKNOWN = re.compile(r"(?:Option|does not accept option|Key) '([\w.]+)'(?: is not (?:accepted|expected))?")
+_MISSING = re.compile(r"the following arguments are required: ([\w., ]+?)(?=\. Got value|\n|$)")
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
+_NO_VALUE = re.compile(r"argument (\S+): expected (?:one|at least one) argument")
+_IMPORT = re.compile(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'|cannot import name '[^']+'.*")
+_WRONG_KIND = re.compile(
+    r"Expected '[^']+' to be [^\n]*?(?=\.+(?:\s|$))|[^\n.]*does not correspond to a subclass of \S+"
+)
+_TYPE = re.compile(
+    r"Expected (?:an? )?(<class '[^']+'>|typing\.\w+\[[^\n]*?\](?=\. |\.?$)|tuple with \d+ elements)", re.MULTILINE
+)
+_SHOWN = 150
+
+
+def shorten(message: str, options: Collection[str]) -> str:
+    """Return one line for the message of a parser.
+
+    Args:
+        message: Message of jsonargparse or argparse.
+        options: Names of the command's options, with their dashes, for a guess at a misspelt one.
+    """
+    if found := _UNRECOGNIZED.search(message):
+        return _unknown_options(found[1].split(), options)
+    if found := _NO_VALUE.search(message):
+        return f"`{found[1].rpartition('/')[2]}` needs a value."
+    keys = list(dict.fromkeys(_KEY.findall(message)))
+    innermost = message[[0, *(found.end() for found in _KEY.finditer(message))][-1] :]
+    if (option := ".".join(keys)) and (line := _bad_class(message, option) or _bad_value(innermost, option)):
+        return line
+    if found := _UNKNOWN.search(message):
+        guess = did_you_mean(closest(found[1], [name.lstrip("-") for name in options]))
+        return f"The configuration has `{found[1]}`, but there is no option of this name.{guess}"
+    if found := _MISSING.search(message):
+        return _missing(found[1].split(", "))
+    rest = cut(" ".join(innermost.lstrip(": ").split()), 2 * _SHOWN)
+    return f"`--{option}`: {rest}" if option else rest
+
+
+def cut(text: str, length: int = _SHOWN) -> str:
+    """Return a text with at most so many characters. Dots mark what is missing."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _unknown_options(given: Iterable[str], options: Collection[str]) -> str:
+    names = [text.partition("=")[0] for text in given if text.startswith("-")]
+    if not names and any(text.endswith(".ckpt") for text in given):
+        return f"Expected one checkpoint, but there are more: {cut(' '.join(given))}. Name one of them."
+    if not names:
+        return f"Expected options that begin with --, but got {cut(' '.join(given))!r}."
+    guess = closest(names[0].lstrip("-"), [option.lstrip("-") for option in options])
+    return f"There is no option `{cut(names[0])}`.{did_you_mean(f'--{guess}' if guess else None)}"
+
+
+def _missing(names: list[str]) -> str:
+    """Return the line for required options. Those of Lightning's commands have the command before their names."""
+    if names == ["checkpoints"]:
+        return "Expected one or more checkpoints, but got none."
+    command = names[0].partition(".")[0]
+    options = " and ".join(f"`--{name.removeprefix(f'{command}.')}`" for name in names)
+    return f"`{command}` needs {options}, on the command line or in a file (`--config`)."
+
+
+def _bad_class(message: str, option: str) -> str | None:
+    """Return the line for a class that cannot be used, or for arguments of a class. None for other messages."""
+    outer = _KEY.findall(message)[0]
+    classes = _CLASS.findall(message)
+    value = cut(_value_of(message) or "")
+    if "dot import path" in message and takes_class(option):
+        names = known_classes(option)
+        known = f"one of {', '.join(names)}, or " if 0 < len(names) < 8 else ""
+        guess = guess_class(option, value)
+        return f"Expected `--{option}` to be {known}the path of a class, but got {value!r}.{guess}"
+    if found := _IMPORT.search(message):
+        path = value or classes[-1]
+        return f"Expected `--{option}` to be a class that can be imported, but got {path!r}: {cut(found[0])}." + (
+            guess_class(option, path)
+        )
+    if "Unexpected import object" in message:
+        return f"Expected `--{option}` to be a class or a function, but got {value!r}."
+    if found := _WRONG_KIND.search(message):
+        return f"`--{option}`: {cut(_plain(found[0]))}."
+    if "fail_untyped" in message:
+        return f"`--{option}`: {cut(_plain(message.splitlines()[-1].rpartition('. ')[2]))} Give it a type in the code."
+    name = classes[-1].rpartition(".")[2] if classes else ""
+    if (found := _UNKNOWN.search(message)) and name:
+        return f"{name} has no argument `--{option}.{found[1]}`." + _guess_argument(option, classes[-1], found[1])
+    if (found := _MISSING.search(message)) and name:
+        needed = " and ".join(f"`--{option}.{argument}`" for argument in found[1].split(", "))
+        return f"`--{outer} {name}` needs {needed}."
+    return None
+
+
+def _bad_value(innermost: str, option: str) -> str | None:
+    # The types of an option around this one come after the value.
+    own, _, _ = innermost.partition("Given value")
+    kinds = _TYPE.findall(own if "Union subtypes" in own else own.partition("Got value")[0])
+    types = list(dict.fromkeys(map(_plain, kinds)))
+    if not types:
+        return None
+    # What stands for "not given" is named last.
+    types.sort(key=lambda kind: kind == "null")
+    value = _value_of(innermost)
+    return f"Expected `--{option}` to be {cut(' or '.join(types))}, but got {cut(value or 'nothing')!r}."
+
+
+def _value_of(message: str) -> str | None:
+    """Return the value that was refused, as it was written."""
+    for text in _VALUE.findall(message):
+        if found := _NESTED.match(text):
+            return str(found[2]).strip("'")
+        if found := re.match(r"\{'class_path': '([^']*)'", text):
+            return str(found[1])
+        if not text.startswith("Namespace("):
+            return str(text)
+    found = re.search(r"import path string: (.*)", message)
+    return str(found[1]) if found else None
+
+
+def _plain(kind: str) -> str:
+    """Return the name of a type as people write it."""
+    for written, plain in {"NoneType": "null", "list": "a list", "dict": "a mapping", "tuple": "a list"}.items():
+        kind = kind.replace(f"<class '{written}'>", plain)
+    kind = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", kind)
+    kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)
+    return re.sub(r"tuple with (\d+) elements", r"a list of \1 values", kind)
+
+
+def _guess_argument(option: str, path: str, argument: str) -> str:
+    """Return a sentence with the argument that was probably meant, or an empty text."""
+    from jsonargparse import ArgumentParser
+
+    module, _, name = path.rpartition(".")
+    try:
+        parser = ArgumentParser(exit_on_error=False)
+        added = parser.add_class_arguments(getattr(__import__(module, fromlist=[name]), name), fail_untyped=False)
+    except Exception:
+        # A guess must not fail, whatever the class is.
+        return ""
+    guess = closest(argument, added)
+    return did_you_mean(f"--{option}.{guess}" if guess else None)
