@@ -125,6 +125,9 @@ def compare(
     # Download the data here, because several processes must not do so at once.
     for module in (data, *(method.data() for method in chosen.values() if method.data)):
         module.prepare_data()
+        module.check_files()
+    for experiment in experiments:
+        experiment.check_network()
     # In the order of seeds, so that an interrupted comparison has as many runs of each method.
     tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
     runs = _finish(tasks, RunStore(output / "runs"), jobs, output)

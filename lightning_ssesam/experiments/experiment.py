@@ -51,7 +51,7 @@ class Experiment(Recipe):
 
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
-        thresholds = {"many_above": data.many_above, "few_below": data.few_below}
+        of_data = {"many_above": data.many_above, "few_below": data.few_below, "in_channels": data.in_channels}
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
@@ -59,8 +59,32 @@ class Experiment(Recipe):
             loss=None if self.loss is None else self.loss(),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
-            **{**thresholds, **self.model_arguments},
+            **{**of_data, **self.model_arguments},
         )
+
+    def check_network(self) -> None:
+        """Send a test image through an untrained network, so that one of the wrong shape is refused before training.
+
+        The random state does not change. Errors that have other causes than shapes are left to the training.
+
+        Raises:
+            ArgumentError: If the network does not take the image.
+        """
+        loader = (data := self._checked_data()).test_dataloader()
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), limited_threads(self.threads):
+            inputs, _ = loader.collate_fn([loader.dataset[0]])
+            try:
+                self.make_model(data).eval()(inputs)
+            except (RuntimeError, AssertionError) as error:
+                if re.search("channels|shape|size|match", str(error)):
+                    expected = f"a network for images of shape {tuple(inputs.shape[1:])}"
+                    raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
+
+    def _checked_data(self) -> LongTailDataModule:
+        """Return the data module. The command has checked its files, and tells other processes by this."""
+        data = self.data()
+        data._files_checked = True
+        return data
 
     def make_split(self, data: LongTailDataModule) -> ClassSplit:
         """Return the class split of the modules trained on ``data``. The random state does not change."""
@@ -120,7 +144,7 @@ class Experiment(Recipe):
     ) -> tuple[pl.Trainer, LongTailClassifier, LongTailDataModule]:
         """Train once, with further callbacks. Return the Trainer, the module and its data."""
         pl.seed_everything(seed, verbose=False)
-        data = self.data()
+        data = self._checked_data()
         model = self.make_model(data)
         trainer = self.make_trainer([*callbacks, *self.make_callbacks(model)], device)
         trainer.fit(model, datamodule=data)
