@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_ssesam import _version
@@ -30,6 +31,9 @@ from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
+
+# Hooks of a data module that may change a batch.
+_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @dataclass(frozen=True)
@@ -63,21 +67,27 @@ class Experiment(Recipe):
         )
 
     def check_network(self) -> None:
-        """Send a test image through an untrained network, so that one of the wrong shape is refused before training.
+        """Send a training image through an untrained network, so that one of the wrong shape is refused at once.
 
-        The random state does not change. Errors that have other causes than shapes are left to the training.
+        The random state does not change. Errors that have other causes than shapes are left to the training, and so are
+        data modules whose loaders or hooks may make other batches.
 
         Raises:
             ArgumentError: If the network does not take the image.
         """
-        loader = (data := self._checked_data()).test_dataloader()
+        data = self._checked_data()
+        if any(getattr(type(data), name) is not getattr(pl.LightningDataModule, name) for name in _BATCH_HOOKS):
+            return
         with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), limited_threads(self.threads):
+            loader = data.train_dataloader()
+            if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+                return
             inputs, _ = loader.collate_fn([loader.dataset[0]])
             try:
                 self.make_model(data).eval()(inputs)
             except (RuntimeError, AssertionError) as error:
                 if re.search("channels|shape|size|match", str(error)):
-                    expected = f"a network for images of shape {tuple(inputs.shape[1:])}"
+                    expected = f"a network for inputs of shape {tuple(inputs.shape[1:])}"
                     raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
 
     def _checked_data(self) -> LongTailDataModule:
