@@ -1,6 +1,7 @@
 """The base of data modules that read image files: checks of the files before training, and the size of the images."""
 
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -89,12 +90,17 @@ class ImageFileModule(ImageDataModule):
 
 def check_images(sets: list[ImageFiles]) -> None:
     """Raise ``ArgumentError`` if an image of the sets cannot be read, as far as its header and its end show."""
-    bad = [
-        (images, index, problem)
-        for images in sets
-        for index, path in enumerate(images.paths())
-        if (problem := find_problem(path, images.max_pixels)) is not None
-    ]
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # The error says it.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        bad = [
+            (images, index, problem)
+            for images in sets
+            for index, path in enumerate(images.paths())
+            if (problem := find_problem(path, images.max_pixels)) is not None
+        ]
     if len(bad) == 1:
         ((images, index, problem),) = bad
         raise images.refusal(index, problem)

@@ -170,8 +170,9 @@ def _reason(error: Exception, max_pixels: int | None) -> str:
 
     if isinstance(error, _RefusedError):
         return str(error)
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more pixels than max_pixels={max_pixels} allows"
+    limit = Image.MAX_IMAGE_PIXELS
+    if isinstance(error, Image.DecompressionBombError) and limit and max_pixels and limit >= max_pixels:
+        return f"more pixels than max_pixels={max_pixels}"
     if isinstance(error, UnidentifiedImageError):
         return "a file that Pillow cannot open as a picture"
     if isinstance(error, OSError) and error.strerror:

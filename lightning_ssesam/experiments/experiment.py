@@ -66,19 +66,22 @@ class Experiment(Recipe):
             **{**of_data, **self.model_arguments},
         )
 
-    def check_network(self) -> None:
+    def check_network(self, data: LongTailDataModule) -> None:
         """Send a training image through an untrained network, so that one of the wrong shape is refused at once.
 
         The random state does not change. Errors that have other causes than shapes are left to the training, and so are
         data modules whose loaders or hooks may make other batches.
 
+        Args:
+            data: Data module of the experiment, prepared.
+
         Raises:
             ArgumentError: If the network does not take the image.
         """
-        data = self._checked_data()
         if any(getattr(type(data), name) is not getattr(pl.LightningDataModule, name) for name in _BATCH_HOOKS):
             return
         with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), limited_threads(self.threads):
+            data.setup("fit")
             loader = data.train_dataloader()
             if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
                 return

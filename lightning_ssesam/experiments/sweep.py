@@ -127,7 +127,7 @@ class _Search:
             settings = first.fingerprint(first.make_split(data))
         data.prepare_data()
         data.check_files()
-        first.check_network()
+        first.check_network(data)
         return f"{settings} {self.seeds} {self.metric} {self.bounds}"
 
     def __call__(self, trial: "optuna.Trial") -> float:
