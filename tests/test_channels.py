@@ -237,7 +237,7 @@ class Sounds(LongTailDataModule):
             partial(TorchvisionResNet, arch="resnet18"),
             ["(1, 8, 8)", "to have 3 channels, but got 1 channels"],
         ),
-        (DigitsLT, partial(nn.Linear, 8), ["(1, 8, 8)", "one with an output of shape (1, 1, 8, 10)"]),
+        (DigitsLT, lambda num_classes: nn.Linear(8, num_classes), ["with logits (N, 10)", "shape (1, 1, 8, 10)"]),
         (Sounds, SmallConvNet, ["(8,)", "one with the error"]),
         (Sounds, lambda num_classes: nn.Linear(9, num_classes), ["(8,)", "shapes cannot be multiplied"]),
     ],
