@@ -28,8 +28,8 @@ _CHECKED: set[Hashable] = set()
 class ImageFileModule(ImageDataModule):
     """Base of data modules that read image files. A subclass overrides :meth:`file_sets`.
 
-    Before the first training, the header and the end of every file are looked at. This takes less than 10 s for
-    100,000 JPEG files on a local disk (0.09 ms a file on one core). Damage in the middle of a file is found when it is read.
+    Before the first training, the header and the end of every file are looked at. This takes less than 10 s for 100,000
+    JPEG files on a local disk (0.09 ms a file on one core). Damage in the middle of a file is found when it is read.
 
     Args:
         max_pixels: Pixels of the largest image that is read, an integer >= 1, or None for no limit. A small file may
