@@ -221,6 +221,8 @@ def planned_runs(monkeypatch, *commands):
     monkeypatch.setattr("lightning_ssesam.experiments.compare._finish", stop)
     for module in ("CIFAR10LT", "CIFAR100LT"):
         monkeypatch.setattr(f"lightning_ssesam.data.{module}.prepare_data", lambda self: None)
+    # It would read an image.
+    monkeypatch.setattr("lightning_ssesam.experiments.experiment.Experiment.check_network", lambda self, data: None)
     for options in commands:
         with pytest.raises(SystemExit):
             main(["compare", *options])

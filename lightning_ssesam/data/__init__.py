@@ -3,6 +3,7 @@
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.cifar import CIFAR10LT, CIFAR100LT
 from lightning_ssesam.data.digits import DigitsLT
+from lightning_ssesam.data.image_files import ImageFileModule
 from lightning_ssesam.data.image_folder import ImageFolderLT
 from lightning_ssesam.data.image_list import ImageList, ImageListLT
 from lightning_ssesam.data.images import ImageDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "ClassSampler",
     "DigitsLT",
     "ImageDataModule",
+    "ImageFileModule",
     "ImageFolderLT",
     "ImageList",
     "ImageListLT",

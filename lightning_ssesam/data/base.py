@@ -31,6 +31,8 @@ class LongTailDataModule(pl.LightningDataModule):
         many_above: Classes with more training samples than this are many-shot.
         few_below: Classes with fewer training samples than this are few-shot.
         val_is_test: Whether the test set validates, because there is no validation set.
+        in_channels: Channels of the images, for the network; None if unknown. A subclass of images should set it.
+        image_size: Height and width of the images in a batch; None if unknown.
 
     Args:
         batch_size: Samples in a training batch, an integer >= 1.
@@ -58,6 +60,10 @@ class LongTailDataModule(pl.LightningDataModule):
     many_above: int = 100
     few_below: int = 20
     val_is_test: bool = False
+    in_channels: int | None = None
+    image_size: int | None = None
+    # Whether `check_files` has nothing to do any more, because it has passed.
+    _files_checked: bool = False
 
     def __init__(
         self, batch_size: int = 32, num_workers: int = 0, sampler: Callable[[Tensor], Sampler[int]] | None = None
@@ -87,6 +93,15 @@ class LongTailDataModule(pl.LightningDataModule):
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the data sets ``"train"``, ``"test"`` and, unless ``val_is_test``, ``"val"``."""
         return {}
+
+    def check_files(self) -> None:
+        """Check the files of all data sets, so that a bad one is found before training. By default does nothing.
+
+        ``compare`` and ``sweep`` call it once, before the first training.
+
+        Raises:
+            ArgumentError: If a file is bad. The message says how many are.
+        """
 
     @override
     def setup(self, stage: str) -> None:

@@ -60,6 +60,7 @@ class CIFAR10LT(ImageDataModule):
             expected = f"less than the {self._train_per_class} images of a class"
             raise bad_argument("val_per_class", expected, val_per_class)
         self.root, self.download = Path(root), download
+        self.in_channels, self.image_size = self.count_channels(), 32
         self.imbalance_factor, self.profile = imbalance_factor, profile
         self.val_per_class, self.val_is_test = val_per_class, val_per_class == 0
         self.seed = check_integer("seed", seed, minimum=0)

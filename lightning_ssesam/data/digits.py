@@ -36,6 +36,8 @@ class DigitsLT(LongTailDataModule):
 
     many_above = 50
     few_below = 10
+    in_channels = 1
+    image_size = 8
 
     def __init__(
         self, imbalance_factor: float = 50.0, profile: Profile = "exponential", *, seed: int = 0, **kwargs: Any

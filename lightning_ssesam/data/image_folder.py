@@ -2,9 +2,10 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,14 +13,19 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
-from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden
+from lightning_ssesam.data.image_files import ImageFileModule, count_text
+from lightning_ssesam.data.images import ImageFiles, Transform
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
+from lightning_ssesam.data.reading import MAX_PIXELS, shown
+from lightning_ssesam.data.walking import FoundImage, find_images, is_hidden
+from lightning_ssesam.errors import ArgumentError
 
 Samples: TypeAlias = list[tuple[str, int]]
+_Found: TypeAlias = list[tuple[FoundImage, int]]
 
 
-class ImageFolderLT(ImageDataModule):
+class ImageFolderLT(ImageFileModule):
     """Images in folders, one folder for each class, already long-tailed or made so.
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
@@ -27,11 +33,16 @@ class ImageFolderLT(ImageDataModule):
     sets, and every class keeps at least one training image. Hidden folders and files, whose name begins with a dot, and
     those of systems, such as ``__MACOSX`` and ``@eaDir``, are ignored.
 
+    Every kind of picture is read that Pillow can open here. A notice counts the files that are ignored, by their
+    ending. Symbolic links are followed. A file that links reach twice within a class counts once; in two classes, or in
+    two sets, it is an error. A link to a folder above is not followed.
+
     Batches are pairs of images ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64, in the
     order of the sorted folder names.
 
     Attributes:
         class_names: Names of the folders, length C.
+        image_size: Height and width of the images, as given or chosen.
 
     Args:
         root: Folder of the images.
@@ -40,13 +51,15 @@ class ImageFolderLT(ImageDataModule):
         profile: ``"exponential"`` or ``"step"``.
         val_fraction: Fraction of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
         test_fraction: Fraction of each class that tests if there is no ``test``, in (0, 1).
-        image_size: Height and width of the images, an integer >= 1.
+        image_size: Height and width of the images, an integer >= 1. By default the median of the shorter sides of up to
+            200 images of the folder, spread evenly over it, and at most 224.
         seed: Seed that chooses the images of each set, an integer >= 0.
-        **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
+        **kwargs: See :class:`~lightning_ssesam.data.ImageFileModule` for ``max_pixels``, and
+            :class:`~lightning_ssesam.data.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
-        ArgumentError: If the folder is not as above, or a test class has no training images; when a batch is made, if
-            an image cannot be read.
+        ArgumentError: If the folder is not as above, or a test class has no training images; when a run starts, if
+            images cannot be read.
     """
 
     def __init__(
@@ -56,16 +69,18 @@ class ImageFolderLT(ImageDataModule):
         profile: Profile = "exponential",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
-        image_size: int = 224,
+        image_size: int | None = None,
         *,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
-        self.image_size = check_integer("image_size", image_size, minimum=1)
         self.seed = check_integer("seed", seed, minimum=0)
-        self.class_names, parts = _parts(self.root)
+        self.class_names, parts, self._ignored = _list(self.root)
+        self._listed = parts
+        # From all training images, so that other seeds and fractions do not change it.
+        self.image_size = self.choose_image_size(image_size, _Files(parts["train"]))
         missing = _missing(parts, val_fraction, test_fraction)
         self._parts = {**parts, **_divide(parts["train"], missing, self.seed)}
         self.val_is_test = "val" not in self._parts
@@ -77,17 +92,25 @@ class ImageFolderLT(ImageDataModule):
             self._parts["train"] = _chosen(train.samples, tailed.indices)
 
     @override
+    def file_sets(self) -> dict[str, ImageFiles]:
+        """Return all images of the folder, whether they are chosen or not."""
+        return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
+
+    @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the sets, which the constructor has listed and drawn."""
         to_train, to_test = self.transforms(self.image_size)
         return {
-            name: _Files(samples, to_train if name == "train" else to_test) for name, samples in self._parts.items()
+            name: _Files(samples, to_train if name == "train" else to_test, self.max_pixels)
+            for name, samples in self._parts.items()
         }
 
 
 class _Files(ImageFiles):
-    def __init__(self, samples: Samples, transform: Transform | None = None) -> None:
-        self.samples, self.transform = samples, transform
+    def __init__(
+        self, samples: Samples, transform: Transform | None = None, max_pixels: int | None = MAX_PIXELS
+    ) -> None:
+        self.samples, self.transform, self.max_pixels = samples, transform, max_pixels
         self.targets = torch.tensor([label for _, label in samples])
 
     @override
@@ -99,26 +122,78 @@ class _Files(ImageFiles):
 _SETS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
-def _parts(root: Path) -> tuple[list[str], dict[str, Samples]]:
-    """Return the class names, and the samples of ``train`` and of those of ``val`` and ``test`` that exist."""
+class _Listing(NamedTuple):
+    """What is in a root: the class names, the samples of each set, and the ignored files of each folder."""
+
+    names: list[str]
+    parts: dict[str, Samples]
+    ignored: dict[str, Counter[str]]
+
+
+def _list(root: Path) -> _Listing:
+    """Return what is in a root, with the samples of ``train`` and of those of ``val`` and ``test`` that exist."""
+    names, folders = _layout(root)
+    found, ignored = dict[str, _Found](), dict[str, Counter[str]]()
+    for part, folder in folders.items():
+        found[part] = _find(folder, names, ignored, f"{part}/" if len(folders) > 1 else "")
+        present = {label for _, label in found[part]}
+        if not present and part != "train":
+            raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none")
+        empty = [name for label, name in enumerate(names) if label not in present]
+        if part == "train" and empty:
+            raise _without_images(folder, empty, ignored)
+    _refuse_shared(found)
+    samples = {part: [(image.path, label) for image, label in images] for part, images in found.items()}
+    return _Listing(names, samples, ignored)
+
+
+def _layout(root: Path) -> tuple[list[str], dict[str, Path]]:
+    """Return the class names, and the folder of each set, ``train`` first."""
     folders = _folders(root)
     expected = "a folder with `train` and `test`, perhaps `val`, or with a folder for each class"
     if not {"train", "test"} <= set(folders):
         if set(folders) <= _SETS:
             raise bad_argument("root", expected, got_text=f"{root} with only {', '.join(folders)}")
-        return folders, {"train": _samples(root, folders)}
+        return folders, {"train": root}
     if others := set(folders) - {"train", "val", "test"}:
         raise bad_argument("root", expected, got_text=f"{root} with also {', '.join(sorted(others))}")
     names = _folders(root / "train")
-    parts = {"train": _samples(root / "train", names)}
-    for part in {"val", "test"} & set(folders):
+    parts = ["train", *sorted({"val", "test"} & set(folders))]
+    for part in parts[1:]:
         if unknown := set(_folders(root / part)) - set(names):
             expected = f"a folder whose {part} classes are among its training classes"
             raise bad_argument("root", expected, got_text=f"{root} with {', '.join(sorted(unknown))} only in {part}")
-        parts[part] = _samples(root / part, names, allow_empty=True)
-        if not parts[part]:
-            raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none")
-    return names, parts
+    return names, {part: root / part for part in parts}
+
+
+def _find(folder: Path, names: list[str], ignored: dict[str, Counter[str]], prefix: str) -> _Found:
+    """Return the images of a set with their labels. Add the other files of each class to ``ignored``."""
+    found: _Found = []
+    try:
+        for label, name in enumerate(names):
+            if not (folder / name).is_dir():
+                continue
+            images, ignored[f"{prefix}{name}"] = find_images(os.path.join(folder, name))
+            found += [(image, label) for image in images]
+        images, others = find_images(str(folder), recursive=False)
+    except OSError as error:
+        expected = "a folder that can be read"
+        raise bad_argument("root", expected, got_text=f"{shown(str(folder))}: {error.strerror}") from error
+    # No class folder has them.
+    ignored[str(folder)] = others + Counter(os.path.splitext(image.path)[1].lower() for image in images)
+    return found
+
+
+def _without_images(folder: Path, empty: list[str], ignored: Mapping[str, Counter[str]]) -> ArgumentError:
+    files = [
+        f"{name} {count_text(counts)}"
+        for name in empty
+        for key, counts in ignored.items()
+        if counts and key in (name, f"train/{name}")
+    ]
+    seen = f", whose files are no images: {'; '.join(files)}" if files else ""
+    got = f"{folder} with none for the classes {', '.join(empty)}{seen}"
+    return bad_argument("root", "a folder with images of every class", got_text=got)
 
 
 def _folders(root: Path) -> list[str]:
@@ -128,28 +203,25 @@ def _folders(root: Path) -> list[str]:
     try:
         found = list(find_classes(root)[0])
     except OSError as error:
-        raise bad_argument("root", expected, got_text=f"{root}: {error}") from error
+        raise bad_argument("root", expected, got_text=f"{shown(str(root))}: {error}") from error
     if not (folders := [name for name in found if not is_hidden(name)]):
         raise bad_argument("root", expected, got_text=f"{root} with only hidden folders: {', '.join(found)}")
     return folders
 
 
-def _samples(root: Path, names: list[str], allow_empty: bool = False) -> Samples:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    above = len(os.path.join(os.path.expanduser(root), ""))
-    classes = {name: label for label, name in enumerate(names)}
-    samples: Samples = make_dataset(
-        root,
-        classes,
-        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(path[above:]),
-        allow_empty=True,
-    )
-    empty = sorted(classes.keys() - {names[label] for _, label in samples})
-    if empty and not allow_empty:
-        found = f"{root} with none for the classes {', '.join(empty)} (images end with {', '.join(IMG_EXTENSIONS)})"
-        raise bad_argument("root", "a folder with images of every class", got_text=found)
-    return samples
+def _refuse_shared(found: Mapping[str, _Found]) -> None:
+    """Refuse a file that links lead to from two classes, or from two sets."""
+    first: dict[str, tuple[str, int, str]] = {}
+    shared = []
+    for part, images in found.items():
+        for image, label in images:
+            path, *place = first.setdefault(image.real, (image.path, label, part))
+            if place != [label, part]:
+                shared.append(f"{shown(path)} and {shown(image.path)}")
+    if shared:
+        expected = "a folder whose images are each in one class and in one set"
+        more = f" (and {len(shared) - 1} more pairs)" if len(shared) > 1 else ""
+        raise bad_argument("root", expected, got_text=f"links to the same file: {shared[0]}{more}")
 
 
 def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 import os
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden, read_image
+from lightning_ssesam.data.image_files import ImageFileModule
+from lightning_ssesam.data.images import ImageFiles, Transform
+from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown
+from lightning_ssesam.data.walking import is_hidden
 from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
@@ -35,6 +39,7 @@ class ImageList(ImageFiles):
         root: Folder that the paths in the list are relative to.
         num_classes: C, an integer in [1, 2**31]; by default the largest label + 1.
         transform: Transform from a PIL image in RGB to an element of a batch.
+        max_pixels: Pixels of the largest image that is read, an integer >= 1, or None for no limit.
 
     Raises:
         ArgumentError: If the file cannot be read, or a line of it is wrong; when an image is requested, if it cannot
@@ -47,7 +52,9 @@ class ImageList(ImageFiles):
         root: str | Path = ".",
         num_classes: int | None = None,
         transform: Transform | None = None,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> None:
+        self.max_pixels = None if max_pixels is None else check_integer("max_pixels", max_pixels, minimum=1)
         limit = _MAX_CLASSES if num_classes is None else check_integer("num_classes", num_classes, minimum=1)
         if limit > _MAX_CLASSES:
             raise bad_argument("num_classes", f"at most {_MAX_CLASSES}", num_classes)
@@ -65,38 +72,66 @@ class ImageList(ImageFiles):
     @override
     def path(self, index: int) -> str:
         # Opened each time, because an open file cannot be shared with the processes of a loader.
+        with self._opened() as file:
+            return self._read_path(file, index)
+
+    @override
+    def paths(self) -> Iterator[str]:
+        with self._opened() as file:
+            for index in range(len(self)):
+                yield self._read_path(file, index)
+
+    @override
+    def place(self, index: int) -> str:
+        return f"{self._line(index)}: {shown(self.path(index))}"
+
+    @override
+    def refusal(self, index: int, reason: str) -> ArgumentError:
+        return self._bad_line(index, str(super().refusal(index, reason)))
+
+    @override
+    def image(self, index: int) -> Any:
+        # The error for a line that has changed names the line already.
+        path = self.path(index)
         try:
-            with open(self.list_file, "rb") as file:
-                file.seek(int(self._starts[index]))
-                fields = file.readline().rsplit(None, 1)
+            return read_image(path, self.max_pixels)
+        except ArgumentError as error:
+            raise self._bad_line(index, str(error)) from error
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return open(self.list_file, "rb")
         except OSError as error:
             raise _bad_file(self.list_file, error.strerror or repr(error)) from error
+
+    def _read_path(self, file: BinaryIO, index: int) -> str:
+        file.seek(int(self._starts[index]))
+        fields = file.readline().rsplit(None, 1)
         if len(fields) != 2 or fields[1].lstrip(b"0") != (b"%d" % int(self.targets[index])).lstrip(b"0"):
             raise self._bad_line(index, "Expected the line that was here when the file was scanned, but got another.")
         return os.path.join(self.root, os.fsdecode(fields[0]))
 
-    @override
-    def image(self, index: int) -> Any:
-        path = self.path(index)
-        try:
-            return read_image(path)
-        except ArgumentError as error:
-            raise self._bad_line(index, str(error)) from error
-
     def _bad_line(self, index: int, sentence: str) -> ArgumentError:
-        with open(self.list_file, "rb") as file:
+        return ArgumentError(f"{self._line(index)}: {sentence}")
+
+    def _line(self, index: int) -> str:
+        """Return the list file and the number of the line of an image, as text."""
+        with self._opened() as file:
             number, remaining = 1, int(self._starts[index])
             while chunk := file.read(min(remaining, 2**20)):
                 number, remaining = number + chunk.count(b"\n"), remaining - len(chunk)
-        return ArgumentError(f"{self.list_file}, line {number}: {sentence}")
+        return f"{shown(self.list_file)}, line {number}"
 
 
-class ImageListLT(ImageDataModule):
+class ImageListLT(ImageFileModule):
     """A long-tailed data set of list files, such as ImageNet-LT, Places-LT and iNaturalist 2018.
 
-    The constructor reads the training list. Images are read when a batch needs them, but ``setup`` tries the first
-    image of every list, so that a wrong folder is found before training. Batches are pairs of images
+    The constructor reads the training list. Before training, ``prepare_data`` looks at the header of every image of all
+    lists, and ``setup`` reads the first image of each list. Symbolic links are followed. Batches are pairs of images
     ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64.
+
+    Attributes:
+        image_size: Height and width of the images, as given or chosen.
 
     Args:
         train: List file of the training images; see :class:`~lightning_ssesam.data.ImageList`.
@@ -104,10 +139,12 @@ class ImageListLT(ImageDataModule):
         val: List file of the validation images; without one the test set validates.
         root: Folder that the paths in the lists are relative to.
         num_classes: C, an integer >= 1; by default the largest training label + 1.
-        image_size: Height and width of the images, an integer >= 1.
+        image_size: Height and width of the images, an integer >= 1. By default the median of the shorter sides of up to
+            200 training images, spread evenly over the list, and at most 224.
         batch_size: Samples in a training batch, an integer >= 1.
         num_workers: Processes that load samples, an integer >= 0; 0 loads them in the training process.
-        **kwargs: See :class:`~lightning_ssesam.data.images.ImageDataModule`. Images are normalised as for ImageNet.
+        **kwargs: See :class:`~lightning_ssesam.data.ImageFileModule` for ``max_pixels``, and
+            :class:`~lightning_ssesam.data.ImageDataModule`. Images are normalised as for ImageNet.
 
     Raises:
         ArgumentError: If a file cannot be read, a line of it is wrong, or a class has no training image.
@@ -120,28 +157,36 @@ class ImageListLT(ImageDataModule):
         val: str | Path | None = None,
         root: str | Path = ".",
         num_classes: int | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
         self.root, self.test, self.val = root, test, val
-        self.image_size = check_integer("image_size", image_size, minimum=1)
         self.val_is_test = val is None
-        self._train = ImageList(train, root, num_classes)
+        self._train = ImageList(train, root, num_classes, max_pixels=self.max_pixels)
+        self.image_size = self.choose_image_size(image_size, self._train)
         self.class_counts = _class_counts(self._train)
+
+    @override
+    def file_sets(self) -> dict[str, ImageFiles]:
+        """Return the images of all lists."""
+        lists = {"test": self.test} if self.val is None else {"val": self.val, "test": self.test}
+        return {"train": self._train, **{name: self._list(path) for name, path in lists.items()}}
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the other lists, and the first image of each list."""
-        self._train.transform, to_test = self.transforms(self.image_size)
-        lists = {"test": self.test} if self.val is None else {"test": self.test, "val": self.val}
-        sets = {name: ImageList(path, self.root, self.num_classes, to_test) for name, path in lists.items()}
-        sets["train"] = self._train
-        for images in sets.values():
+        sets = self.file_sets()
+        to_train, to_test = self.transforms(self.image_size)
+        for name, images in sets.items():
+            images.transform = to_train if name == "train" else to_test
             images.image(0)
         return dict(sets)
+
+    def _list(self, path: str | Path) -> ImageList:
+        return ImageList(path, self.root, self.num_classes, max_pixels=self.max_pixels)
 
 
 def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:

@@ -1,8 +1,7 @@
-"""Shared by the data sets of images: a base for data modules, reading of files, the usual transforms."""
+"""Shared by the data sets of images: a base for data modules, a data set of files, the usual transforms."""
 
-import os
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +11,8 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown, unreadable
+from lightning_ssesam.data.walking import is_hidden as is_hidden
 from lightning_ssesam.errors import ArgumentError
 
 Transform: TypeAlias = Callable[[Any], Any]
@@ -21,34 +22,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
-
-
-# Folders that operating systems, file servers and tools put among data, for previews, copies and deleted files.
-_SYSTEM_FOLDERS = {
-    *("__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin"),
-    *("@eadir", "#eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot"),
-    *(".ipynb_checkpoints", ".appledouble", ".trashes", ".trash-1000", ".spotlight-v100", ".fseventsd", ".thumbnails"),
-}
-
-
-def is_hidden(path: str) -> bool:
-    """Return whether a path is that of a hidden or a system's file or folder, or leads through one.
-
-    A name is hidden if it begins with a dot. The folders above an absolute path's file may be hidden, because the whole
-    data set may lie in one such as ``~/.cache``.
-
-    Args:
-        path: Path relative to the folder of the data, or an absolute path.
-    """
-    folder, _, name = path.replace(os.sep, "/").rpartition("/")
-    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS or _leads_through_hidden(folder)
-
-
-@lru_cache(maxsize=10_000)
-def _leads_through_hidden(folder: str) -> bool:
-    names = folder.split("/")
-    dotted = [] if os.path.isabs(folder) else [name for name in names if name.startswith(".")]
-    return any(name not in (".", "..") for name in dotted) or not _SYSTEM_FOLDERS.isdisjoint(map(str.lower, names))
 
 
 class ImageDataModule(LongTailDataModule):
@@ -76,6 +49,18 @@ class ImageDataModule(LongTailDataModule):
         to_train, to_test = default_transforms(image_size, **options)
         return self.train_transform or to_train, self.test_transform or to_test
 
+    def count_channels(self) -> int | None:
+        """Return the channels of the images: 3, or what ``test_transform`` makes of an image; None if unknown."""
+        if self.test_transform is None:
+            return 3
+        from PIL import Image
+
+        # The transform may be of any kind, and the first batch will show its errors.
+        with suppress(Exception), torch.random.fork_rng(devices=[]):
+            shape = tuple(self.test_transform(Image.new("RGB", (64, 64))).shape)
+            return int(shape[0]) if len(shape) == 3 else None
+        return None
+
 
 class ImageFiles(Dataset[tuple[Any, int]]):
     """Pairs of an image, read from its file as RGB and transformed, and its label.
@@ -83,14 +68,28 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     Attributes:
         targets: Label of every image, shape ``(N,)``.
         transform: Transform from a PIL image to an element of a batch.
+        max_pixels: Pixels of the largest image that is read; None for no limit.
     """
 
     targets: Tensor
     transform: Transform | None
+    max_pixels: int | None = MAX_PIXELS
 
     def path(self, index: int) -> str:
         """Return the path of an image."""
         raise NotImplementedError(f"{type(self).__name__} has no `path`.")
+
+    def paths(self) -> Iterator[str]:
+        """Yield the path of every image, in order."""
+        return map(self.path, range(len(self)))
+
+    def place(self, index: int) -> str:
+        """Return where an image is, for a message."""
+        return shown(self.path(index))
+
+    def refusal(self, index: int, reason: str) -> ArgumentError:
+        """Return the error for an image that cannot be read. The reason completes "but got"."""
+        return unreadable(self.path(index), reason)
 
     def image(self, index: int) -> Any:
         """Return an image before its transform, a PIL image in RGB.
@@ -98,7 +97,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         Raises:
             ArgumentError: If the file is missing or is no image. The message has its path.
         """
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.max_pixels)
 
     @override
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -107,21 +106,6 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.targets)
-
-
-def read_image(path: str) -> Any:
-    """Return the image in a file, converted to a PIL image in RGB."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            # Pillow would clip the values of these modes to white.
-            if image.mode.startswith(("I", "F")):
-                raise TypeError(f"more than 8 bits a channel (mode {image.mode!r})")
-            return image.convert("RGB")
-    # A broken file makes Pillow raise almost any kind of exception.
-    except Exception as error:
-        raise ArgumentError(f"Expected {path} to be an image that can be read, but got {error!r}.") from error
 
 
 def default_transforms(
@@ -142,8 +126,23 @@ def default_transforms(
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     if size > _SMALL:
         train = [v2.RandomResizedCrop(size)]
-        test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+        test = [v2.Lambda(_without_far_ends), v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
     else:
         test = [v2.Resize((size, size))] if resize else []
         train = [*test, v2.RandomCrop(size, padding=size // 8)]
     return v2.Compose([*train, v2.RandomHorizontalFlip(), *to_tensor]), v2.Compose([*test, *to_tensor])
+
+
+# A strip of 1 x 10,000 pixels would be enlarged to 256 x 2,560,000 ones before its centre is cropped.
+_LONGEST = 10
+
+
+def _without_far_ends(image: Any) -> Any:
+    """Return the centre of an image that is more than ten times as long as wide, and any other as it is."""
+    from torchvision.transforms import v2
+
+    height, width = v2.functional.get_size(image)
+    longest = _LONGEST * min(height, width)
+    if max(height, width) <= longest:
+        return image
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])

@@ -60,6 +60,7 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
     parser.add_lightning_class_args(LongTailClassifier, "model")
     parser.add_lightning_class_args(LongTailDataModule, "data", subclass_mode=True)
     parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
+    parser.link_arguments("data.in_channels", "model.in_channels", apply_on="instantiate")
     refusal = f"{str(config)!r} is no configuration of `lightning-ssesam fit`, with `model` and `data`"
     try:
         content = yaml.safe_load(config.read_text())

@@ -125,8 +125,12 @@ def compare(
         pairs = [(experiment, experiment.fingerprint(split)) for experiment in experiments]
         experiments[0].make_trainer([])
     # Download the data here, because several processes must not do so at once.
-    for module in (data, *(method.data() for method in chosen.values() if method.data)):
+    modules = [method.data() if method.data else data for method in chosen.values()]
+    for module in {id(module): module for module in (data, *modules)}.values():
         module.prepare_data()
+        module.check_files()
+    for experiment, module in zip(experiments, modules, strict=True):
+        experiment.check_network(module)
     # In the order of seeds, so that an interrupted comparison has as many runs of each method.
     tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
     runs = _finish(tasks, RunStore(output / "runs"), jobs, output)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_ssesam import _version
@@ -30,6 +31,9 @@ from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
+
+# Hooks of a data module that may change a batch.
+_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Experiment(Recipe):
 
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
-        thresholds = {"many_above": data.many_above, "few_below": data.few_below}
+        of_data = {"many_above": data.many_above, "few_below": data.few_below, "in_channels": data.in_channels}
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
@@ -59,8 +63,41 @@ class Experiment(Recipe):
             loss=None if self.loss is None else self.loss(),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
-            **{**thresholds, **self.model_arguments},
+            **{**of_data, **self.model_arguments},
         )
+
+    def check_network(self, data: LongTailDataModule) -> None:
+        """Send a training image through an untrained network, so that one of the wrong shape is refused at once.
+
+        The random state does not change. Errors that have other causes than shapes are left to the training, and so are
+        data modules whose loaders or hooks may make other batches.
+
+        Args:
+            data: Data module of the experiment, prepared.
+
+        Raises:
+            ArgumentError: If the network does not take the image.
+        """
+        if any(getattr(type(data), name) is not getattr(pl.LightningDataModule, name) for name in _BATCH_HOOKS):
+            return
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), limited_threads(self.threads):
+            data.setup("fit")
+            loader = data.train_dataloader()
+            if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+                return
+            inputs, _ = loader.collate_fn([loader.dataset[0]])
+            try:
+                self.make_model(data).eval()(inputs)
+            except (RuntimeError, AssertionError) as error:
+                if re.search("channels|shape|size|match", str(error)):
+                    expected = f"a network for inputs of shape {tuple(inputs.shape[1:])}"
+                    raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
+
+    def _checked_data(self) -> LongTailDataModule:
+        """Return the data module. The command has checked its files, and tells other processes by this."""
+        data = self.data()
+        data._files_checked = True
+        return data
 
     def make_split(self, data: LongTailDataModule) -> ClassSplit:
         """Return the class split of the modules trained on ``data``. The random state does not change."""
@@ -120,7 +157,7 @@ class Experiment(Recipe):
     ) -> tuple[pl.Trainer, LongTailClassifier, LongTailDataModule]:
         """Train once, with further callbacks. Return the Trainer, the module and its data."""
         pl.seed_everything(seed, verbose=False)
-        data = self.data()
+        data = self._checked_data()
         model = self.make_model(data)
         trainer = self.make_trainer([*callbacks, *self.make_callbacks(model)], device)
         trainer.fit(model, datamodule=data)

@@ -14,11 +14,16 @@ from lightning_ssesam.errors import ArgumentError
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for the output, or raise ``ArgumentError``."""
+    """Make a folder for the output and write a file there, which is removed; or raise ``ArgumentError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(folder)) from error
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".trial-") as file:
+            file.write(b"trial")
+    except OSError as error:
+        raise bad_argument("output", f"a folder that can be written to ({error.strerror})", str(folder)) from error
 
 
 @contextmanager

@@ -126,6 +126,8 @@ class _Search:
             first = self._experiment({name: low for name, (low, _) in self.bounds.items()})
             settings = first.fingerprint(first.make_split(data))
         data.prepare_data()
+        data.check_files()
+        first.check_network(data)
         return f"{settings} {self.seeds} {self.metric} {self.bounds}"
 
     def __call__(self, trial: "optuna.Trial") -> float:

@@ -19,7 +19,7 @@ TRAINING_COMMANDS = ("fit", "validate", "test")
 
 
 class TrainingCLI(LightningCLI):
-    """Lightning's command line, whose model takes the class counts from the data module.
+    """Lightning's command line, whose model takes class counts and channels from the data module.
 
     Args:
         before_run: Called when all parts are built, before anything runs.
@@ -39,8 +39,9 @@ class TrainingCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Called when a command's parser is made: link the class counts."""
+        """Called when a command's parser is made: link the class counts and the channels."""
         parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
+        parser.link_arguments("data.in_channels", "model.in_channels", apply_on="instantiate")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

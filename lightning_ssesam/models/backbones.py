@@ -3,6 +3,7 @@
 A network of images is an ``nn.Sequential``, whose parts run in the order in which ``__init__`` sets them.
 """
 
+import inspect
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -24,6 +25,51 @@ class BackboneFactory(Protocol):
         """Return a network from inputs ``(N, ...)`` to logits ``(N, num_classes)``."""
 
 
+def make_backbone(factory: BackboneFactory, num_classes: int, in_channels: int | None = None) -> nn.Module:
+    """Return the network that a factory makes.
+
+    If the factory has an argument ``in_channels``, it gets the channels of the data, unless it was given a number
+    already. The default of a class counts as not given.
+
+    Args:
+        factory: Class or function that makes the network.
+        num_classes: C, an integer >= 1.
+        in_channels: Channels of the images, an integer >= 1; None if unknown.
+
+    Raises:
+        ArgumentError: If the factory was given another number of channels than the data has.
+    """
+    if in_channels is None:
+        return factory(num_classes=num_classes)
+    check_integer("in_channels", in_channels, minimum=1)
+    given = factory.keywords.get("in_channels") if isinstance(factory, partial) else None
+    accepts, default = _channels_argument(factory)
+    if given is None and not accepts:
+        return factory(num_classes=num_classes)
+    if given not in (None, default, in_channels):
+        raise bad_argument("in_channels", f"{in_channels}, the channels of the images in the data", given)
+    return factory(num_classes=num_classes, in_channels=in_channels)  # type: ignore[call-arg]
+
+
+def _channels_argument(factory: Any) -> tuple[bool, Any]:
+    """Return whether a factory has an argument ``in_channels``, and its default."""
+    while isinstance(factory, partial):
+        # The factories of the command line call a function with the class.
+        factory = next((argument for argument in factory.args if inspect.isclass(argument)), factory.func)
+    try:
+        found = inspect.signature(factory).parameters.get("in_channels")
+    except (TypeError, ValueError):
+        # Of some built-in functions.
+        return False, None
+    if found is None or found.kind is inspect.Parameter.POSITIONAL_ONLY:
+        return False, None
+    return True, None if found.default is inspect.Parameter.empty else found.default
+
+
+def _check_channels(in_channels: int | None, default: int) -> int:
+    return default if in_channels is None else check_integer("in_channels", in_channels, minimum=1)
+
+
 class SmallConvNet(nn.Sequential):
     """Three convolutions, two of them with stride 2, then mean pooling and a linear classifier.
 
@@ -31,22 +77,22 @@ class SmallConvNet(nn.Sequential):
 
     Args:
         num_classes: C, an integer >= 1.
-        in_channels: Channels of the images, an integer >= 1.
+        in_channels: Channels of the images, an integer >= 1; by default those of the data, or 1 if they are unknown.
         width: Channels of the first layer, a multiple of 8; the others have twice as many.
         norm: ``"group"``, which allows the cheaper split passes, or ``"batch"``.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 1, width: int = 32, norm: Norm = "group") -> None:
+    def __init__(self, num_classes: int, in_channels: int | None = None, width: int = 32, norm: Norm = "group") -> None:
         super().__init__()
         check_integer("num_classes", num_classes, minimum=1)
-        check_integer("in_channels", in_channels, minimum=1)
+        inputs = _check_channels(in_channels, default=1)
         if check_integer("width", width, minimum=8) % 8:
             raise bad_argument("width", "a multiple of 8", width)
         check_choice("norm", norm, ("group", "batch"))
-        channels = [in_channels, width, 2 * width, 2 * width]
+        channels = [inputs, width, 2 * width, 2 * width]
         layers: list[nn.Module] = []
-        for inputs, outputs, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
-            layers += [_conv(inputs, outputs, stride), _norm(norm, outputs), nn.ReLU()]
+        for before, outputs, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
+            layers += [_conv(before, outputs, stride), _norm(norm, outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(2 * width, num_classes)
 
@@ -89,21 +135,26 @@ class CIFARResNet(nn.Sequential):
     Args:
         num_classes: C, an integer >= 1.
         depth: Number of layers with weights, 6n + 2 with n >= 1; LDAM and its successors use 32.
-        in_channels: Channels of the images, an integer >= 1.
+        in_channels: Channels of the images, an integer >= 1; by default those of the data, or 3 if they are unknown.
         norm: ``"batch"`` as in the paper, or ``"group"``, which allows the cheaper split passes.
         normalized: Whether the classifier is a :class:`NormalizedLinear`, as ``LDAMLoss`` expects.
     """
 
     def __init__(
-        self, num_classes: int, depth: int = 32, in_channels: int = 3, norm: Norm = "batch", normalized: bool = False
+        self,
+        num_classes: int,
+        depth: int = 32,
+        in_channels: int | None = None,
+        norm: Norm = "batch",
+        normalized: bool = False,
     ) -> None:
         super().__init__()
         check_integer("num_classes", num_classes, minimum=1)
-        check_integer("in_channels", in_channels, minimum=1)
+        inputs = _check_channels(in_channels, default=3)
         check_choice("norm", norm, ("batch", "group"))
         if (check_integer("depth", depth, minimum=8) - 2) % 6:
             raise bad_argument("depth", "6n + 2, such as 20, 32 or 56", depth)
-        layers: list[nn.Module] = [_conv(in_channels, 16, 1), _norm(norm, 16), nn.ReLU()]
+        layers: list[nn.Module] = [_conv(inputs, 16, 1), _norm(norm, 16), nn.ReLU()]
         channels = 16
         for width in (16, 32, 64):
             for _ in range((depth - 2) // 6):
@@ -195,7 +246,7 @@ class TimmModel(nn.Sequential):
         num_classes: C, an integer >= 1.
         name: Name of the model, as in ``timm.list_models()``.
         pretrained: Whether to start from timm's pretrained weights, which it downloads.
-        in_channels: Channels of the images, an integer >= 1.
+        in_channels: Channels of the images, an integer >= 1; by default those of the data, or 3 if they are unknown.
         options: Further arguments of ``timm.create_model``.
 
     Raises:
@@ -208,7 +259,7 @@ class TimmModel(nn.Sequential):
         num_classes: int,
         name: str,
         pretrained: bool = False,
-        in_channels: int = 3,
+        in_channels: int | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -218,9 +269,9 @@ class TimmModel(nn.Sequential):
             raise ModuleNotFoundError("`TimmModel` needs timm: pip install timm", name=error.name) from error
 
         check_integer("num_classes", num_classes, minimum=1)
-        check_integer("in_channels", in_channels, minimum=1)
+        inputs = _check_channels(in_channels, default=3)
         if not timm.is_model(name):
             raise bad_argument("name", "a model of timm (see timm.list_models())", name)
         self.net = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **(options or {})
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=inputs, **(options or {})
         )

@@ -17,7 +17,7 @@ from lightning_ssesam._validation import bad_argument, check_choice, check_integ
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy, _GroupMetric
 from lightning_ssesam.mixin import SharpnessAwareMixin
-from lightning_ssesam.models.backbones import BackboneFactory
+from lightning_ssesam.models.backbones import BackboneFactory, make_backbone
 from lightning_ssesam.objectives import SSESAM, Objective
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.step_options import StepOptions
@@ -61,11 +61,14 @@ class LongTailClassifier(SharpnessAwareMixin):
         ignore_index: Target that does not count, any integer. The objective, the metrics and the loss (if it has an
             attribute ``ignore_index``) get it from here.
         allow_empty: Whether a class may have no training sample, see :class:`~lightning_ssesam.ClassSplit`.
+        in_channels: Channels of the images, for a ``backbone`` that has an argument ``in_channels`` and was not given
+            it; None if unknown. The command line takes them from the data module.
 
     Raises:
         ArgumentError: If an argument is out of range or of the wrong kind, both ``tail_below`` and ``tail_fraction``
-            are given, ``objective`` has a split, ``loss`` is reduced or has other class counts, or one of both ignores
-            another target; from ``forward``, if the logits of ``backbone`` are not ``(N, C)``.
+            are given, ``objective`` has a split, ``loss`` is reduced or has other class counts, one of both ignores
+            another target, or ``backbone`` was given another number of channels; from ``forward``, if the logits of
+            ``backbone`` are not ``(N, C)``.
         MisconfigurationException: When training starts, if a callback or the scheduler monitors the accuracy of a group
             without classes.
     """
@@ -88,6 +91,7 @@ class LongTailClassifier(SharpnessAwareMixin):
         tta: Literal["none", "hflip"] = "none",
         ignore_index: int = IGNORE_INDEX,
         allow_empty: bool = False,
+        in_channels: int | None = None,
     ) -> None:
         super().__init__()
         # As the default of the argument, it would pass its learning rate on to another optimizer class that the
@@ -100,7 +104,9 @@ class LongTailClassifier(SharpnessAwareMixin):
             tail_fraction = 0.2
         thresholds = (tail_below, tail_fraction, many_above, few_below)
         self.split = ClassSplit.from_counts(class_counts, *thresholds, allow_empty=allow_empty)
-        self.backbone = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
+        if not isinstance(backbone, nn.Module):
+            backbone = make_backbone(backbone, self.split.num_classes, in_channels)
+        self.backbone: nn.Module = backbone
         self.objective = _bound_objective(objective, self.split)
         self.loss = _bound_loss(loss, self.split)
         self.ignore_index = check_integer("ignore_index", ignore_index)
