@@ -16,11 +16,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
 from lightning_ssesam import _version
-from lightning_ssesam._validation import bad_argument
+from lightning_ssesam._validation import bad_argument, check_made
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import limited_threads, quiet
@@ -55,8 +56,8 @@ class Experiment(Recipe):
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
-            self.objective(),
-            loss=None if self.loss is None else self.loss(),
+            check_made("objective", self.objective(), Objective),
+            loss=None if self.loss is None else check_made("loss", self.loss(), nn.Module),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
             **{**thresholds, **self.model_arguments},
@@ -92,7 +93,7 @@ class Experiment(Recipe):
         Raises:
             ArgumentError: If a part cannot be built.
         """
-        data = self.data()
+        data = self.make_data()
         with torch.random.fork_rng(devices=[]):
             model = self.make_model(data)
         if list(data.class_counts) != split.class_counts.tolist():
@@ -120,7 +121,7 @@ class Experiment(Recipe):
     ) -> tuple[pl.Trainer, LongTailClassifier, LongTailDataModule]:
         """Train once, with further callbacks. Return the Trainer, the module and its data."""
         pl.seed_everything(seed, verbose=False)
-        data = self.data()
+        data = self.make_data()
         model = self.make_model(data)
         trainer = self.make_trainer([*callbacks, *self.make_callbacks(model)], device)
         trainer.fit(model, datamodule=data)
