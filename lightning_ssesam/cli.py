@@ -22,7 +22,7 @@ line. Give options one by one, or in a YAML file with `--config`. The names of t
 
 examples:
   lightning-ssesam compare
-  lightning-ssesam fit --config digits_lt
+  lightning-ssesam fit --method SAM
   lightning-ssesam fit --config digits_lt --model.objective SAM --model.objective.rho 0.1
   lightning-ssesam curvature lightning_logs/version_0/checkpoints/*.ckpt
 """
@@ -103,6 +103,7 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
 
     from lightning_ssesam.experiments.lifetimes import ended_in_order
     from lightning_ssesam.experiments.recipe import DEFAULT_SGD
+    from lightning_ssesam.experiments.trust import check_functions
 
     parser = ArgumentParser(prog=f"lightning-ssesam {name}", description=_description(function))
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
@@ -111,6 +112,7 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
+    check_functions(chosen.as_dict())
     # Newer versions of jsonargparse have `instantiate`, and warn about the older name.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
@@ -149,6 +151,9 @@ def _shipped_configs(command: str) -> list[str]:
 def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
     """Replace the names of shipped YAML files by their paths."""
     shipped, resolved = _shipped_configs(command), list(options)
+    if any(arg.partition("=")[0] == "--method" for arg in options):
+        # A method is one of a comparison.
+        shipped += _shipped_configs("compare")
     for position, arg in enumerate(options):
         option, equals, value = arg.partition("=")
         if not equals and position > 0:

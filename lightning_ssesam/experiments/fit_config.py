@@ -1,7 +1,7 @@
 """From a comparison's configuration and the name of a method to the configuration with which ``fit`` trains it."""
 
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
 from typing import Any
@@ -37,6 +37,8 @@ def is_comparison(content: Any) -> bool:
 def method_names(comparison: Mapping[str, Any]) -> list[str]:
     """Return the names of a comparison's methods, which are ERM, SAM, ImbSAM and SSESAM if it names none."""
     methods = comparison.get("methods") or METHODS
+    if not isinstance(methods, str | Sequence | Mapping):
+        raise bad_argument("methods", "names, or a mapping from names to options", methods)
     return [str(name).strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
 
 
@@ -59,12 +61,12 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
         raise bad_argument("method", f"one of {', '.join(map(repr, names))}", method)
     shared, experiment = _parse(_with_objectives(comparison), method)
     own = shared["methods"][method]
-    parts = {name: shared[name] if own.get(name) is None else own[name] for name in _PARTS}
+    parts = {name: shared.get(name) if own.get(name) is None else own[name] for name in _PARTS}
     data = parts.pop("data")
     callbacks = list(own.get("callbacks") or [])
     if experiment.is_switched_at_gamma(experiment.objective()):
         callbacks.append({"class_path": "lightning_ssesam.StageSwitch", "init_args": {"at": shared["gamma"]}})
-    trainer = {"max_epochs": shared["epochs"], "devices": 1, "num_sanity_val_steps": 0, **(shared["trainer"] or {})}
+    trainer = {"max_epochs": shared["epochs"], "devices": 1, "num_sanity_val_steps": 0, **(shared.get("trainer") or {})}
     return {
         "seed_everything": check_integer("seed", seed, minimum=0),
         "data": data,
@@ -72,8 +74,8 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
             **parts,
             "objective": own["objective"],
             "scheduler": cosine(shared["epochs"]),
-            "tail_fraction": shared["tail_fraction"],
-            "tail_below": shared["tail_below"],
+            "tail_fraction": shared.get("tail_fraction"),
+            "tail_below": shared.get("tail_below"),
             **thresholds(data),
             **(experiment.model or {}),
         },

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -86,27 +86,25 @@ class TrainingCLI(LightningCLI):
         """Called to read the options: take the checkpoint out, of which Lightning would read the hyperparameters."""
         super().parse_arguments(parser, args)
         command = self.config["subcommand"]
-        options = self.config[command]
-        self._trust = options.pop("trust_checkpoint")
-        options.pop("method")
-        path = options.get("ckpt_path")
-        if path is not None:
+        given = self.config[command]
+        self._trust = given["trust_checkpoint"]
+        if (path := given.get("ckpt_path")) is not None:
             self._checkpoint = one_checkpoint(str(path))
-            options["ckpt_path"] = None
+            given["ckpt_path"] = None
             if not self._trust:
                 check_plain(self._checkpoint)
-            elif os.path.isfile(self._checkpoint) and (found := read_checkpoint(self._checkpoint, trust=True)):
-                self._take(parser, command, hyperparameters(found))
-        check_functions(options.as_dict())
-
-    def _take(self, parser: ArgumentParser, command: str, values: dict[str, Any]) -> None:
-        if values:
-            self.config = parser.parse_object({command: {"model": values}}, self.config)
+            elif os.path.isfile(self._checkpoint):
+                values = hyperparameters(read_checkpoint(self._checkpoint, trust=True))
+                self.config = parser.parse_object({command: {"model": values}}, self.config)
+        for name in ("trust_checkpoint", "method"):
+            self.config[command].pop(name)
+        check_functions(self.config[command].as_dict())
 
     @override
     def before_instantiate_classes(self) -> None:
         """Called before model and data are made: put the checkpoint back."""
-        self.config[str(self.subcommand)]["ckpt_path"] = self._checkpoint
+        if self._checkpoint is not None:
+            self.config[str(self.subcommand)]["ckpt_path"] = self._checkpoint
         if not self._seeds_workers:
             os.environ["PL_SEED_WORKERS"] = "0"
 

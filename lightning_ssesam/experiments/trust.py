@@ -54,12 +54,9 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
 def _unsafe(path: str | Path, error: BaseException) -> ArgumentError | None:
     """Return the error for a file that holds more than plain data, if that is why torch has refused it."""
-    found = re.search(r"GLOBAL (\S+)|with TorchScript archives", str(error))
-    if found is None:
-        return None
-    what = found[1] or "a TorchScript program"
-    return ArgumentError(
-        f"The checkpoint {str(path)!r} holds {what}, which is no plain data and could run code when it is loaded."
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found and ArgumentError(
+        f"The checkpoint {str(path)!r} holds {found[1]}, which is no plain data and could run code when it is loaded."
         f" If you trust whoever made the file, add `{OPTION} true`."
     )
 
