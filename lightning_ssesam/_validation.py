@@ -80,7 +80,7 @@ def check_factory(name: str, factory: Any, kind: type) -> None:
         raise bad_argument(name, _maker(kind), got_text=called if made is function else f"{called}, which does not")
 
 
-def check_made(name: str, value: Any, kind: type[Made]) -> Made:
+def check_made(name: str, value: Made, kind: type) -> Made:
     """Return what the factory of an argument has made, if it is of the kind that was asked for."""
     if not isinstance(value, kind):
         text = " ".join(repr(value).split())

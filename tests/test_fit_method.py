@@ -51,7 +51,7 @@ COMPARISON = {
     "gamma": 0.4,
     "tail_below": 30,
     "model": {"tta": "hflip", "few_below": 5, "step_options": {"log_loss": False}},
-    "trainer": {"gradient_clip_val": 1.0, "accelerator": "cpu"},
+    "trainer": {"gradient_clip_val": 1.0, "accelerator": "cpu", "limit_train_batches": 4, "limit_val_batches": 1},
 }
 
 
@@ -118,10 +118,19 @@ def test_a_method_is_trained_as_compare_trains_it(method, monkeypatch):
 def test_fit_alone_trains_what_compare_calls_ssesam(method):
     """The defaults of both are the same, and `--method` needs no file."""
     name = ["--method", method] if method != "SSESAM" else []
-    main(["fit", *name, *QUIET, "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"])
+    main(
+        [
+            "fit",
+            *name,
+            *QUIET,
+            "--trainer.max_epochs=2",
+            "--trainer.limit_train_batches=3",
+            "--trainer.limit_val_batches=1",
+        ]
+    )
     objective = fit_config({}, method)["model"]["objective"]["init_args"]
     arguments = {key: value for key, value in objective.items() if key in ("rho", "head_rho", "tail_rho")}
-    trainer = {"accelerator": "cpu", "limit_train_batches": 3}
+    trainer = {"accelerator": "cpu", "limit_train_batches": 3, "limit_val_batches": 1}
     kind = getattr(__import__("lightning_ssesam"), method)
     model = Experiment(method=method, objective=lambda: kind(**arguments), epochs=2, trainer=trainer).fit(0)[1]
     assert arguments == ({"rho": 0.2} if method == "SAM" else {"head_rho": 0.05, "tail_rho": 0.2})
@@ -151,7 +160,7 @@ def test_a_chosen_class_takes_nothing_over_from_a_default(monkeypatch):
         key: defaults_of_adamw[key] for key in ("lr", "weight_decay")
     }
     assert configured["lr_scheduler"]["scheduler"].T_max == 60
-    Path("mine.yaml").write_text("model:\n  objective: {class_path: SSESAM}\n  scheduler: null\ntrainer: {max_epochs: 7}")
+    Path("mine.yaml").write_text("model: {objective: {class_path: SSESAM}, scheduler: null}\ntrainer: {max_epochs: 7}")
     trainer, model = started(monkeypatch, *QUIET, "--config=mine.yaml")
     assert (model.objective.head_rho, model.objective.tail_rho) == (0.05, 0.1)
     assert isinstance(model.configure_optimizers(), torch.optim.SGD)

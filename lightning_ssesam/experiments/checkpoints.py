@@ -38,7 +38,9 @@ def find_config(checkpoint: Path) -> Path:
     raise ArgumentError(f"No config.yaml {places}. Give the configuration of its training as `config`.")
 
 
-def load_checkpoint(checkpoint: Path, config: Path, trust: bool = False) -> tuple[LongTailClassifier, LongTailDataModule]:
+def load_checkpoint(
+    checkpoint: Path, config: Path, trust: bool = False
+) -> tuple[LongTailClassifier, LongTailDataModule]:
     """Return the model of a checkpoint, with its weights, and the data module that it was trained on.
 
     Args:

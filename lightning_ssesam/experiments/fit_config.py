@@ -101,7 +101,7 @@ def cosine(epochs: int) -> dict[str, Any]:
 
 def thresholds(data: Any) -> dict[str, int]:
     """Return ``many_above`` and ``few_below`` of a data module that is given by class path, without making it."""
-    path, arguments = data, {}
+    path, arguments = data, dict[str, Any]()
     if isinstance(data, Mapping):
         path, arguments = data.get("class_path"), data.get("init_args") or {}
     found = _data_class(str(path))

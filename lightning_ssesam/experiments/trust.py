@@ -4,6 +4,7 @@ import os
 import pydoc
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def _load(load: Any, trust: bool, checkpoint_path: str | Path, *args: Any, **kwa
 def check_plain(path: str | Path) -> None:
     """Refuse a checkpoint of this machine that holds more than plain data, or that is a folder."""
     if os.path.isdir(path):
-        found = f"The checkpoint {str(path)!r} is a folder. If a sharded model was saved in it, loading it may run code."
+        found = f"The checkpoint {str(path)!r} is a folder, which may hold a sharded model. Loading it may run code."
         raise ArgumentError(f"{found} If you trust whoever made it, add `{OPTION} true`. Otherwise give a file.")
     if os.path.isfile(path):
         read_checkpoint(path)
@@ -104,7 +105,9 @@ def _only_plain_data(is_forced: bool) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_PLAIN, _ANY)}
     os.environ[_PLAIN if is_forced else _ANY] = "1"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f"Environment variable {_ANY} detected")
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -98,9 +98,8 @@ class LongTailClassifier(SharpnessAwareMixin):
             tail_fraction = 0.2
         thresholds = (tail_below, tail_fraction, many_above, few_below)
         self.split = ClassSplit.from_counts(class_counts, *thresholds, allow_empty=allow_empty)
-        is_made = isinstance(backbone, nn.Module)
-        network = backbone if is_made else backbone(num_classes=self.split.num_classes)
-        self.backbone = check_made("backbone", network, nn.Module)
+        network = backbone if isinstance(backbone, nn.Module) else backbone(num_classes=self.split.num_classes)
+        self.backbone: nn.Module = check_made("backbone", network, nn.Module)
         self.objective = _bound_objective(objective, self.split)
         self.loss = _bound_loss(loss, self.split)
         self.ignore_index = check_integer("ignore_index", ignore_index)
