@@ -248,6 +248,12 @@ def test_wrong_names_get_one_line(command, arguments, message):
     assert "\n" not in str(stop.value)
 
 
+def test_a_file_names_no_method():
+    Path("mine.yaml").write_text("method: SAM\n")
+    with pytest.raises(SystemExit, match=r"^error: Expected argument `method` to be an option of the command"):
+        main(["fit", "--config=mine.yaml", *QUIET])
+
+
 @pytest.mark.parametrize(
     ("comparison", "message"),
     [

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_factory, check_integer, check_made
+from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.samplers import ClassSampler
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.split import ClassSplit
 
 _EVALUATION_BATCH = 256

@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from typing_extensions import override
 
 from lightning_ssesam import _version
-from lightning_ssesam._validation import bad_argument, check_made
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.factories import check_made
 from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective

@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from lightning_ssesam._validation import bad_argument, check_integer, returned_type
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.compare import METHODS, compare
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.recipe import DEFAULT_SGD, Recipe
 from lightning_ssesam.experiments.trust import check_functions
+from lightning_ssesam.factories import returned_type
 
 _PARAMETERS = signature(compare).parameters
 _RADII = {

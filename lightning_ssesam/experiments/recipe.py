@@ -12,8 +12,9 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 
-from lightning_ssesam._validation import bad_argument, check_factory, check_integer, check_made
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions

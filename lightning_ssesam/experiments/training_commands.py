@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import limited_threads
@@ -29,10 +30,10 @@ from lightning_ssesam.experiments.trust import (
     check_functions,
     check_plain,
     guard_loading,
-    hyperparameters,
     read_checkpoint,
     say,
 )
+from lightning_ssesam.lightning_internals import hyperparameters
 from lightning_ssesam.models import LongTailClassifier
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
@@ -96,6 +97,9 @@ class TrainingCLI(LightningCLI):
             elif os.path.isfile(self._checkpoint):
                 values = hyperparameters(read_checkpoint(self._checkpoint, trust=True))
                 self.config = parser.parse_object({command: {"model": values}}, self.config)
+        if given["method"] is not None:
+            expected = "an option of the command, not of a file"
+            raise bad_argument("method", expected, got_text=f"{given['method']!r} from a file")
         for name in ("trust_checkpoint", "method"):
             self.config[command].pop(name)
         check_functions(self.config[command].as_dict())

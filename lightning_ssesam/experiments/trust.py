@@ -16,9 +16,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_ssesam._validation import bad_argument, check_factory, returned_type
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.recipe import KINDS
+from lightning_ssesam.factories import check_factory, returned_type
+from lightning_ssesam.lightning_internals import hyperparameters
 
 OPTION = "--trust_checkpoint"
 _PLAIN, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -113,14 +115,6 @@ def _only_plain_data(is_forced: bool) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def hyperparameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters of the model in a checkpoint, as a configuration of it."""
-    found = checkpoint.get("hyper_parameters")
-    values = dict(found) if isinstance(found, Mapping) else {}
-    # Lightning's own entries say which function and which class make the model.
-    return {name: value for name, value in values.items() if name not in ("_instantiator", "_class_path")}
 
 
 def check_functions(config: Any) -> None:

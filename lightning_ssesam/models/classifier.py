@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_factory, check_integer, check_made
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy, _GroupMetric
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory
