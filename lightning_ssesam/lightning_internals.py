@@ -187,13 +187,13 @@ def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
 
 
 def hyperparameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters of a checkpoint's model, without Lightning's entries that say what makes the model.
+    """Return the hyperparameters of a checkpoint's model, without the entries that say what makes the model.
 
-    They stand in pytorch/core/mixins/hparams_mixin.py and pytorch/cli.py.
+    Lightning begins the names of those with an underscore, in pytorch/core/saving.py and pytorch/cli.py.
     """
     found = checkpoint.get("hyper_parameters")
     values = dict(found) if isinstance(found, Mapping) else {}
-    return {name: value for name, value in values.items() if name not in ("_instantiator", "_class_path")}
+    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
 
 
 # Exact resume.

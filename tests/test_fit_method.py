@@ -1,5 +1,6 @@
 """`fit --method`: a method of a comparison, trained alone, exactly as `compare` trains it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -275,3 +276,20 @@ def test_wrong_comparisons_get_one_line(comparison, message):
 def test_bad_seed(seed):
     with pytest.raises(ArgumentError, match="argument `seed` to be an integer >= 0"):
         fit_config({}, "ERM", seed)
+
+
+def test_threads_and_loader_processes_are_those_of_compare(monkeypatch):
+    """They decide rounding and augmentation. Without `--method`, they are Lightning's."""
+    seen = []
+    monkeypatch.setattr(
+        Trainer, "fit", lambda *_, **__: seen.append((torch.get_num_threads(), os.environ["PL_SEED_WORKERS"]))
+    )
+    torch.set_num_threads(2)
+    try:
+        main(["fit", *QUIET])
+        main(["fit", *QUIET, "--method=ERM"])
+        main(["fit", *QUIET, "--method=ERM", "--config", written({"threads": 3})])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [(2, "1"), (1, "0"), (3, "0")]
