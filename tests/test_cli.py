@@ -464,7 +464,7 @@ A, B = "a.ckpt", "b.ckpt"
         (["--ckpt_path=*.ckpt"], "but got 2 files: '*.ckpt', which matches 'a.ckpt', 'b.ckpt'."),
         (["--ckpt_path=c*.ckpt"], "but got 'c*.ckpt', which matches no file."),
         (["--ckpt_path=c.ckpt"], "No such checkpoint: 'c.ckpt'."),
-        (["--ckpt_path=folder"], "The checkpoint 'folder' is a folder."),
+        (["--ckpt_path=folder"], "The checkpoint 'folder' is a folder, which may hold a sharded model."),
         (["--config=mine.yaml"], "No such checkpoint: 'd.ckpt'."),
         (["--ckpt_path=best"], "`--ckpt_path best`: only the program that has trained knows which checkpoint is best."),
     ],
