@@ -29,7 +29,7 @@ one, or in a YAML file with `--config`. The names of these shipped files suffice
 
 examples:
   lightning-ssesam compare
-  lightning-ssesam fit --config digits_lt
+  lightning-ssesam fit --method SAM
   lightning-ssesam fit --config digits_lt --model.objective SAM --model.objective.rho 0.1
   lightning-ssesam curvature lightning_logs/version_0/checkpoints/*.ckpt
 """
@@ -158,11 +158,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
     """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML."""
     from lightning_ssesam.experiments.lifetimes import ended_in_order
+    from lightning_ssesam.experiments.trust import check_functions
 
     parser = _function_parser(function, name, **defaults)
     # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
+    check_functions(chosen.as_dict())
     # Newer versions of jsonargparse have `instantiate`, and warn about the older name.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
@@ -219,6 +221,9 @@ def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
     from lightning_ssesam.experiments.command_parser import read_config
 
     shipped, resolved = _shipped_configs(command), list(options)
+    if any(arg.partition("=")[0] == "--method" for arg in options):
+        # A method is one of a comparison.
+        shipped += _shipped_configs("compare")
     for position, arg in enumerate(options):
         option, equals, value = arg.partition("=")
         if not equals and position > 0:

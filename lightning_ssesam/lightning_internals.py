@@ -183,6 +183,19 @@ def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
     trainer._logger_connector._progress_bar_metrics[name] = value
 
 
+# Checkpoints.
+
+
+def hyperparameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a checkpoint's model, without the entries that say what makes the model.
+
+    Lightning begins the names of those with an underscore, in pytorch/core/saving.py and pytorch/cli.py.
+    """
+    found = checkpoint.get("hyper_parameters")
+    values = dict(found) if isinstance(found, Mapping) else {}
+    return {str(name): value for name, value in values.items() if not str(name).startswith("_")}
+
+
 # Exact resume.
 
 

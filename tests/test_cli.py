@@ -14,6 +14,7 @@ from PIL import Image
 
 from lightning_ssesam import StageSwitch
 from lightning_ssesam.cli import main
+from lightning_ssesam.experiments.checkpoints import find_config
 
 pytestmark = STRICT
 
@@ -266,15 +267,25 @@ def steps_of(text):
     return [row for row in csv.DictReader(text.splitlines()) if row.get("train/loss")]
 
 
-def test_the_folder_of_another_training_is_not_written_to():
-    """Lightning noticed it after it had deleted the metrics."""
-    main(["fit", *SHORT, *ONE_FOLDER])
-    before = files_of("runs/lightning_logs/mine")
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *SHORT, *ONE_FOLDER])
-    assert str(stop.value).startswith("error: 'runs/lightning_logs/mine' holds a training already")
-    assert "--ckpt_path last" in str(stop.value)
-    assert files_of("runs/lightning_logs/mine") == before
+@pytest.mark.parametrize("place", [ONE_FOLDER, ["--trainer.logger=false", "--trainer.default_root_dir=runs"]])
+def test_a_second_training_in_a_folder_overwrites_nothing(place):
+    """Lightning refused the folder after it had deleted the metrics."""
+    main(["fit", *SHORT, *place])
+    paths = [path for path in Path("runs").rglob("*") if path.is_file() and path.name != "hparams.yaml"]
+    before = {path: path.read_bytes() for path in paths}
+    main(["fit", *SHORT, *place, "--model.objective=SAM"])
+    (config,) = Path("runs").rglob("config.yaml")
+    (metrics,) = Path("runs").rglob("metrics.csv") if place is ONE_FOLDER else [None]
+    kept = {config.with_name("metrics-1.csv") if path == metrics else path: text for path, text in before.items()}
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert saved_objective(config.with_name("config-1.yaml")) != saved_objective(config)
+    first, second = sorted(Path("runs").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert second.name == f"{first.stem}-v1.ckpt"
+    assert {find_config(first).name, find_config(second).name} == {"config.yaml", "config-1.yaml"}
+
+
+def saved_objective(config):
+    return yaml.safe_load(config.read_text())["model"]["objective"]
 
 
 def test_the_checkpoint_that_is_called_last(monkeypatch):
@@ -301,9 +312,8 @@ def test_the_checkpoint_that_is_called_last(monkeypatch):
     main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
     (folder / "last-v1.ckpt").unlink()
     main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=last"])
-    main(["fit", *SHORT, *ONE_FOLDER, "--ckpt_path=best"])
     main(["fit", *SHORT, "--trainer.fast_dev_run=true", "--ckpt_path=last"])
-    assert loaded == ["last", "last", str((folder / "a.ckpt").resolve()), "best", "last"]
+    assert loaded == ["last", "last", str((folder / "a.ckpt").resolve()), "last"]
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
@@ -408,9 +418,79 @@ def test_the_shipped_fit_is_what_it_says(monkeypatch):
     assert [callback.at for callback in trainer.callbacks if isinstance(callback, StageSwitch)] == [0.7]
 
 
-def test_an_optimizer_takes_nothing_from_the_default(monkeypatch):
-    network = ["--data=DigitsLT", "--model.backbone=SmallConvNet", "--trainer.accelerator=cpu"]
-    _, model, _ = started(monkeypatch, *network)
-    assert [model.configure_optimizers().defaults[key] for key in ("lr", "momentum")] == [0.1, 0.9]
-    _, model, _ = started(monkeypatch, *network, "--model.optimizer=AdamW")
-    assert model.configure_optimizers().defaults["lr"] == 1e-3
+def newest_first(*names):
+    """Checkpoints of which each is newer than the next."""
+    paths = [Path(name) for name in names]
+    for age, path in enumerate(reversed(paths)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (age, age))
+    return paths
+
+
+CHECKPOINTS = [f"lightning_logs/version_{number}/checkpoints/epoch={number}.ckpt" for number in (3, 0, 2, 1)]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_an_evaluation_needs_a_checkpoint(command):
+    """Random weights were evaluated. The error names the newest checkpoints."""
+    newest_first(*CHECKPOINTS)
+    with pytest.raises(SystemExit) as stop:
+        main([command, *QUICK[1:]])
+    named = ", ".join(CHECKPOINTS[:3])
+    assert str(stop.value) == f"error: `{command}` needs a checkpoint: give --ckpt_path PATH, such as {named}."
+
+
+def test_an_evaluation_without_any_checkpoint():
+    with pytest.raises(SystemExit, match=r"^error: `test` needs a checkpoint: give --ckpt_path PATH\.$"):
+        main(["test", *QUICK[1:], "--trainer.fast_dev_run=true"])
+
+
+A, B = "a.ckpt", "b.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--ckpt_path", A, B],
+            "a pattern that matches one file, 'last' or 'hpc', but got 2 files: 'a.c",
+        ),
+        ([f"--ckpt_path={A}", B, "--trainer.max_epochs=1"], "2 files: 'a.ckpt', 'b.ckpt'."),
+        (["--ckpt_path"], "but got nothing."),
+        (["--ckpt_path", "--trainer.max_epochs=1"], "but got nothing."),
+        (["--ckpt_path="], "but got ''."),
+        (["--ckpt_path", ""], "but got ''."),
+        (["--ckpt_path=*.ckpt"], "but got 2 files: '*.ckpt', which matches 'a.ckpt', 'b.ckpt'."),
+        (["--ckpt_path=c*.ckpt"], "but got 'c*.ckpt', which matches no file."),
+        (["--ckpt_path=c.ckpt"], "No such checkpoint: 'c.ckpt'."),
+        (["--ckpt_path=folder"], "The checkpoint 'folder' is a folder, which may hold a sharded model."),
+        (["--config=mine.yaml"], "No such checkpoint: 'd.ckpt'."),
+        (["--ckpt_path=best"], "`--ckpt_path best`: only the program that has trained knows which checkpoint is best."),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_is_one_file(command, options, message):
+    newest_first(A, B)
+    Path("folder").mkdir()
+    Path("mine.yaml").write_text("ckpt_path: d.ckpt")
+    with pytest.raises(SystemExit) as stop:
+        main([command, *QUICK[1:], *options])
+    assert message in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_pattern_that_matches_one_file(monkeypatch):
+    main(["fit", *SHORT])
+    loaded = []
+
+    def fit(self, model, datamodule, ckpt_path: str | None = None):
+        loaded.append(ckpt_path)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    (saved,) = Path("lightning_logs").rglob("*.ckpt")
+    main(["fit", *SHORT, "--ckpt_path", "lightning_logs/*/*/*.ckpt"])
+    # The name of this file is a pattern that does not match it.
+    saved.rename("epoch[1].ckpt")
+    main(["fit", *SHORT, "--ckpt_path", "epoch[1].ckpt"])
+    assert loaded == [str(saved), "epoch[1].ckpt"]

@@ -192,7 +192,7 @@ def another_config(trained, **changes):
         (["list.ckpt", "--config=CONFIG"], "'list.ckpt' is no checkpoint of `lightning-ssesam fit`."),
         (
             ["code.ckpt", "--config=CONFIG"],
-            "'code.ckpt' is no checkpoint of `lightning-ssesam fit`: it holds a pathlib.",
+            "The checkpoint 'code.ckpt' holds pathlib.",
         ),
         (["CHECKPOINT", "--config=text.yaml"], "'text.yaml' is no configuration of `lightning-ssesam fit`, with"),
         (["CHECKPOINT", "--config=bad.yaml"], "'bad.yaml' is no configuration of `lightning-ssesam fit`, with"),

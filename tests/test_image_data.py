@@ -706,6 +706,7 @@ def test_command_line(monkeypatch):
             "{class_path: torchvision.transforms.v2.ToDtype, init_args: {dtype: torch.float32, scale: true}}]",
             "--model.backbone=SmallConvNet",
             "--model.backbone.in_channels=3",
+            "--model.objective=ERM",
             *options,
         ]
     )

@@ -23,6 +23,7 @@ FLOORS = [
     ["objectives"],
     ["plan", "mixing", "gradient_sum", "engine"],
     # The step, and all that it needs of Lightning.
+    ["factories"],
     ["lightning_internals", "trainer_calls", "step_logs", "batches", "selection", "optimizer_closure", "module_checks"],
     ["processes", "passes", "step_state"],
     ["exact_resume", "trainer_support"],

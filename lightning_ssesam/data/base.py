@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.samplers import ClassSampler
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.split import ClassSplit
 
 _EVALUATION_BATCH = 256
@@ -71,8 +72,8 @@ class LongTailDataModule(pl.LightningDataModule):
         super().__init__()
         self.batch_size = check_integer("batch_size", batch_size, minimum=1)
         self.num_workers = check_integer("num_workers", num_workers, minimum=0)
-        if sampler is not None and not callable(sampler):
-            raise bad_argument("sampler", "a class or a function that makes it", sampler)
+        if sampler is not None:
+            check_factory("sampler", sampler, Sampler)
         self.sampler = sampler
         self._sets: dict[str, Dataset[Any]] = {}
 
@@ -114,7 +115,7 @@ class LongTailDataModule(pl.LightningDataModule):
         """Return the training batches, shuffled or drawn by the sampler."""
         if self.sampler is None:
             return self._loader("train", batch_size=self.batch_size, shuffle=True)
-        sampler = self.sampler(labels_of(self._set("train")))
+        sampler = check_made("sampler", self.sampler(labels_of(self._set("train"))), Sampler)
         shares = self.trainer and self.trainer.distributed_sampler_kwargs
         if isinstance(sampler, ClassSampler) and shares:
             sampler.share(**shares)

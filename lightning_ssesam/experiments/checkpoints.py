@@ -1,23 +1,23 @@
 """From a checkpoint of ``lightning-ssesam fit`` to its model and data."""
 
-import pickle
-import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.trust import check_functions, read_checkpoint
 from lightning_ssesam.models import LongTailClassifier
 
 
 def find_config(checkpoint: Path) -> Path:
-    """Return the config.yaml that ``fit`` has saved for a checkpoint: in the folder above its own, or in its own.
+    """Return the configuration that ``fit`` has saved for a checkpoint: in the folder above its own, or in its own.
+
+    It is config.yaml. Where several trainings share a folder, it is the newest of config.yaml, config-1.yaml and so on
+    that is not newer than the checkpoint.
 
     Raises:
         ArgumentError: If there is no such checkpoint, or no config.yaml.
@@ -29,23 +29,29 @@ def find_config(checkpoint: Path) -> Path:
     if not checkpoint.is_file():
         raise ArgumentError(f"No such checkpoint: {str(checkpoint)!r}.")
     for folder in checkpoint.absolute().parents[1::-1]:
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+        if (first := folder / "config.yaml").is_file():
+            saved = [first, *folder.glob("config-*.yaml")]
+            # A training saves its configuration before its first checkpoint.
+            earlier = [path for path in saved if path.stat().st_mtime <= checkpoint.stat().st_mtime]
+            return max(earlier, key=lambda path: path.stat().st_mtime, default=first)
     places = f"in the folder of {str(checkpoint)!r} or in the one above"
     raise ArgumentError(f"No config.yaml {places}. Give the configuration of its training as `config`.")
 
 
-def load_checkpoint(checkpoint: Path, config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
+def load_checkpoint(
+    checkpoint: Path, config: Path, trust: bool = False
+) -> tuple[LongTailClassifier, LongTailDataModule]:
     """Return the model of a checkpoint, with its weights, and the data module that it was trained on.
 
     Args:
         checkpoint: File that ``lightning-ssesam fit`` has saved.
         config: Configuration of that training. Its ``model`` and ``data`` are used.
+        trust: Whether the checkpoint may hold more than plain data, and so run any code.
 
     Raises:
         ArgumentError: If one of them cannot be read, or they do not belong together.
     """
-    state = _load_state(checkpoint)
+    state = dict(read_checkpoint(checkpoint, trust)["state_dict"])
     model, data = _build(config)
     if differences := _differences(state, model):
         more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -71,21 +77,10 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
         chosen = parser.parse_object(parts)
     except Exception as error:
         raise ArgumentError(f"{refusal}: {' '.join(str(error).split())}") from error
+    check_functions(chosen.as_dict())
     # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
     return built.model, built.data
-
-
-def _load_state(checkpoint: Path) -> dict[str, Any]:
-    refusal = f"{str(checkpoint)!r} is no checkpoint of `lightning-ssesam fit`"
-    try:
-        return dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"{refusal}.") from error
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
-        reason = f": it holds a {refused[1]}, which may not be safe to load" if refused else ""
-        raise ArgumentError(f"{refusal}{reason}.") from error
 
 
 def _differences(state: dict[str, Any], model: nn.Module) -> list[str]:

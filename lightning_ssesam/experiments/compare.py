@@ -21,7 +21,7 @@ from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
-from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recipe import Recipe, check_factories
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
@@ -55,6 +55,9 @@ class Method:
     data: Callable[[], LongTailDataModule] | None = None
     callbacks: list[Callback] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_factories(vars(self))
 
     def experiment(self, name: str, recipe: Recipe, gamma: float) -> Experiment:
         """Return the experiment that trains this method with the options of a comparison."""
@@ -119,7 +122,7 @@ def compare(
     chosen = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
     experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
     # Build every part once: a wrong one is refused before anything is trained or written.
-    data = shared.data()
+    data = shared.make_data()
     with quiet():
         split = experiments[0].make_split(data)
         pairs = [(experiment, experiment.fingerprint(split)) for experiment in experiments]

@@ -24,6 +24,7 @@ from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoin
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.files import make_folder
 from lightning_ssesam.experiments.tables import write_csv
+from lightning_ssesam.experiments.trust import say
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.split import ClassSplit
 
@@ -49,6 +50,7 @@ def curvature(
     threads: int = 1,
     seed: int = 0,
     output: Path = Path("curvature"),
+    trust_checkpoint: bool = False,
     **settings: Any,
 ) -> dict[Path, dict[str, Curvature]]:
     """Measure the curvature of the loss of head, tail and other groups at checkpoints of `lightning-ssesam fit`.
@@ -64,8 +66,8 @@ def curvature(
 
     Args:
         checkpoints: Checkpoints of one training or of several.
-        config: Configuration of the training. By default the config.yaml that Lightning has saved in the folder above
-            that of the checkpoint.
+        config: Configuration of the training. By default the config.yaml that fit has saved in the folder above that
+            of the checkpoint. A configuration is code: take none from strangers.
         groups: Names of groups, with commas between them: head, tail, many, medium, few, all, class_3 for a single
             class, and classes for each of them. Pictures show the first six.
         samples: Number of training samples of each group, chosen at random; all if it has fewer.
@@ -78,6 +80,7 @@ def curvature(
         threads: Number of CPU threads for an operation. More than one speeds up large networks only.
         seed: Seed of the choice of samples, augmentations, and all random vectors, an integer >= 0.
         output: Folder for the results.
+        trust_checkpoint: Whether a checkpoint may hold more than plain data. Loading such a file can run any code.
         **settings: Fields of :class:`~lightning_ssesam.curvature.CurvatureSettings`. Here ``probes`` is 4 and ``dtype``
             is float32 by default.
 
@@ -98,12 +101,14 @@ def curvature(
     place = _device(device)
     labels = short_names(checkpoints)
     configs = {path: config or find_config(path) for path in checkpoints}
+    if config is None:
+        say(f"Model and data come from {', '.join(dict.fromkeys(repr(str(found)) for found in configs.values()))}.")
     make_folder(output)
     measured: dict[Path, dict[str, Curvature]] = {}
     written = [output / "curvature.csv"]
     for path in checkpoints:
         with limited_threads(threads), quiet():
-            model, data = load_checkpoint(path, configs[path])
+            model, data = load_checkpoint(path, configs[path], trust_checkpoint)
             batches = _choose_batches(data, model.split, names, samples, batch_size, seed)
             model.to(place)
             size = sum(p.numel() for p in model.parameters() if p.requires_grad)

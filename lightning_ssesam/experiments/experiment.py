@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
@@ -27,6 +28,7 @@ from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.factories import check_made
 from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
@@ -59,8 +61,8 @@ class Experiment(Recipe):
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
-            self.objective(),
-            loss=None if self.loss is None else self.loss(),
+            check_made("objective", self.objective(), Objective),
+            loss=None if self.loss is None else check_made("loss", self.loss(), nn.Module),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
             **{**of_data, **self.model_arguments},
@@ -95,7 +97,7 @@ class Experiment(Recipe):
 
     def _checked_data(self) -> LongTailDataModule:
         """Return the data module. The command has checked its files, and tells other processes by this."""
-        data = self.data()
+        data = self.make_data()
         data._files_checked = True
         return data
 
@@ -129,7 +131,7 @@ class Experiment(Recipe):
         Raises:
             ArgumentError: If a part cannot be built.
         """
-        data = self.data()
+        data = self.make_data()
         with torch.random.fork_rng(devices=[]):
             model = self.make_model(data)
         if list(data.class_counts) != split.class_counts.tolist():

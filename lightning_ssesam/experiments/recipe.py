@@ -9,10 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
 
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
+from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions
 
 DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -52,6 +56,7 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        check_factories(vars(self))
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("threads", self.threads, minimum=1)
         set_elsewhere = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
@@ -64,11 +69,35 @@ class Recipe:
             raise bad_argument("trainer", expected, devices)
         _make_step_options(self.model or {})
 
+    def make_data(self) -> LongTailDataModule:
+        """Return the data module."""
+        return check_made("data", self.data(), LongTailDataModule)
+
     @property
     def model_arguments(self) -> dict[str, Any]:
         """The further arguments of LongTailClassifier, with the tail."""
         model, tail = self.model or {}, {"tail_fraction": self.tail_fraction, "tail_below": self.tail_below}
         return {**tail, **model, **_make_step_options(model)}
+
+
+KINDS: dict[str, type] = {
+    "data": LongTailDataModule,
+    "backbone": nn.Module,
+    "optimizer": Optimizer,
+    "loss": nn.Module,
+    "objective": Objective,
+    "scheduler": LRScheduler,
+    "sampler": Sampler,
+}
+"""By the name of an option that takes a class path, the class of what is made from it."""
+
+
+def check_factories(parts: Mapping[str, Any]) -> None:
+    """Raise ``ArgumentError`` if an option that takes a class path makes another kind of object. None makes nothing."""
+    for name in KINDS.keys() & parts.keys():
+        is_made = name == "backbone" and isinstance(parts[name], nn.Module)
+        if parts[name] is not None and not is_made:
+            check_factory(name, parts[name], KINDS[name])
 
 
 def _make_step_options(model: Mapping[str, Any]) -> dict[str, StepOptions]:

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 _CONFIG, _METRICS = "config.yaml", "metrics.csv"
-_FOLDER = "choose another folder (--trainer.default_root_dir, or the logger's version)"
+# Checkpoints that an error names.
+_NAMED = 3
 
 
 class SaveConfig(SaveConfigCallback):
@@ -41,15 +42,17 @@ def prepare_folder(trainer: pl.Trainer, command: str, options: Mapping[str, Any]
         options: Options of the command, not instantiated.
 
     Raises:
-        MisconfigurationException: If ``fit`` would begin another training in the folder of an earlier one, or if
+        MisconfigurationException: If ``validate`` or ``test`` has no checkpoint, if ``best`` is asked for, or if
             ``last`` is asked for in a folder that is always new.
     """
     folder, checkpoint = trainer.log_dir, options.get("ckpt_path")
+    if checkpoint is None and command != "fit":
+        raise MisconfigurationException(f"`{command}` needs a checkpoint: give --ckpt_path PATH{_suggested(folder)}.")
+    if checkpoint == "best":
+        known = "only the program that has trained knows which checkpoint is best"
+        raise MisconfigurationException(f"`--ckpt_path best`: {known}. Give its path{_suggested(folder)}.")
     if folder is None:
         return checkpoint
-    if command == "fit" and checkpoint is None and get_filesystem(folder).isfile(os.path.join(folder, _CONFIG)):
-        found = f"{folder!r} holds a training already (it has a {_CONFIG})."
-        raise MisconfigurationException(f"{found} Resume it with --ckpt_path last, or {_FOLDER}.")
     if checkpoint == "last":
         checkpoint = _last_checkpoint(trainer, folder, options["trainer"].get("logger"))
     _keep_metrics(trainer)
@@ -73,10 +76,20 @@ def _last_checkpoint(trainer: pl.Trainer, folder: str, logger: Any) -> str:
     return "last"
 
 
-def _checkpoints(folder: str) -> list[str]:
-    """Return the paths of the checkpoints in a folder, the newest last."""
-    files = get_filesystem(folder)
-    return sorted(map(str, files.glob(os.path.join(folder, "*.ckpt"))), key=files.modified)
+def _suggested(folder: str | None) -> str:
+    """Return the end of a sentence that names the newest checkpoints of the run's folder and of those beside it."""
+    near = [] if folder is None else [folder, os.path.join(os.path.dirname(folder), "*")]
+    found = _checkpoints(*(os.path.join(place, "checkpoints") for place in near))[-_NAMED:]
+    return f", such as {', '.join(os.path.relpath(path) for path in reversed(found))}" if found else ""
+
+
+def _checkpoints(*folders: str) -> list[str]:
+    """Return the paths of the checkpoints in folders, the newest last."""
+    if not folders:
+        return []
+    files = get_filesystem(folders[0])
+    found = {str(path) for folder in folders for path in files.glob(os.path.join(folder, "*.ckpt"))}
+    return sorted(found, key=files.modified)
 
 
 @rank_zero_only

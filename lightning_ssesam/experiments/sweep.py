@@ -118,7 +118,7 @@ class _Search:
 
     def prepare(self) -> str:
         """Check and download the data. Return a text that identifies the search."""
-        data = self.recipe.data()
+        data = self.recipe.make_data()
         if data.val_is_test:
             expected = "a data module with its own validation set (for example val_per_class=50)"
             raise bad_argument("data", expected, got_text="one that validates on its test set")

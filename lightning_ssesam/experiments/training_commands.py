@@ -1,18 +1,40 @@
 """The commands ``fit``, ``validate`` and ``test``: Lightning's command line around a LongTailClassifier."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.command_parser import CommandParser
-from lightning_ssesam.experiments.console import held_back
+from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
 from lightning_ssesam.experiments.resume import SaveConfig, prepare_folder
+from lightning_ssesam.experiments.training_options import (
+    check_checkpoint_option,
+    defaults,
+    one_checkpoint,
+    split_options,
+    translate_method,
+)
+from lightning_ssesam.experiments.trust import (
+    check_functions,
+    check_plain,
+    guard_loading,
+    read_checkpoint,
+    say,
+)
+from lightning_ssesam.lightning_internals import hyperparameters
 from lightning_ssesam.models import LongTailClassifier
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
@@ -22,14 +44,27 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line, whose model takes class counts and channels from the data module.
 
     Args:
-        before_run: Called when all parts are built, before anything runs.
-        *args: See :class:`~lightning.pytorch.cli.LightningCLI`.
-        **kwargs: See :class:`~lightning.pytorch.cli.LightningCLI`.
+        show_messages: Called when all parts are built, before anything runs.
+        defaults: Default values of options, by dotted names. None takes a default away.
+        seeds_workers: Whether the processes of data loaders get seeds of Lightning. Those of ``compare`` do not.
     """
 
-    def __init__(self, before_run: Callable[[], None], *args: Any, **kwargs: Any) -> None:
-        self._before_run = before_run
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, show_messages: Callable[[], None], defaults: Mapping[str, Any], seeds_workers: bool = True
+    ) -> None:
+        self._show_messages = show_messages
+        self._defaults, self._seeds_workers = defaults, seeds_workers
+        self._checkpoint: str | None = None
+        self._trust = False
+        super().__init__(
+            LongTailClassifier,
+            LongTailDataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "lightning-ssesam"},
+        )
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -38,38 +73,95 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below.")
         return parser
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Called when a command's parser is made: link the class counts and the channels."""
+        """Called when a command's parser is made: link counts and channels, add options, set the defaults."""
         parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
         parser.link_arguments("data.in_channels", "model.in_channels", apply_on="instantiate")
+        parser.add_argument(
+            "--trust_checkpoint",
+            type=bool,
+            default=False,
+            help="Whether the checkpoint may hold more than plain data. Loading such a file can run any code.",
+        )
+        parser.add_argument(
+            "--method", type=str | None, help="Name of a method of the comparison in --config, or of a built-in one."
+        )
+        parser.set_defaults(dict(self._defaults))
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, and the arguments that each does not have."""
         return {name: names for name, names in LightningCLI.subcommands().items() if name in TRAINING_COMMANDS}
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Called to read the options: take the checkpoint out, of which Lightning would read the hyperparameters."""
+        super().parse_arguments(parser, args)
+        command = self.config["subcommand"]
+        given = self.config[command]
+        self._trust = given["trust_checkpoint"]
+        if (path := given.get("ckpt_path")) is not None:
+            self._checkpoint = one_checkpoint(str(path))
+            given["ckpt_path"] = None
+            if not self._trust:
+                check_plain(self._checkpoint)
+            elif os.path.isfile(self._checkpoint):
+                values = hyperparameters(read_checkpoint(self._checkpoint, trust=True))
+                self.config = parser.parse_object({command: {"model": values}}, self.config)
+        if given["method"] is not None:
+            expected = "an option of the command, not of a file"
+            raise bad_argument("method", expected, got_text=f"{given['method']!r} from a file")
+        for name in ("trust_checkpoint", "method"):
+            self.config[command].pop(name)
+        check_functions(self.config[command].as_dict())
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Called before model and data are made: put the checkpoint back."""
+        if self._checkpoint is not None:
+            self.config[str(self.subcommand)]["ckpt_path"] = self._checkpoint
+        if not self._seeds_workers:
+            os.environ["PL_SEED_WORKERS"] = "0"
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Called when model and data are made: attach the switch that the objective needs, and guard the loading."""
+        options: Namespace = self.config_init[self.subcommand]["trainer"]
+        given = options.get("callbacks") or []
+        callbacks = [*given] if isinstance(given, list) else [given]
+        is_switched = any(isinstance(callback, StageSwitch) for callback in callbacks)
+        if self.model.objective.num_stages > 1 and not is_switched:
+            options["callbacks"] = [*callbacks, StageSwitch()]
+            if self.subcommand == "fit":
+                say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
+        trainer = super().instantiate_trainer(**kwargs)
+        guard_loading(trainer, self._trust)
+        return trainer
 
     def before_run(self) -> None:
         """Called before a command runs: keep what an earlier run has left in its folder, and show the messages."""
         command = str(self.subcommand)
         checkpoint = prepare_folder(self.trainer, command, self.config[command].as_dict())
         self.config_init[command]["ckpt_path"] = checkpoint
-        self._before_run()
+        self._show_messages()
 
     before_fit = before_validate = before_test = before_run
 
 
 def run_training_command(command: str, options: Sequence[str]) -> None:
     """Run ``fit``, ``validate`` or ``test`` with options of the command line."""
-    # Lightning warns about arguments that differ from those of the program.
-    sys.argv = [sys.argv[0], command, *options]
-    # The Trainer handles SIGTERM: it ends the step first.
-    with bound_forks(), held_back() as release:
-        TrainingCLI(
-            release,
-            LongTailClassifier,
-            LongTailDataModule,
-            save_config_callback=SaveConfig,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_kwargs={"prog": "lightning-ssesam"},
-        )
+    with ExitStack() as stack:
+        given = split_options(options)
+        check_checkpoint_option(given)
+        folder = stack.enter_context(TemporaryDirectory())
+        arguments, comparison = translate_method(given, Path(folder))
+        if comparison is not None:
+            stack.enter_context(limited_threads(comparison.get("threads", 1)))
+        # Lightning warns about arguments that differ from those of the program.
+        sys.argv = [sys.argv[0], command, *arguments]
+        # The Trainer handles SIGTERM: it ends the step first.
+        stack.enter_context(bound_forks())
+        show_messages = stack.enter_context(held_back())
+        TrainingCLI(show_messages, defaults(split_options(arguments)), seeds_workers=comparison is None)

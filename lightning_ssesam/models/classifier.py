@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.factories import check_factory, check_made
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy, _GroupMetric
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models.backbones import BackboneFactory, make_backbone
@@ -97,16 +98,15 @@ class LongTailClassifier(SharpnessAwareMixin):
         # As the default of the argument, it would pass its learning rate on to another optimizer class that the
         # command line sets.
         optimizer = partial(SGD, lr=0.1, momentum=0.9) if optimizer is None else optimizer
-        for name, value in {"backbone": backbone, "optimizer": optimizer, "scheduler": scheduler}.items():
-            if not callable(value) and not (name == "scheduler" and value is None):
-                raise bad_argument(name, "a class or a function that makes it", value)
+        _check_factories(backbone, optimizer, scheduler)
         if tail_below is None and tail_fraction is None:
             tail_fraction = 0.2
         thresholds = (tail_below, tail_fraction, many_above, few_below)
         self.split = ClassSplit.from_counts(class_counts, *thresholds, allow_empty=allow_empty)
-        if not isinstance(backbone, nn.Module):
-            backbone = make_backbone(backbone, self.split.num_classes, in_channels)
-        self.backbone: nn.Module = backbone
+        network = (
+            backbone if isinstance(backbone, nn.Module) else make_backbone(backbone, len(class_counts), in_channels)
+        )
+        self.backbone: nn.Module = check_made("backbone", network, nn.Module)
         self.objective = _bound_objective(objective, self.split)
         self.loss = _bound_loss(loss, self.split)
         self.ignore_index = check_integer("ignore_index", ignore_index)
@@ -191,10 +191,11 @@ class LongTailClassifier(SharpnessAwareMixin):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Called when a run starts: makes the optimizer and the scheduler."""
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = check_made("optimizer", self._make_optimizer(self.parameters()), Optimizer)
         if self._make_scheduler is None:
             return optimizer
-        scheduler: Any = {"scheduler": self._make_scheduler(optimizer), **self._scheduler_options}
+        made = check_made("scheduler", self._make_scheduler(optimizer), LRScheduler)
+        scheduler: Any = {"scheduler": made, **self._scheduler_options}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def _make_metrics(self, stage: Stage) -> list[_GroupMetric]:
@@ -249,6 +250,14 @@ class LongTailClassifier(SharpnessAwareMixin):
                 self._log_value(stage, metric, name, value)
 
 
+def _check_factories(backbone: Any, optimizer: Any, scheduler: Any) -> None:
+    if not isinstance(backbone, nn.Module):
+        check_factory("backbone", backbone, nn.Module)
+    check_factory("optimizer", optimizer, Optimizer)
+    if scheduler is not None:
+        check_factory("scheduler", scheduler, LRScheduler)
+
+
 def _bound_objective(objective: Objective | None, split: ClassSplit) -> Objective:
     bound = SSESAM() if objective is None else objective
     if not isinstance(bound, Objective):
@@ -272,6 +281,8 @@ def _hand_on_ignore_index(name: str, part: Any, ignore_index: int) -> None:
 def _bound_loss(loss: nn.Module | None, split: ClassSplit) -> nn.Module:
     if loss is None:
         return nn.CrossEntropyLoss(reduction="none")
+    if isinstance(loss, type) or not callable(loss):
+        raise bad_argument("loss", "a module with reduction='none'", loss)
     reduction = getattr(loss, "reduction", "none")
     if reduction != "none":
         raise bad_argument("loss", "a module with reduction='none'", got_text=f"reduction={reduction!r}")

@@ -1,0 +1,155 @@
+"""From a comparison's configuration and the name of a method to the configuration with which ``fit`` trains it."""
+
+import pydoc
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
+from typing import Any
+
+import yaml
+
+from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.compare import METHODS, compare
+from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.recipe import DEFAULT_SGD, Recipe
+from lightning_ssesam.experiments.trust import check_functions
+from lightning_ssesam.factories import returned_type
+
+_PARAMETERS = signature(compare).parameters
+_RADII = {
+    "ERM": {},
+    "SAM": {"rho": "sam_rho"},
+    "ImbSAM": {"rho": "imbsam_rho"},
+    "SSESAM": {"head_rho": "head_rho", "tail_rho": "tail_rho"},
+}
+_PARTS = ("data", "backbone", "optimizer", "loss")
+# `fit` has options of these names, too.
+_SHARED = {"data", "model", "trainer", "config", "recipe"}
+
+
+def is_comparison(content: Any) -> bool:
+    """Return whether the content of a YAML file is a comparison: it has an option that ``fit`` does not have."""
+    names = (_PARAMETERS.keys() | {field.name for field in fields(Recipe)}) - _SHARED
+    return isinstance(content, Mapping) and not names.isdisjoint(content)
+
+
+def method_names(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the names of a comparison's methods, which are ERM, SAM, ImbSAM and SSESAM if it names none."""
+    methods = comparison.get("methods") or METHODS
+    if not isinstance(methods, str | Sequence | Mapping):
+        raise bad_argument("methods", "names, or a mapping from names to options", methods)
+    return [str(name).strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
+
+
+def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dict[str, Any]:
+    """Return the configuration with which `lightning-ssesam fit` trains a method exactly as `compare` does.
+
+    Args:
+        comparison: Options of ``compare``, as in its YAML file. The defaults are those of the command.
+        method: Name of one of the comparison's methods.
+        seed: Seed of the run, an integer >= 0.
+
+    Returns:
+        A configuration of texts, numbers, lists and dictionaries, to be written as YAML.
+
+    Raises:
+        ArgumentError: If there is no such method, or an option cannot be used.
+    """
+    names = method_names(comparison)
+    if method not in names:
+        raise bad_argument("method", f"one of {', '.join(map(repr, names))}", method)
+    shared, experiment = _parse(_with_objectives(comparison), method)
+    own = shared["methods"][method]
+    parts = {name: shared.get(name) if own.get(name) is None else own[name] for name in _PARTS}
+    data = parts.pop("data")
+    callbacks = list(own.get("callbacks") or [])
+    if experiment.is_switched_at_gamma(experiment.objective()):
+        callbacks.append({"class_path": "lightning_ssesam.StageSwitch", "init_args": {"at": shared["gamma"]}})
+    trainer = {"max_epochs": shared["epochs"], "devices": 1, "num_sanity_val_steps": 0, **(shared.get("trainer") or {})}
+    return {
+        "seed_everything": check_integer("seed", seed, minimum=0),
+        "data": data,
+        "model": {
+            **parts,
+            "objective": own["objective"],
+            "scheduler": cosine(shared["epochs"]),
+            "tail_fraction": shared.get("tail_fraction"),
+            "tail_below": shared.get("tail_below"),
+            **thresholds(data),
+            **(experiment.model or {}),
+        },
+        "trainer": {**trainer, "callbacks": callbacks},
+    }
+
+
+def default_optimizer() -> dict[str, Any]:
+    """Return the optimizer of ``compare``, by class path."""
+    return {"class_path": "torch.optim.SGD", "init_args": dict(DEFAULT_SGD.keywords)}
+
+
+def built_in(name: str, comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the objective of a built-in method by class path, with the radii of a comparison."""
+    chosen = {radius: comparison.get(option, _PARAMETERS[option].default) for radius, option in _RADII[name].items()}
+    return {"class_path": f"lightning_ssesam.{name}", "init_args": chosen}
+
+
+def cosine(epochs: int) -> dict[str, Any]:
+    """Return the scheduler of ``compare``, by class path."""
+    return {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": epochs}}
+
+
+def thresholds(data: Any) -> dict[str, int]:
+    """Return ``many_above`` and ``few_below`` of a data module that is given by class path, without making it."""
+    path, arguments = data, dict[str, Any]()
+    if isinstance(data, Mapping):
+        path, arguments = data.get("class_path"), data.get("init_args") or {}
+    found = _data_class(str(path))
+    return {name: arguments.get(name, getattr(found, name)) for name in ("many_above", "few_below")}
+
+
+def _data_class(path: str) -> type[LongTailDataModule]:
+    """Return the class of a data module by its path, or by its name as jsonargparse does."""
+    found = returned_type(pydoc.locate(path)) if "." in path else None
+    waiting: list[type[LongTailDataModule]] = [LongTailDataModule]
+    while found is None and waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        found = kind if kind.__name__ == path else None
+    return found if found is not None and issubclass(found, LongTailDataModule) else LongTailDataModule
+
+
+def _with_objectives(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a comparison whose built-in methods have their objectives, as if they had been written there."""
+    if isinstance(comparison.get("methods"), Mapping):
+        return dict(comparison)
+    names = method_names(comparison)
+    if wrong := [name for name in names if name not in METHODS]:
+        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", got_text=", ".join(map(repr, wrong)))
+    return {**comparison, "methods": {name: {"objective": built_in(name, comparison)} for name in names}}
+
+
+def _parse(comparison: Mapping[str, Any], method: str) -> tuple[dict[str, Any], Experiment]:
+    """Return the options of a comparison as ``compare`` reads them, as texts, and the experiment of a method."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(compare, as_group=False, skip={"config"})
+    parser.set_defaults(optimizer=default_optimizer())
+    # Otherwise a chosen class takes over arguments of the default class.
+    given = {name for name in _PARTS[:3] if _names_class(comparison.get(name))}
+    parser.set_defaults(dict.fromkeys(given))
+    try:
+        chosen = parser.parse_object(dict(comparison))
+    except Exception as error:
+        raise ArgumentError(f"The comparison cannot be used: {' '.join(str(error).split())}") from error
+    check_functions(chosen.as_dict())
+    # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
+    made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
+    recipe = Recipe(**{field.name: made[field.name] for field in fields(Recipe)})
+    return yaml.safe_load(parser.dump(chosen)), made.methods[method].experiment(method, recipe, made.gamma)
+
+
+def _names_class(part: Any) -> bool:
+    return part is not None and (not isinstance(part, Mapping) or "class_path" in part)

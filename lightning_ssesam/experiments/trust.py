@@ -1,0 +1,149 @@
+"""Files of others. A checkpoint is data: it must not run code. A configuration is code, of the kinds asked for."""
+
+import os
+import pydoc
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.recipe import KINDS
+from lightning_ssesam.factories import check_factory, returned_type
+from lightning_ssesam.lightning_internals import hyperparameters
+
+OPTION = "--trust_checkpoint"
+_PLAIN, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Write a line to the standard error, in the first process only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """Return the content of a checkpoint, a file of this machine.
+
+    Args:
+        path: Path of the file.
+        trust: Whether whatever the file has been pickled from may be made again, which can run any code.
+
+    Raises:
+        ArgumentError: If the file cannot be read, is no checkpoint, or holds more than plain data and ``trust`` is
+            False.
+    """
+    refusal = f"{str(path)!r} is no checkpoint of `lightning-ssesam fit`"
+    try:
+        # Tensors stay in the file until they are used.
+        is_mapped = zipfile.is_zipfile(path)
+        content = torch.load(str(path), map_location="cpu", weights_only=not trust, mmap=is_mapped)
+    except Exception as error:
+        raise _unsafe(path, error) or ArgumentError(f"{refusal}.") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ArgumentError(f"{refusal}.")
+    return content
+
+
+def _unsafe(path: str | Path, error: BaseException) -> ArgumentError | None:
+    """Return the error for a file that holds more than plain data, if that is why torch has refused it."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found and ArgumentError(
+        f"The checkpoint {str(path)!r} holds {found[1]}, which is no plain data and could run code when it is loaded."
+        f" If you trust whoever made the file, add `{OPTION} true`."
+    )
+
+
+def guard_loading(trainer: pl.Trainer, trust: bool) -> None:
+    """Let a Trainer load plain data alone, whatever its strategy, and whatever file it chooses.
+
+    Without ``weights_only``, Lightning 2.5 unpickles everything. FSDP, ModelParallel and DeepSpeed unpickle parts of
+    their files by other ways than torch.load.
+    """
+    strategy: Any = trainer.strategy
+    strategy.load_checkpoint = partial(_load, strategy.load_checkpoint, trust)
+
+
+def _load(load: Any, trust: bool, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    if not trust:
+        check_plain(checkpoint_path)
+    try:
+        with _only_plain_data(not trust):
+            content = load(checkpoint_path, *args, **kwargs)
+    except Exception as error:
+        if (refusal := _unsafe(checkpoint_path, error)) is None:
+            raise
+        raise refusal from error
+    if not trust and isinstance(content, Mapping) and hyperparameters(content):
+        say(
+            f"The hyperparameters in {str(checkpoint_path)!r} are not used: the configuration decides. With"
+            f" `{OPTION} true` they change the model's configuration, which may run code."
+        )
+    return content
+
+
+def check_plain(path: str | Path) -> None:
+    """Refuse a checkpoint of this machine that holds more than plain data, or that is a folder."""
+    if os.path.isdir(path):
+        found = f"The checkpoint {str(path)!r} is a folder, which may hold a sharded model. Loading it may run code."
+        raise ArgumentError(f"{found} If you trust whoever made it, add `{OPTION} true`. Otherwise give a file.")
+    if os.path.isfile(path):
+        read_checkpoint(path)
+
+
+@contextmanager
+def _only_plain_data(is_forced: bool) -> Iterator[None]:
+    """Force all calls of torch.load to ``weights_only=True``, or allow them all objects."""
+    before = {name: os.environ.pop(name, None) for name in (_PLAIN, _ANY)}
+    os.environ[_PLAIN if is_forced else _ANY] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f"Environment variable {_ANY} detected")
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def check_functions(config: Any) -> None:
+    """Refuse a configuration in which a function makes a part that it does not promise to make.
+
+    jsonargparse checks classes, and functions without arguments. It calls functions with arguments unchecked.
+
+    Args:
+        config: Configuration before anything of it is made, of mappings and sequences.
+
+    Raises:
+        ArgumentError: If there is such a function.
+    """
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name in KINDS and isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
+                _check_function(name, value["class_path"])
+            check_functions(value)
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        for value in config:
+            check_functions(value)
+
+
+def _check_function(name: str, class_path: str) -> None:
+    function = pydoc.locate(class_path)
+    if function is None or isinstance(function, type):
+        return
+    if returned_type(function) is None:
+        kind = KINDS[name].__name__
+        expected = f"a class, or a function whose annotation says that it returns a {kind}"
+        raise bad_argument(name, expected, got_text=f"{class_path}, which has no such annotation")
+    check_factory(name, function, KINDS[name])
