@@ -429,8 +429,8 @@ def held(end):
         pass
     finally:
         # As at the end of Python.
-        for reference in logging._handlerList:
-            reference().flush()
+        for living in filter(None, (reference() for reference in logging._handlerList)):
+            living.flush()
         assert handler in logger.handlers
         logger.removeHandler(handler)
     return shown, [str(warning.message) for warning in caught]
