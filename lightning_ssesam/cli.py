@@ -231,7 +231,9 @@ def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
         if option not in ("--config", "-c") or (not value and not equals):
             continue
         if os.path.exists(value):
-            read_config(Path(value))
+            # `curvature` says what it makes of the configuration of a training.
+            if command != "curvature":
+                read_config(Path(value))
             continue
         if value not in shipped:
             _refuse_config(value, shipped)

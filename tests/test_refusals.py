@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from urllib.error import URLError
 
@@ -429,8 +430,9 @@ def held(end):
         pass
     finally:
         # As at the end of Python.
-        for reference in logging._handlerList:
-            reference().flush()
+        for living in (reference() for reference in logging._handlerList):
+            if isinstance(living, MemoryHandler):
+                living.flush()
         assert handler in logger.handlers
         logger.removeHandler(handler)
     return shown, [str(warning.message) for warning in caught]
