@@ -175,7 +175,7 @@ def test_fit_test_and_curvature(data, network, expected, monkeypatch, capsys):
             (" --data=".join(["", data[0]]).split() + data[1:]),
             [f"--model.backbone={network[0]}", *network[1:]],
         )
-        main(["fit", *data, *network, *FIT])
+        main(["fit", *data, *network, *FIT, "--model.objective=ERM"])
         folder = Path("out/lightning_logs/version_0")
         (checkpoint,) = folder.glob("checkpoints/*.ckpt")
         weights = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -193,14 +193,15 @@ def test_fit_test_and_curvature(data, network, expected, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["fit", "compare", "sweep"])
-def test_given_channels_that_contradict_the_data(command):
+def test_given_channels_that_contradict_the_data(command, capsys):
     write_images()
     name = "model.backbone" if command == "fit" else "backbone"
     options = ["--data=ImageFolderLT", "--data.root=images", f"--{name}=SmallConvNet", f"--{name}.in_channels=1"]
     with pytest.raises(SystemExit) as ended:
         main([command, *options])
-    assert ended.value.code == (
-        "error: Expected argument `in_channels` to be 3, the channels of the images in the data, but got 1."
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: Expected argument `in_channels` to be 3, the channels of the images in the data, but got 1.\n"
     )
     assert not [path for path in Path().iterdir() if path.name != "images"]
 

@@ -120,13 +120,12 @@ WRONG_COMMANDS = [
 ]
 
 WRONG_OPTIONS = [
-    (["fit"], "`fit` needs `--model.backbone` and `--data`, on the command line or in a file (`--config`)."),
-    (["validate"], "`validate` needs `--model.backbone` and `--data`"),
+    (["validate"], "`validate` needs a checkpoint: give --ckpt_path PATH."),
     (["fit", "--nope"], "There is no option `--nope`."),
     (["test", "--modle.tta=hflip"], "There is no option `--modle.tta`. Did you mean '--model.tta'?"),
     ([*FIT, "surplus"], "Expected options that begin with --, but got 'surplus'."),
     # The shell has replaced a pattern by two names.
-    ([*FIT, "--ckpt_path", "a.ckpt", "b.ckpt"], "Expected one checkpoint, but there are more: b.ckpt."),
+    ([*FIT, "--ckpt_path", "a.ckpt", "b.ckpt"], "but got 2 files: 'a.ckpt', 'b.ckpt'."),
     # An abbreviation was taken for the option in silence.
     ([*FIT, "--trainer.max_epoch=3"], "There is no option `--trainer.max_epoch`. Did you mean '--trainer.max_epochs'?"),
     ([*FIT, "--trainer.max_epochs=abc"], "Expected `--trainer.max_epochs` to be int or null, but got 'abc'."),
@@ -289,7 +288,10 @@ WRONG_CONFIGURATIONS = [
     (["compare", "--config=compare_cifar"], "Did you mean 'compare_cifar10_lt'?"),
     (["compare", "--config", "digits_lt"], f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, but got 'digits_lt'."),
     (["sweep", "--config=digits_lt"], "Expected `--config` to be a YAML file, but got 'digits_lt'."),
-    (["fit", "-c", "options.yaml"], "The configuration has `seeds`, but there is no option of this name."),
+    (
+        ["fit", "-c", "options.yaml"],
+        "'options.yaml' is a comparison of several methods. Choose one with --method: ERM,",
+    ),
     (["compare", "--config=fit.yaml"], "Expected argument `model` to be arguments of LongTailClassifier"),
     (
         ["compare", "--config=unknown.yaml"],

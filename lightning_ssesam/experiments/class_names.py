@@ -19,7 +19,7 @@ _SOURCES = {
 }
 # The first names are for guesses alone: the options take classes of Lightning, too.
 _LIGHTNING = {"callbacks": ("lightning.pytorch.callbacks", "Callback")}
-_NO_CHOICE = {"ImageDataModule", "LongTailClassifier", "NormalizedLinear", "BackboneFactory"}
+_NO_CHOICE = {"ImageDataModule", "ImageFileModule", "LongTailClassifier", "NormalizedLinear", "BackboneFactory"}
 
 
 @cache

@@ -132,11 +132,12 @@ class TrainingCLI(LightningCLI):
         given = options.get("callbacks") or []
         callbacks = [*given] if isinstance(given, list) else [given]
         is_switched = any(isinstance(callback, StageSwitch) for callback in callbacks)
-        if self.model.objective.num_stages > 1 and not is_switched:
+        needs_switch = self.model.objective.num_stages > 1 and not is_switched
+        if needs_switch:
             options["callbacks"] = [*callbacks, StageSwitch()]
-            if self.subcommand == "fit":
-                say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
         trainer = super().instantiate_trainer(**kwargs)
+        if needs_switch and self.subcommand == "fit":
+            say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
         guard_loading(trainer, self._trust)
         return trainer
 
