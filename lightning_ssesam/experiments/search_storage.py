@@ -1,0 +1,81 @@
+"""The journal of a search: opened, and mended after a command that was killed."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lightning_ssesam.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "journal.log"
+
+
+def open_storage(folder: Path) -> "optuna.storages.BaseStorage":
+    """Return Optuna's storage in a folder that this program has locked.
+
+    A lock of Optuna's, and a last line that is not complete, are what a killed command has left. Both are removed, and
+    a line says so.
+
+    Raises:
+        ArgumentError: If the journal cannot be read.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    path = folder / JOURNAL
+    _remove_locks(path)
+    _mend(path)
+    try:
+        lock = JournalFileOpenLock(str(path))
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+        for study in storage.get_all_studies():
+            storage.get_all_trials(study._study_id)
+    except Exception as error:
+        # Optuna raises whatever its replay meets: KeyError, TypeError, AssertionError, OSError.
+        _refuse(path, f"Optuna cannot read it: {type(error).__name__}: {error}", error)
+    return storage
+
+
+def _remove_locks(path: Path) -> None:
+    # Optuna renames a lock before it removes it.
+    if found := sorted(path.parent.glob(f"{path.name}.lock*")):
+        for lock in found:
+            lock.unlink(missing_ok=True)
+        print(f"Removed {found[0]}: the command that held this lock has ended.")
+
+
+def _mend(path: Path) -> None:
+    """Drop the last line if it is not complete. Refuse a journal with another bad line."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        _refuse(path, error.strerror or str(error), error)
+    wrong = [number for number, line in enumerate(lines) if not _is_entry(line)]
+    if wrong and wrong[0] < len(lines) - 1:
+        _refuse(path, f"line {wrong[0] + 1} of {len(lines)} is damaged")
+    if wrong:
+        os.truncate(path, sum(map(len, lines[:-1])))
+        print(f"Dropped the last line of {path}: it was cut off while it was written.")
+    elif lines and not lines[-1].endswith(b"\n"):
+        # Only the end of the line is missing.
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
+
+
+def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:
+    reason = " ".join(reason.split())
+    raise ArgumentError(
+        f"The search in {str(path)!r} cannot go on ({reason}). Put back a copy of this file, or move it away: the"
+        " search then begins anew."
+    ) from cause
