@@ -99,9 +99,13 @@ def validation_counts(data: LongTailDataModule) -> list[int] | None:
     try:
         data.setup("fit")
         loaders = data.val_dataloader()
+    except (NotImplementedError, AttributeError, TypeError, RuntimeError):
+        # Some modules need their Trainer.
+        return None
+    try:
         sets = [loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])]
         labels = torch.cat([labels_of(dataset) for dataset in sets])
-    except (ArgumentError, NotImplementedError, AttributeError, TypeError, RuntimeError):
+    except (ArgumentError, AttributeError, TypeError, RuntimeError):
         return None
     known = labels[(labels >= 0) & (labels < data.num_classes)]
     return torch.bincount(known, minlength=data.num_classes).tolist()
@@ -207,7 +211,8 @@ def write_best(
     for finding in findings:
         for name, value in finding.values.items():
             is_option = not has_entries or (name == "gamma" and has_gamma)
-            pairs[name if is_option else f"{finding.candidate.name}.{name}"] = value
+            argument = finding.candidate.radii.get(name, name)
+            pairs[name if is_option else f"{finding.candidate.name}.{argument}"] = value
             if is_option:
                 settings[name] = value
     if has_entries:
@@ -227,9 +232,8 @@ def _comment(findings: Sequence[Finding], metric: str, remarks: Sequence[str]) -
     lines = [f"Found by `lightning-ssesam sweep`: the best trials by {metric!r} on validation data."]
     for finding in findings:
         best, number = finding.complete[0], sum(map(is_done, finding.trials))
-        line = (
-            f"{finding.candidate.name}: trial {best.number}, the best of {number}: {100 * (best.value or 0.0):.1f} %."
-        )
+        value = f"{100 * (best.value or 0.0):.1f} %"
+        line = f"{finding.candidate.name}: trial {best.number}, the best of {number}: {value}."
         lines.append(line + (f" {_tie(finding)}." if finding.ties > 1 else ""))
     return [*lines, *remarks]
 

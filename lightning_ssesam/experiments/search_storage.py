@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
+# From optuna/storages/journal/_storage.py.
+_CREATE_STUDY = 0
 
 
 def open_storage(folder: Path) -> "optuna.storages.BaseStorage":
@@ -53,9 +55,12 @@ def _mend(path: Path) -> None:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     except OSError as error:
         _refuse(path, error.strerror or str(error), error)
-    wrong = [number for number, line in enumerate(lines) if not _is_entry(line)]
+    wrong = [number for number, line in enumerate(lines) if _operation(line) is None]
     if wrong and wrong[0] < len(lines) - 1:
         _refuse(path, f"line {wrong[0] + 1} of {len(lines)} is damaged")
+    if len(lines) > 1 and _operation(lines[0]) != _CREATE_STUDY:
+        # Optuna would skip all that belongs to a study that it does not know.
+        _refuse(path, "its beginning is missing")
     if wrong:
         os.truncate(path, sum(map(len, lines[:-1])))
         print(f"Dropped the last line of {path}: it was cut off while it was written.")
@@ -65,12 +70,14 @@ def _mend(path: Path) -> None:
             file.write(b"\n")
 
 
-def _is_entry(line: bytes) -> bool:
+def _operation(line: bytes) -> int | None:
+    """Return the number of the operation that a line of the journal holds, or None if it is damaged."""
     try:
         entry = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
+        return None
+    number = entry.get("op_code") if isinstance(entry, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def _refuse(path: Path, reason: str, cause: Exception | None = None) -> NoReturn:
