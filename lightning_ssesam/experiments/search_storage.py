@@ -33,8 +33,8 @@ def open_storage(folder: Path) -> "optuna.storages.BaseStorage":
     try:
         lock = JournalFileOpenLock(str(path))
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-        for study in storage.get_all_studies():
-            storage.get_all_trials(study._study_id)
+        for name in optuna.get_all_study_names(storage):
+            len(optuna.load_study(study_name=name, storage=storage).trials)
     except Exception as error:
         # Optuna raises whatever its replay meets: KeyError, TypeError, AssertionError, OSError.
         _refuse(path, f"Optuna cannot read it: {type(error).__name__}: {error}", error)
