@@ -149,7 +149,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
         _compare,
         "train ERM, SAM, ImbSAM and SSESAM, or your own methods, and write tables, pictures and an HTML report",
     ),
-    "sweep": (_sweep, "search for the radii and the switch of SSESAM, on validation data"),
+    "sweep": (_sweep, "search for the radii of every method and the switch of SSESAM, on validation data"),
     "curvature": (_curvature, "measure and draw the curvature of head loss and tail loss, at checkpoints of fit"),
 }
 """By name, the function of each command and its text for the usage. The error for unknown commands lists the names."""

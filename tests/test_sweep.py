@@ -1,8 +1,9 @@
-"""The search for radii and switch."""
+"""The search for radii and switch of SSE-SAM. `test_search.py` searches other methods."""
 
 import csv
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -13,11 +14,13 @@ from helpers import STRICT
 from lightning_ssesam import DigitsLT
 from lightning_ssesam.cli import main
 from lightning_ssesam.runs import GROUPS, Experiment
-from lightning_ssesam.sweep import sweep
+from lightning_ssesam.sweep import sweep as search
 
 pytestmark = STRICT
 
 FOUND = ("head_rho", "tail_rho", "gamma")
+
+sweep = partial(search, methods="SSESAM")
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,8 @@ class FakeTrainer:
 
     @property
     def callback_metrics(self):
-        return {f"val/acc_{group}": _Value(self.accuracy(group, self.current_epoch)) for group in GROUPS}
+        accuracies = {f"val/acc_{group}": _Value(self.accuracy(group, self.current_epoch)) for group in GROUPS}
+        return {"train/loss": 0.5, **accuracies}
 
 
 class _Value(float):
@@ -65,7 +69,7 @@ def trained(monkeypatch):
 
 
 def test_command(capsys):
-    arguments = ["--epochs=3", "--gamma=[0.4, 0.6]", "--data.seed=4"]
+    arguments = ["--methods=SSESAM", "--epochs=3", "--gamma=[0.4, 0.6]", "--data.seed=4"]
     main(["sweep", "--trials=3", *arguments])
     printed = capsys.readouterr().out
     assert "the best of 3 trials (0 more were given up early)" in printed
@@ -99,7 +103,7 @@ def test_command(capsys):
 
 
 def test_small_radii_are_not_rounded_away_and_bounds_are_settings(trained):
-    assert 1e-5 <= sweep(trials=1, epochs=1, head_rho=(1e-5, 2e-5))["head_rho"] <= 2e-5
+    assert 1e-5 <= sweep(trials=1, epochs=1, head_rho=(1e-5, 2e-5))["SSESAM"]["head_rho"] <= 2e-5
     assert 1e-5 <= yaml.safe_load(Path("sweep/best.yaml").read_text())["head_rho"] <= 2e-5
     with pytest.raises(ValueError, match="holds a search with other settings"):
         sweep(trials=1, epochs=1, head_rho=(1e-5, 3e-5))
@@ -136,7 +140,7 @@ def test_averages_over_seeds_also_while_it_trains(monkeypatch):
         callbacks[0].on_train_end(trainer, None)
 
     monkeypatch.setattr(Experiment, "fit", fit)
-    assert sweep(trials=1, seeds=2, epochs=1)["tail"] == pytest.approx(0.4)
+    assert sweep(trials=1, seeds=2, epochs=1)["SSESAM"]["tail"] == pytest.approx(0.4)
     assert averages == [0.2, pytest.approx(0.4)]
     assert load().best_value == pytest.approx(0.4)
 
@@ -146,7 +150,7 @@ def test_gives_up_nothing_if_told_so_and_passes_on_what_compare_shares(trained):
     sweep(trials=15, epochs=20, prune=False, config=config)
     assert {row["state"] for row in rows()} == {"complete"}
     settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
-    assert list(settings) == ["model", "tail_below", "epochs", *FOUND]
+    assert list(settings) == ["model", "tail_below", "epochs", *FOUND, "searched"]
 
 
 def test_trials_that_were_given_up_count(trained):
@@ -163,7 +167,7 @@ def test_bounds_are_two():
 
 
 def test_finds_what_is_best(trained):
-    best = sweep(trials=40, epochs=10, prune=False)
+    best = sweep(trials=40, epochs=10, prune=False)["SSESAM"]
     assert best["head_rho"] == pytest.approx(0.1, abs=0.06)
     assert best["tail_rho"] == pytest.approx(0.2, abs=0.08)
     assert {seed for *_, seed in trained} == {1000}
@@ -187,7 +191,7 @@ def load():
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     backend = JournalFileBackend("sweep/journal.log", lock_obj=JournalFileOpenLock("sweep/journal.log"))
-    return optuna.load_study(study_name="sweep", storage=JournalStorage(backend))
+    return optuna.load_study(study_name="SSESAM", storage=JournalStorage(backend))
 
 
 def test_several_seeds_are_averaged(trained):
@@ -218,7 +222,7 @@ def test_validation_now_and_then():
 
 def test_a_training_may_stop_early():
     result = sweep(trials=1, epochs=3, trainer={"max_steps": 10})
-    assert result["all"] == float(rows()[0]["all"]) > 0
+    assert result["SSESAM"]["all"] == float(rows()[0]["all"]) > 0
 
 
 def test_refuses_never_to_validate():

@@ -1,5 +1,6 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
+import inspect
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -14,8 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
-from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.choices import describe, find_choices, notes
 from lightning_ssesam.experiments.class_names import closest, did_you_mean
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
@@ -79,6 +81,7 @@ def compare(
     head_rho: float = 0.05,
     tail_rho: float = 0.2,
     gamma: float = 0.7,
+    searched: list[str] | None = None,
     jobs: int = 1,
     output: Path = Path("comparison"),
     config: str | None = None,
@@ -102,6 +105,8 @@ def compare(
         head_rho: Radius of SSESAM for the head, in stage 1.
         tail_rho: Radius of SSESAM for the tail.
         gamma: Fraction of the training after which SSESAM's stage 2 begins.
+        searched: Names of the radii and switches that were searched on validation data, for the report. ``name=value``
+            counts only as long as the option has this value. The best.yaml of a search fills it in.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
@@ -127,6 +132,8 @@ def compare(
         split = experiments[0].make_split(data)
         pairs = [(experiment, experiment.fingerprint(split)) for experiment in experiments]
         experiments[0].make_trainer([])
+    options = {**radii, "gamma": gamma}
+    choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
     # Download the data here, because several processes must not do so at once.
     modules = [method.data() if method.data else data for method in chosen.values()]
     for module in {id(module): module for module in (data, *modules)}.values():
@@ -138,11 +145,18 @@ def compare(
     tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
     runs = _finish(tasks, RunStore(output / "runs"), jobs, output)
     is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
-    comparison = Comparison(runs, split, data, shared.epochs, gamma if is_switched else None, config)
-    print(format_table(runs))
+    remarks = notes(choices, list(chosen), isinstance(data, DigitsLT))
+    comparison = Comparison(
+        runs, split, data, shared.epochs, gamma if is_switched else None, config, describe(choices), remarks
+    )
+    print("\n".join([format_table(runs), *remarks]))
     written = write_report(comparison, output)
     print(f"\nWritten: {', '.join(str(path) for path in written)}")
     return runs
+
+
+def _defaults(names: Iterable[str]) -> dict[str, float]:
+    return {name: inspect.signature(compare).parameters[name].default for name in names}
 
 
 def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
@@ -159,7 +173,7 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
         raise ArgumentError(f"{error}{did_you_mean(guess)}")
     makers: dict[str, Callable[[], Objective]] = {
         "ERM": ERM,
-        "SAM": partial(SAM, radii["sam_rho"]),
+        "SAM": partial(SAM, rho=radii["sam_rho"]),
         "ImbSAM": partial(ImbSAM, rho=radii["imbsam_rho"]),
         "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
     }

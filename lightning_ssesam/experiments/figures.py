@@ -119,18 +119,22 @@ FIGURES = (
 """The pictures of the report, in their order. To add one, write a function that draws it, and add an entry."""
 
 
-def draw_sweep(trials: Sequence[Mapping[str, float]]) -> matplotlib.figure.Figure:
-    """Draw head and tail accuracy of the trials of a search, the best trial first. Accuracies are in [0, 1]."""
+def draw_sweep(methods: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotlib.figure.Figure:
+    """Draw head and tail accuracy of the trials of each method, its best trial first. Accuracies are in [0, 1]."""
     figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
-    head, tail, everything = (100 * np.array([trial[group] for trial in trials]) for group in ("head", "tail", "all"))
-    points = ax.scatter(head, tail, c=everything, cmap="viridis")
-    ax.scatter(head[:1], tail[:1], s=160, facecolors="none", edgecolors="#D55E00", linewidths=2, label="the best")
-    figure.colorbar(points, label="accuracy of all classes in % (validation)")
+    for number, (name, trials) in enumerate(methods.items()):
+        color, marker = method_style(number)
+        head, tail = (100 * np.array([trial[group] for trial in trials]) for group in ("head", "tail"))
+        ax.scatter(head, tail, s=24, color=color, marker=marker, alpha=0.6, linewidths=0, label=_label(name))
+        ax.scatter(head[:1], tail[:1], s=120, color=color, marker=marker, edgecolors="white", zorder=3)
     ax.set(xlabel="head accuracy in % (validation)", ylabel="tail accuracy in % (validation)")
-    ax.set_title(f"Every one of {len(trials)} trials that ended")
-    ax.legend()
+    ax.set_title("Every trial that ended (small) and the best of each method")
+    # A point counts the same on both axes.
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.margins(0.1)
     ax.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
     return figure
 
 

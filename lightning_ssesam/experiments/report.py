@@ -22,7 +22,9 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     results, summary, table = (folder / name for name in ("results.csv", "summary.csv", "table.md"))
     tables.write_runs(comparison.runs, results)
     tables.write_summary(comparison.runs, summary)
-    table.write_text(tables.markdown_table(comparison.runs, comparison.validation_set), encoding="utf-8")
+    remarks = [f"Radii and switch: {comparison.values}."] if comparison.values else []
+    paragraphs = [tables.markdown_table(comparison.runs, comparison.validation_set), *remarks, *comparison.notes]
+    table.write_text("\n\n".join(text.rstrip() for text in paragraphs) + "\n", encoding="utf-8")
     pictures = [folder / f"{figure.name}.png" for figure in FIGURES]
     for figure, picture in zip(FIGURES, pictures, strict=True):
         figure.draw(comparison).savefig(picture, dpi=150)
@@ -68,6 +70,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         f" {int(split.medium.sum()):,} between, {int(split.few.sum()):,} with fewer than {split.few_below}",
         "Training": f"{comparison.epochs} epochs"
         + ("" if comparison.gamma is None else f", stage 2 after {100 * comparison.gamma:g} % of them"),
+        **({"Radii and switch": comparison.values} if comparison.values else {}),
         "Made with": f"lightning-ssesam {_version.__version__}, torch {torch.__version__}, lightning"
         f" {pl.__version__}, Python {platform.python_version()}" + (f", on {devices}" if devices else ""),
         "Time": f"{sum(run.seconds for run in comparison.runs) / 60:.1f} minutes of training, summed over the runs",

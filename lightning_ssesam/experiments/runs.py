@@ -87,6 +87,8 @@ class Comparison:
         epochs: Length of each training.
         gamma: Fraction of the training after which stage 2 begins, or None if no method is switched there.
         config: Configuration that repeats the comparison, as YAML, if there is one.
+        values: Radii and switches of the methods, and where they come from.
+        notes: What a reader must know before comparing the methods, in sentences.
     """
 
     runs: Sequence[Run]
@@ -95,6 +97,8 @@ class Comparison:
     epochs: int
     gamma: float | None = None
     config: str | None = None
+    values: str = ""
+    notes: Sequence[str] = ()
 
     @property
     def name(self) -> str:
