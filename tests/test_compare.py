@@ -79,7 +79,7 @@ def test_compare(capsys):
             errors = float(row[f"{group}_to_head"]) + float(row[f"{group}_to_tail"])
             assert float(row[group]) + errors == pytest.approx(1, abs=3e-6)
         assert float(row["seconds"]) > 0
-    assert WRITTEN | {"runs"} == {path.name for path in Path("out/here").iterdir()}
+    assert WRITTEN | {"runs", ".lock"} == {path.name for path in Path("out/here").iterdir()}
     for picture in ("comparison", "trade_off", "confusion"):
         data = Path(f"out/here/{picture}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
@@ -473,7 +473,7 @@ def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
         (["--tail_fraction=2"], "`tail_fraction` to be a number strictly between 0 and 1"),
         (
             ["--output=file/here"],
-            "`output` to be a folder that can be made (Not a directory), but got 'file/here/",
+            "`output` to be a folder that can be made (Not a directory), but got 'file/here'.",
         ),
         (["--tail_fraction=0.001"], "`split` to be a ClassSplit with both head and tail classes"),
         (["--model={nonsense: 1}"], "`model` to be arguments of LongTailClassifier, except those set elsewhere"),

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data.contents import hash_attributes
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.samplers import ClassSampler
 from lightning_ssesam.split import ClassSplit
@@ -87,6 +88,19 @@ class LongTailDataModule(pl.LightningDataModule):
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the data sets ``"train"``, ``"test"`` and, unless ``val_is_test``, ``"val"``."""
         return {}
+
+    def fingerprint(self) -> str:
+        """Return a text that changes when the samples change, so that ``compare`` makes its runs again.
+
+        By default it comes from the attributes of the module and of its data sets: the values of arrays and tensors,
+        and the sizes and the times of change of files that are named there. Override it if your samples come from
+        elsewhere, such as a database, or if making the data sets takes long. Settings and code need not be part of it.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if not self._sets:
+                self.prepare_data()
+                self.setup("fit")
+        return hash_attributes(self)
 
     @override
     def setup(self, stage: str) -> None:

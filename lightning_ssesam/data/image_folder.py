@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
@@ -75,6 +76,12 @@ class ImageFolderLT(ImageDataModule):
             tailed = LongTailed(train, imbalance_factor, profile, self.seed)
             self.class_counts = tailed.class_counts
             self._parts["train"] = _chosen(train.samples, tailed.indices)
+
+    @override
+    def fingerprint(self) -> str:
+        """Return a text that changes with the name, the size or the time of change of an image of any set."""
+        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
+        return hash_files(paths, self.root)
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:

@@ -2,6 +2,8 @@
 
 import os
 from array import array
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.images import ImageDataModule, ImageFiles, Transform, is_hidden, read_image
 from lightning_ssesam.errors import ArgumentError
 
@@ -133,6 +136,14 @@ class ImageListLT(ImageDataModule):
         self.class_counts = _class_counts(self._train)
 
     @override
+    def fingerprint(self) -> str:
+        """Return a text that changes with a list, or with the size or the time of change of an image."""
+        lists = [str(path) for path in (self._train.list_file, self.test, self.val) if path is not None]
+        return hash_files(lists, os.path.dirname(lists[0])) + hash_files(
+            chain.from_iterable(_listed(path, self.root) for path in lists), self.root
+        )
+
+    @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the other lists, and the first image of each list."""
         self._train.transform, to_test = self.transforms(self.image_size)
@@ -161,6 +172,18 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
                 raise ArgumentError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")
             start += len(line)
     return starts, labels
+
+
+def _listed(path: str, root: str | Path) -> Iterator[str]:
+    """Return the paths of a list file. Those of hidden files are among them."""
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                yield os.path.join(
+                    root, os.fsdecode(line.removeprefix(_BOM).rsplit(None, 1)[0] if line.strip() else b"")
+                )
+    except OSError as error:
+        raise _bad_file(path, error.strerror or repr(error)) from error
 
 
 def _bad_file(path: str, got: str) -> ArgumentError:
