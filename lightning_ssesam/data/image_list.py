@@ -138,10 +138,9 @@ class ImageListLT(ImageDataModule):
     @override
     def fingerprint(self) -> str:
         """Return a text that changes with a list, or with the size or the time of change of an image."""
-        lists = [str(path) for path in (self._train.list_file, self.test, self.val) if path is not None]
-        return hash_files(lists, os.path.dirname(lists[0])) + hash_files(
-            chain.from_iterable(_listed(path, self.root) for path in lists), self.root
-        )
+        lists = [os.path.realpath(path) for path in (self._train.list_file, self.test, self.val) if path is not None]
+        images = chain.from_iterable(_listed(path, self.root) for path in lists)
+        return f"{hash_files(lists, os.path.dirname(lists[0]))} {hash_files(images, self.root)}"
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
@@ -175,13 +174,12 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
 
 
 def _listed(path: str, root: str | Path) -> Iterator[str]:
-    """Return the paths of a list file. Those of hidden files are among them."""
+    """Yield the paths of a list file, also those of hidden files."""
     try:
         with open(path, "rb") as file:
-            for line in file:
-                yield os.path.join(
-                    root, os.fsdecode(line.removeprefix(_BOM).rsplit(None, 1)[0] if line.strip() else b"")
-                )
+            for fields in (line.removeprefix(_BOM).rsplit(None, 1) for line in file):
+                if fields:
+                    yield os.path.join(root, os.fsdecode(fields[0]))
     except OSError as error:
         raise _bad_file(path, error.strerror or repr(error)) from error
 

@@ -63,7 +63,8 @@ def _describe_object(value: Any, depth: int) -> str:
         return f"{value.__qualname__} {describe(value.__self__, depth)}"
     if isinstance(value, nn.Module):
         return describe_module(value)
-    if type(value).__repr__ == object.__repr__ and depth < _DEEPEST:
+    is_plain = type(value).__repr__ is object.__repr__  # type: ignore[comparison-overlap]
+    if is_plain and depth < _DEEPEST:
         return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), depth + 1)}"
     return without_addresses(repr(value))
 
@@ -82,18 +83,14 @@ def describe_module(module: nn.Module) -> str:
 def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the public attributes or arguments of a data module on which its samples depend."""
     skipped = _SPEED | _LIGHTNING
-    return {
-        name: Path(value) if isinstance(value, str) and _exists(value) else value
-        for name, value in values.items()
-        if not name.startswith("_") and name not in skipped
-    }
+    return {name: _as_path(value) for name, value in values.items() if not name.startswith("_") and name not in skipped}
 
 
 def data_factory(factory: Any) -> Any:
     """Return what makes a data module, with those of its arguments on which its samples depend."""
     if isinstance(factory, functools.partial):
-        return [factory.func, factory.args, data_settings(factory.keywords)]
-    return factory
+        return [factory.func, [_as_path(value) for value in factory.args], data_settings(factory.keywords)]
+    return [factory, [], {}]
 
 
 def files_of(factory: Any) -> str:
@@ -101,6 +98,10 @@ def files_of(factory: Any) -> str:
     given = [*factory.args, *factory.keywords.values()] if isinstance(factory, functools.partial) else []
     names = [str(value) for value in given if isinstance(value, str | Path) and _exists(str(value))]
     return hash_files(path for path in map(os.path.realpath, names) if os.path.isfile(path))
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and _exists(value) else value
 
 
 def _exists(text: str) -> bool:

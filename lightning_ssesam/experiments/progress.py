@@ -100,7 +100,9 @@ class Progress:
         # A notebook has a display of its own.
         options: dict[str, Any] = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else _line_by_line()
         # The time that is left comes from the average speed: trainings of several methods alternate.
-        self._bar = tqdm(total=trainings * epochs, unit="epoch", smoothing=0, miniters=1, **options)
+        self._bar = tqdm(
+            total=trainings * epochs, unit="epoch", smoothing=0, miniters=1, disable=not trainings, **options
+        )
 
     def show(self, end: EpochEnd) -> None:
         """Count an epoch, and show which training has finished it."""

@@ -9,6 +9,7 @@ import numbers
 import re
 import sys
 import sysconfig
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -77,6 +78,10 @@ class _Walk:
         self._seen[id(value)] = value
         if isinstance(value, ModuleType):
             self._visit_module(value.__name__)
+            # Modules of a package, which others may have imported.
+            parts = [part for part in vars(value).values() if isinstance(part, ModuleType)]
+            for part in parts if is_foreign(value.__name__) else []:
+                self.visit(part)
         elif isinstance(value, type):
             self._visit_class(value)
         elif isinstance(value, FunctionType):
@@ -130,17 +135,12 @@ class _Walk:
                 self.texts.add(text)
                 with suppress(SyntaxError, ValueError):
                     self._visit_imports(ast.parse(text), _package_of(name, file))
-        # Modules of a package that others have imported.
-        loaded = sys.modules.get(name)
-        for value in list(vars(loaded).values()) if loaded else []:
-            if isinstance(value, ModuleType):
-                self.visit(value)
 
     def _add_definition(self, definition: Any, text: str) -> None:
         self.texts.add(text)
         module = sys.modules.get(definition.__module__)
         try:
-            tree = ast.parse(inspect.cleandoc(text))
+            tree = ast.parse(textwrap.dedent(text))
         except SyntaxError:
             return
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
