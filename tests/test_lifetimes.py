@@ -104,6 +104,62 @@ def test_a_pool_ends_with_its_parent(number, start):
     wait_for(lambda: not running(process.pid), seconds=3)
 
 
+@pytest.mark.parametrize("moment", [0, 0.02, 0.05, 0.1, 0.2])
+def test_workers_that_are_starting_end_with_their_parent(moment, start):
+    """Before they know that they have to."""
+    Path("program.py").write_text(PROGRAM)
+    process = start("program.py", "pool")
+    wait_for(lambda: len(running(process.pid)) >= 2)
+    time.sleep(moment)
+    process.kill()
+    process.wait(20)
+    wait_for(lambda: not running(process.pid), seconds=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at the death of a parent")
+@pytest.mark.parametrize("is_all", [False, True])
+def test_a_stopped_pool_ends_with_its_parent(is_all, start):
+    """The parent is stopped, as by Ctrl-Z, or all processes are, with the guards, and then the parent is killed."""
+    Path("program.py").write_text(PROGRAM)
+    process = start("program.py", "pool")
+    wait_for(Path("ready").exists)
+    listed = subprocess.run(["ps", "-A", "-o", "sess=,pid="], capture_output=True, text=True, check=True).stdout
+    members = [int(pid) for session, pid in map(str.split, listed.splitlines()) if session == str(process.pid)]
+    for pid in members if is_all else [process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    process.kill()
+    process.wait(20)
+    if is_all:
+        # The worker and its forks are gone at once. What else it has started can only end when a guard goes on.
+        wait_for(lambda: not any("spawn_main" in command for command in running(process.pid)), seconds=3)
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not running(process.pid), seconds=5)
+
+
+def test_a_pool_ends_with_its_terminal(start):
+    """The window is closed: the program gets SIGHUP, and its output an error."""
+    Path("program.py").write_text(PROGRAM)
+    screen, terminal = os.openpty()
+    process = start(
+        "-c",
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        " os.execv(sys.executable, [sys.executable, 'program.py', 'pool'])",
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    try:
+        wait_for(Path("ready").exists)
+    finally:
+        os.close(screen)
+    process.wait(20)
+    wait_for(lambda: not running(process.pid), seconds=5)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at the death of a parent")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_forked_processes_end_with_their_parent(number, start):

@@ -19,7 +19,7 @@ from lightning_ssesam._validation import bad_argument, check_flag, check_fractio
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
-from lightning_ssesam.experiments.files import locked, make_folder
+from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.origin import origin, tail_rule
@@ -168,7 +168,9 @@ def compare(
         tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
         facts = origin()
         weights = WeightStore(output / "weights") if keep_weights else None
-        runs = _finish(tasks, RunStore(output / "runs"), weights, jobs, output, fresh)
+        store = RunStore(output / "runs")
+        remove_unfinished(store.folder)
+        runs = _finish(tasks, store, weights, jobs, output, fresh)
         is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
         rule = tail_rule(shared.model_arguments)
         switch = gamma if is_switched else None
