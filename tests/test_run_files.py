@@ -200,7 +200,7 @@ with locked(Path("out")), replaced(Path("out/half.txt")) as path:
 def test_two_commands_in_one_folder(made, capsys):
     process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE)
     try:
-        wait_for(Path("ready").exists)
+        wait_for(Path("ready").exists, seconds=90)
         with pytest.raises(SystemExit) as stop:
             main(["compare", "--output=out", "--epochs=3", "--jobs=1"])
         message = str(stop.value)

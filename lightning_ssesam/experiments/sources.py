@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import lightning_ssesam
-
 _INSTALLED = {"site-packages", "dist-packages"}
 _LEAVES = (str, bytes, numbers.Number, torch.Tensor, np.ndarray, Path)
 # Values of a longer list or mapping are of the same kind.
@@ -59,7 +57,7 @@ def _is_foreign_file(file: str | None) -> bool:
     if file is None:
         return True
     path = Path(file).resolve()
-    own, python = Path(lightning_ssesam.__file__).resolve().parent, Path(sysconfig.get_path("stdlib")).resolve()
+    own, python = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve()
     return not (own in path.parents or python in path.parents or _INSTALLED & set(path.parts))
 
 
