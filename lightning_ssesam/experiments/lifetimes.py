@@ -55,7 +55,7 @@ def end_with_parent() -> None:
 
     It becomes the leader of a process group. A second process, the guard, waits for the end of the parent and kills the
     group. A thread in this process could not do so, because a call into C++ may keep Python's lock for hours. On Linux
-    the system kills this process and its forks, too, which works while the guard is stopped.
+    the system kills this process and its forks, too, which works if the guard was killed.
     """
     # Ctrl-C reaches every process of a terminal. The first process handles it, and the others ignore it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
