@@ -104,6 +104,64 @@ def test_a_pool_ends_with_its_parent(number, start):
     wait_for(lambda: not running(process.pid), seconds=3)
 
 
+@pytest.mark.parametrize("moment", [0, 0.02, 0.05, 0.1, 0.2])
+def test_workers_that_are_starting_end_with_their_parent(moment, start):
+    """Before they know that they have to."""
+    Path("program.py").write_text(PROGRAM)
+    process = start("program.py", "pool")
+    wait_for(lambda: len(running(process.pid)) >= 2)
+    time.sleep(moment)
+    process.kill()
+    process.wait(20)
+    wait_for(lambda: not running(process.pid), seconds=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at the death of a parent")
+@pytest.mark.parametrize("what", ["the parent is stopped", "the guards are killed"])
+def test_a_pool_ends_with_its_parent_also_if(what, start):
+    """As by Ctrl-Z, and as where memory is short."""
+    Path("program.py").write_text(PROGRAM)
+    process = start("program.py", "pool")
+    wait_for(Path("ready").exists)
+    if what == "the parent is stopped":
+        process.send_signal(signal.SIGSTOP)
+    else:
+        listed = subprocess.run(
+            ["ps", "-A", "-o", "sess=,pid=,args="], capture_output=True, text=True, check=True
+        ).stdout
+        lines = [line.split(None, 2) for line in listed.splitlines() if " -I -S -c" in line]
+        guards = [int(pid) for session, pid, _ in lines if session == str(process.pid)]
+        assert guards
+        for pid in guards:
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.wait(20)
+    # The workers and their forks. Without a guard, another program that a worker has started goes on.
+    programs = ("sleep",) if what == "the guards are killed" else ()
+    wait_for(lambda: all(command.split()[0] in programs for command in running(process.pid)), seconds=5)
+
+
+def test_a_pool_ends_with_its_terminal(start):
+    """The window is closed: the program gets SIGHUP, and its output an error."""
+    Path("program.py").write_text(PROGRAM)
+    screen, terminal = os.openpty()
+    process = start(
+        "-c",
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        " os.execv(sys.executable, [sys.executable, 'program.py', 'pool'])",
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    try:
+        wait_for(Path("ready").exists)
+    finally:
+        os.close(screen)
+    process.wait(20)
+    wait_for(lambda: not running(process.pid), seconds=5)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal at the death of a parent")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_forked_processes_end_with_their_parent(number, start):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
+from lightning_ssesam.data.contents import hash_attributes
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.samplers import ClassSampler
 from lightning_ssesam.factories import check_factory, check_made
@@ -103,6 +104,19 @@ class LongTailDataModule(pl.LightningDataModule):
         Raises:
             ArgumentError: If a file is bad. The message says how many are.
         """
+
+    def fingerprint(self) -> str:
+        """Return a text that changes when the samples change, so that ``compare`` makes its runs again.
+
+        By default it comes from the attributes of the module and of its data sets: the values of arrays and tensors,
+        and the sizes and the times of change of files that are named there. Override it if your samples come from
+        elsewhere, such as a database, or if making the data sets takes long. Settings and code need not be part of it.
+        """
+        with torch.random.fork_rng(devices=[]):
+            if not self._sets:
+                self.prepare_data()
+                self.setup("fit")
+        return hash_attributes(self)
 
     @override
     def setup(self, stage: str) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
+from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.image_files import ImageFileModule, count_text
 from lightning_ssesam.data.images import ImageFiles, Transform
 from lightning_ssesam.data.long_tailed import LongTailed
@@ -95,6 +96,12 @@ class ImageFolderLT(ImageFileModule):
     def file_sets(self) -> dict[str, ImageFiles]:
         """Return all images of the folder, whether they are chosen or not."""
         return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
+
+    @override
+    def fingerprint(self) -> str:
+        """Return a text that changes with the name, the size or the time of change of an image of any set."""
+        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
+        return hash_files(paths, self.root)
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:

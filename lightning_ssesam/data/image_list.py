@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.image_files import ImageFileModule
 from lightning_ssesam.data.images import ImageFiles, Transform
 from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown
@@ -176,6 +178,13 @@ class ImageListLT(ImageFileModule):
         return {"train": self._train, **{name: self._list(path) for name, path in lists.items()}}
 
     @override
+    def fingerprint(self) -> str:
+        """Return a text that changes with a list, or with the size or the time of change of an image."""
+        lists = [os.path.realpath(path) for path in (self._train.list_file, self.test, self.val) if path is not None]
+        images = chain.from_iterable(_listed(path, self.root) for path in lists)
+        return f"{hash_files(lists, os.path.dirname(lists[0]))} {hash_files(images, self.root)}"
+
+    @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the other lists, and the first image of each list."""
         sets = self.file_sets()
@@ -206,6 +215,17 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
                 raise ArgumentError(f"{path}, line {number}: Expected {expected}, but got {os.fsdecode(fields[-1])!r}.")
             start += len(line)
     return starts, labels
+
+
+def _listed(path: str, root: str | Path) -> Iterator[str]:
+    """Yield the paths of a list file, also those of hidden files."""
+    try:
+        with open(path, "rb") as file:
+            for fields in (line.removeprefix(_BOM).rsplit(None, 1) for line in file):
+                if fields:
+                    yield os.path.join(root, os.fsdecode(fields[0]))
+    except OSError as error:
+        raise _bad_file(path, error.strerror or repr(error)) from error
 
 
 def _bad_file(path: str, got: str) -> ArgumentError:

@@ -1,34 +1,42 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
 import inspect
+import unicodedata
 from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Sampler
 
-from lightning_ssesam._validation import bad_argument, check_fraction, check_integer, check_radius
+from lightning_ssesam._validation import bad_argument, check_flag, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.choices import describe, find_choices, notes
 from lightning_ssesam.experiments.class_names import closest, did_you_mean
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
+from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import Recipe, check_factories
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
+from lightning_ssesam.experiments.weights import KeepWeights, WeightStore
+from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import BackboneFactory
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
+
+_LONGEST_NAME = 200
 
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
 
@@ -45,7 +53,8 @@ class Method:
         loss: Loss by class path, with its arguments.
         backbone: Network by class path, with its arguments.
         optimizer: Optimizer by class path, with its arguments.
-        data: Data module by class path, with its arguments, for example another sampler. Class counts must be equal.
+        data: Data module by class path, with its arguments. Class counts must be equal.
+        sampler: Sampler by class path, such as ClassBalancedSampler; replaces that of the data module.
         callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
         model: Further arguments of LongTailClassifier, such as step_options.
     """
@@ -55,6 +64,7 @@ class Method:
     backbone: BackboneFactory | None = None
     optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
     data: Callable[[], LongTailDataModule] | None = None
+    sampler: Callable[[Tensor], Sampler[int]] | None = None
     callbacks: list[Callback] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -70,7 +80,28 @@ class Method:
         parts = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data")}
         given = {part: value for part, value in parts.items() if value is not None}
         options = {**vars(recipe), **given, "model": {**shared, **model}}
+        if self.sampler is not None:
+            options["data"] = WithSampler(options["data"], self.sampler)
         return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
+
+
+@dataclass(frozen=True)
+class WithSampler:
+    """Makes a data module, and replaces its sampler. It can be sent to another process if its parts can be pickled.
+
+    Args:
+        data: Makes the data module.
+        sampler: Makes the sampler of the training set from its labels ``(N,)``.
+    """
+
+    data: Callable[[], LongTailDataModule]
+    sampler: Callable[[Tensor], Sampler[int]]
+
+    def __call__(self) -> LongTailDataModule:
+        """Return the data module."""
+        data = self.data()
+        data.sampler = self.sampler
+        return data
 
 
 def compare(
@@ -84,6 +115,8 @@ def compare(
     searched: list[str] | None = None,
     jobs: int = 1,
     output: Path = Path("comparison"),
+    keep_weights: bool = False,
+    fresh: bool = False,
     config: str | None = None,
     **recipe: Any,
 ) -> list[Run]:
@@ -91,7 +124,8 @@ def compare(
 
     Methods with the same seed get the same initial weights, batch order and number of epochs. Accuracies are on the
     test set, after the last epoch; the curves are on the validation set. Every run is kept in the output folder as soon
-    as it ends. The same command again makes only the runs that are missing or were made with other settings.
+    as it ends. The same command again makes only the runs that are missing or were made with other settings, other code
+    of your own, or other data. Runs of other settings stay in the folder.
 
     Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
     run), summary.csv, table.md, comparison.png, trade_off.png and confusion.png.
@@ -108,7 +142,9 @@ def compare(
         searched: Names of the radii and switches that were searched on validation data, for the report. ``name=value``
             counts only as long as the option has this value. The best.yaml of a search fills it in.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
-        output: Folder for the results.
+        output: Folder for the results. Only one command at a time may use it.
+        keep_weights: Whether to keep a checkpoint of each run, in the folder weights.
+        fresh: Whether to make runs anew that are there already. The earlier ones are moved to the folder earlier.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
@@ -121,6 +157,8 @@ def compare(
     """
     for name, value in {"seeds": seeds, "jobs": jobs}.items():
         check_integer(name, value, minimum=1)
+    for name, flag in {"keep_weights": keep_weights, "fresh": fresh}.items():
+        check_flag(name, flag)
     check_fraction("gamma", gamma)
     shared = Recipe(**recipe)
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
@@ -130,27 +168,37 @@ def compare(
     data = shared.make_data()
     with quiet():
         split = experiments[0].make_split(data)
-        pairs = [(experiment, experiment.fingerprint(split)) for experiment in experiments]
+        for experiment in experiments:
+            experiment.check(split)
         experiments[0].make_trainer([])
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
-    # Download the data here, because several processes must not do so at once.
-    modules = [method.data() if method.data else data for method in chosen.values()]
-    for module in {id(module): module for module in (data, *modules)}.values():
-        module.prepare_data()
-        module.check_files()
-    for experiment, module in zip(experiments, modules, strict=True):
-        experiment.check_network(module)
-    # In the order of seeds, so that an interrupted comparison has as many runs of each method.
-    tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
-    runs = _finish(tasks, RunStore(output / "runs"), jobs, output)
-    is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
-    remarks = notes(choices, list(chosen), isinstance(data, DigitsLT))
-    comparison = Comparison(
-        runs, split, data, shared.epochs, gamma if is_switched else None, config, describe(choices), remarks
-    )
-    print("\n".join([format_table(runs), *remarks]))
-    written = write_report(comparison, output)
+    make_folder(output)
+    with locked(output):
+        contents = _prepare_data(experiments)
+        pairs = [(each, each.fingerprint(split, contents[id(_source_of(each))])) for each in experiments]
+        # In the order of seeds, so that an interrupted comparison has as many runs of each method.
+        tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
+        facts = origin()
+        weights = WeightStore(output / "weights") if keep_weights else None
+        store = RunStore(output / "runs")
+        remove_unfinished(store.folder)
+        runs = _finish(tasks, store, weights, jobs, output, fresh)
+        is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
+        comparison = Comparison(
+            runs,
+            split,
+            data,
+            shared.epochs,
+            gamma if is_switched else None,
+            config,
+            origin=facts,
+            tail_rule=tail_rule(shared.model_arguments),
+            values=describe(choices),
+            notes=notes(choices, list(chosen), isinstance(data, DigitsLT)),
+        )
+        print("\n".join([format_table(runs), *comparison.notes]))
+        written = write_report(comparison, output)
     print(f"\nWritten: {', '.join(str(path) for path in written)}")
     return runs
 
@@ -162,6 +210,7 @@ def _defaults(names: Iterable[str]) -> dict[str, float]:
 def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
     if isinstance(methods, dict) and methods:
         for name, method in methods.items():
+            _check_method_name(name)
             if wrong := sorted(method.model.keys() & _GROUPINGS):
                 expected = f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})"
                 raise bad_argument("methods", expected, got_text=f"{', '.join(wrong)} for {name!r}")
@@ -180,12 +229,75 @@ def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, 
     return {name: Method(makers[name]) for name in names}
 
 
-def _finish(tasks: list[Task], store: RunStore, jobs: int, output: Path) -> list[Run]:
+def _check_method_name(name: Any) -> None:
+    is_text = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and not name.isspace()
+    # Control characters, halves of characters, and ends of lines and paragraphs.
+    if not is_text or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        limits = f"a line of 1 to {_LONGEST_NAME} characters, without control characters"
+        how = "" if isinstance(name, str) else " (quote it, if it is meant as a name)"
+        raise bad_argument("methods", f"methods whose names are text: {limits}", got_text=f"{_short(name)}{how}")
+
+
+def _short(name: Any) -> str:
+    text = ascii(name)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _source_of(experiment: Experiment) -> Callable[[], LongTailDataModule]:
+    """Return what makes the data module of an experiment, before its sampler is replaced."""
+    return experiment.data.data if isinstance(experiment.data, WithSampler) else experiment.data
+
+
+def _prepare_data(experiments: Sequence[Experiment]) -> dict[int, str]:
+    """Download the data, because several processes must not do so at once. Check files and networks.
+
+    Return the fingerprint of each data module.
+
+    Its key is the ``id`` of what makes the module.
+    """
+    modules, contents = dict[int, LongTailDataModule](), dict[int, str]()
+    for experiment in experiments:
+        source = _source_of(experiment)
+        if id(source) not in modules:
+            modules[id(source)] = data = check_made("data", source(), LongTailDataModule)
+            data.prepare_data()
+            data.check_files()
+            contents[id(source)] = data.fingerprint()
+        experiment.check_network(modules[id(source)])
+    return contents
+
+
+def _load(tasks: Sequence[Task], store: RunStore, weights: WeightStore | None, fresh: bool) -> list[Run | None]:
+    """Return the runs that need not be made, and None for each of the others."""
+    found: list[Run | None] = []
+    for task in tasks:
+        key = (task.experiment.method, task.seed, task.fingerprint)
+        if fresh:
+            for kept in (store, weights):
+                if kept is not None:
+                    kept.set_aside(*key)
+        has_weights = weights is None or weights.path(*key).is_file()
+        found.append(store.load(*key) if has_weights else None)
+    return found
+
+
+def _with_weights(task: Task, weights: WeightStore) -> Task:
+    """Return a task that keeps the weights."""
+    path = weights.path(task.experiment.method, task.seed, task.fingerprint)
+    callbacks = [*task.experiment.callbacks, KeepWeights(path)]
+    return task._replace(experiment=replace(task.experiment, callbacks=callbacks))
+
+
+def _finish(
+    tasks: list[Task], store: RunStore, weights: WeightStore | None, jobs: int, output: Path, fresh: bool
+) -> list[Run]:
     """Make the runs that are missing. Return all of them, method by method."""
-    kept = [store.load(task.experiment.method, task.seed, task.fingerprint) for task in tasks]
+    kept = _load(tasks, store, weights, fresh)
     missing = [task for task, run in zip(tasks, kept, strict=True) if run is None]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
+    if weights is not None:
+        missing = [_with_weights(task, weights) for task in missing]
     fingerprints = {task.experiment.method: task.fingerprint for task in tasks}
     methods = list(fingerprints)
 

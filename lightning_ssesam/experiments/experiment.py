@@ -1,8 +1,6 @@
 """One training of a comparison or a search: its recipe, and how a run is made from it."""
 
 import copy
-import hashlib
-import json
 import math
 import platform
 import re
@@ -26,8 +24,18 @@ from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.fingerprint import (
+    callback_settings,
+    data_factory,
+    data_settings,
+    digest,
+    files_of,
+    trainer_settings,
+    without_addresses,
+)
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.experiments.sources import sources_of
 from lightning_ssesam.factories import check_made
 from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
@@ -125,8 +133,11 @@ class Experiment(Recipe):
         defaults: dict[str, Any] = {**dict.fromkeys(outputs, False), "num_sanity_val_steps": 0, "devices": devices}
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**defaults, **given})
 
-    def fingerprint(self, split: ClassSplit) -> str:
-        """Return a text that identifies the settings. Trainings have the same one if only their seeds differ.
+    def check(self, split: ClassSplit) -> LongTailClassifier:
+        """Build every part, and return the module. The random state does not change.
+
+        Args:
+            split: Class split, whose class counts the data must have.
 
         Raises:
             ArgumentError: If a part cannot be built.
@@ -137,22 +148,40 @@ class Experiment(Recipe):
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
-        parts = {
+        self.optimizer(model.parameters())
+        return model
+
+    def fingerprint(self, split: ClassSplit, contents: str | None = None) -> str:
+        """Return a text that identifies the training: settings, code and data, but not the seed.
+
+        What only speed depends on does not count, such as the processes of a loader and the device.
+
+        Args:
+            split: Class split that the classes must have.
+            contents: Fingerprint of the data module. By default the module is asked for it.
+
+        Raises:
+            ArgumentError: If a part cannot be built.
+        """
+        data, model = self.make_data(), self.check(split)
+        factories = (self.data, self.backbone, self.loss, self.objective, self.optimizer)
+        # The samples first: a file may have another path before it is downloaded.
+        parts: dict[str, Any] = {"contents": data.fingerprint() if contents is None else contents}
+        parts |= {
             "version": _version.__version__,
-            "data": {"class": type(data).__qualname__, **_settings(vars(data))},
-            "counts": split.class_counts.tolist(),
-            "tail": model.split.tail.tolist(),
-            "model": _without_addresses(repr(model)),
-            "loss": _settings({**vars(model.loss), **dict(model.loss.named_buffers())}),
+            "data": [type(data).__qualname__, data_settings(vars(data)), data_factory(self.data)],
+            "counts": split.class_counts,
+            "tail": model.split.tail,
+            "model": model,
+            "loss": [vars(model.loss), dict(model.loss.named_buffers())],
             "objective": repr(model.objective),
-            "optimizer": _without_addresses(repr(self.optimizer(model.parameters()))),
-            "made_by": [_without_addresses(repr(factory)) for factory in (self.data, self.backbone, self.loss)],
-            "callbacks": [
-                (type(callback).__qualname__, _settings(vars(callback), private=True)) for callback in self.callbacks
-            ],
-            "settings": [self.epochs, self.gamma, _settings(self.model_arguments), _settings(self.trainer or {})],
+            "optimizer": without_addresses(repr(self.optimizer(model.parameters()))),
+            "made_by": [(part, files_of(part)) for part in (self.backbone, self.loss)],
+            "callbacks": callback_settings(self.callbacks),
+            "settings": [self.epochs, self.gamma, self.model_arguments, trainer_settings(self.trainer or {})],
+            "code": sources_of([*factories, data, model, *self.callbacks, self.trainer]),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return digest(parts)
 
     def fit(
         self, seed: int, callbacks: Sequence[Callback] = (), device: int | None = None
@@ -207,18 +236,3 @@ class _Recorder(Callback):
         """Called before the module resets its metrics: record the recalls."""
         assert isinstance(pl_module, LongTailClassifier)
         self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()
-
-
-def _settings(values: dict[str, Any], private: bool = False) -> dict[str, str]:
-    """Return attributes as text. Private ones are included if ``private``."""
-    skipped = ("trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
-    return {
-        # The `repr` of a long tensor leaves out its middle.
-        name: _without_addresses(repr(value.tolist() if isinstance(value, torch.Tensor) else value))
-        for name, value in values.items()
-        if (private or not name.startswith("_")) and name not in skipped
-    }
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", text)

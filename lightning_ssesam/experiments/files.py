@@ -5,6 +5,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,23 +13,24 @@ from filelock import FileLock, Timeout
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.errors import ArgumentError
 
+_UNFINISHED = ".unfinished-"
+
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for the output and write a file there, which is removed; or raise ``ArgumentError``."""
+    """Make a folder for the output, or raise ``ArgumentError``, also if no file can be written there."""
+    what = "made"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        what = "written to"
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise bad_argument("output", f"a folder that can be made ({error.strerror})", str(folder)) from error
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".trial-") as file:
-            file.write(b"trial")
-    except OSError as error:
-        raise bad_argument("output", f"a folder that can be written to ({error.strerror})", str(folder)) from error
+        raise bad_argument("output", f"a folder that can be {what} ({error.strerror})", str(folder)) from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other commands out of an output folder that exists.
+    """Keep other commands out of an output folder that exists, and remove what a killed one was writing there.
 
     The operating system frees the lock when this program ends, whatever ends it.
 
@@ -47,9 +49,17 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        remove_unfinished(folder)
         yield
+        owner.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files that a killed command was writing in a folder, which it has locked."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -58,7 +68,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
     The new file has a name of its own, so that two programs can write the same file, and the suffix of ``path``.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f"{_UNFINISHED}{path.stem[:50]}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     try:
         # A file of `mkstemp` is for its owner alone.
@@ -68,6 +78,16 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file, if there is one, to a name of the folder ``earlier`` beside it that no file has."""
+    if not path.exists():
+        return
+    folder = path.parent / "earlier"
+    folder.mkdir(exist_ok=True)
+    names = (folder / f"{path.stem}-{number}{path.suffix}" for number in count(1))
+    path.rename(next(name for name in names if not name.exists()))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,14 +5,20 @@ import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.lifetimes import end_with_parent, killed_on_error
+from lightning_ssesam.experiments.progress import EpochReports, received, send_through, shown
 from lightning_ssesam.experiments.runs import Run
+
+# Seconds between two looks at what the workers report.
+_BETWEEN_LOOKS = 0.5
 
 
 class Task(NamedTuple):
@@ -41,28 +47,52 @@ def usable_jobs() -> int:
 
 
 def _one_by_one(tasks: Sequence[Task]) -> Generator[Run, None, None]:
-    for experiment, _, seed in (progress := tqdm(tasks, unit="run")):
-        progress.set_description(f"{experiment.method}, seed {seed}")
-        yield experiment.run(seed)
+    with shown(len(tasks), _epochs_of(tasks)) as progress:
+        for task in tasks:
+            yield _watched(task).run(task.seed)
+            progress.finish(_name_of(task))
 
 
 def _in_processes(tasks: Sequence[Task], jobs: int) -> Generator[Run, None, None]:
     gpus = torch.cuda.device_count()
     free_devices: list[int | None] = [number % gpus if gpus else None for number in reversed(range(jobs))]
-    waiting, running = deque(tasks), dict[Future[Run], int | None]()
+    waiting, running = deque(tasks), dict[Future[Run], tuple[Task, int | None]]()
     # A process that has used several threads or a GPU cannot be forked.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(jobs, context, initializer=end_with_parent)
-    with killed_on_error(executor), tqdm(total=len(tasks), unit="run") as progress:
+    receiver, sender = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(jobs, context, initializer=partial(_begin_worker, sender))
+    with killed_on_error(executor), shown(len(tasks), _epochs_of(tasks)) as progress, receiver, sender:
         while waiting or running:
             while waiting and free_devices:
                 task, device = waiting.popleft(), free_devices.pop()
-                running[executor.submit(task.experiment.run, task.seed, device)] = device
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                running[executor.submit(_watched(task).run, task.seed, device)] = task, device
+            finished, _ = wait(running, timeout=_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+            for end in received(receiver):
+                progress.show(end)
             # Failed runs come last: `result` raises, and would lose the other runs that have finished.
             for future in sorted(finished, key=lambda future: future.exception() is not None):
-                free_devices.append(running.pop(future))
+                task, device = running.pop(future)
+                free_devices.append(device)
                 run = future.result()
-                progress.update()
-                progress.set_description(f"{run.method}, seed {run.seed}")
+                progress.finish(_name_of(task))
                 yield run
+
+
+def _begin_worker(sender: Connection) -> None:
+    """Called when a worker starts: let it end with its parent, and report to it."""
+    end_with_parent()
+    send_through(sender)
+
+
+def _watched(task: Task) -> Experiment:
+    """Return the experiment of a task, whose training reports each epoch."""
+    callbacks = [*task.experiment.callbacks, EpochReports(_name_of(task))]
+    return replace(task.experiment, callbacks=callbacks)
+
+
+def _name_of(task: Task) -> str:
+    return f"{task.experiment.method}, seed {task.seed}"
+
+
+def _epochs_of(tasks: Sequence[Task]) -> int:
+    return tasks[0].experiment.epochs if tasks else 0

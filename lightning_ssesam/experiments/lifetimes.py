@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -54,7 +54,8 @@ def end_with_parent() -> None:
     """Make this process of a pool, and all that it starts, end with the process that started it.
 
     It becomes the leader of a process group. A second process, the guard, waits for the end of the parent and kills the
-    group. A thread in this process could not do so, because a call into C++ may keep Python's lock for hours.
+    group. A thread in this process could not do so, because a call into C++ may keep Python's lock for hours. On Linux
+    the system kills this process and its forks, too, which works if the guard was killed.
     """
     # Ctrl-C reaches every process of a terminal. The first process handles it, and the others ignore it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,6 +66,7 @@ def end_with_parent() -> None:
         end_with_parent.guard = subprocess.Popen(  # type: ignore[attr-defined]
             command, stdin=parent.sentinel, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        _bind_to_parent()
 
 
 @contextmanager
@@ -122,13 +124,32 @@ def bound_forks() -> Iterator[None]:
         _forks_are_bound = before
 
 
+def _bind_to_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, and so on for what it forks from now on.
+
+    The system looks at the thread that started it. That of a pool waits for the pool.
+    """
+    global _forks_are_bound
+    _register_fork_hook()
+    _forks_are_bound = True
+    if (prctl := _prctl()) is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @cache
-def _register_fork_hook() -> None:
+def _prctl() -> Callable[..., int] | None:
     if sys.platform != "linux":
-        return
+        return None
     import ctypes
 
-    prctl = ctypes.CDLL(None).prctl
+    function: Callable[..., int] = ctypes.CDLL(None).prctl
+    return function
+
+
+@cache
+def _register_fork_hook() -> None:
+    if (prctl := _prctl()) is None:
+        return
 
     def bind() -> None:
         if _forks_are_bound:

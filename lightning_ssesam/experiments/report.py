@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from lightning_ssesam import _version
 from lightning_ssesam.experiments import tables
 from lightning_ssesam.experiments.figures import FIGURES
+from lightning_ssesam.experiments.files import replaced, write_text
 from lightning_ssesam.experiments.runs import GROUPS, Comparison
 
 
@@ -24,12 +25,13 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     tables.write_summary(comparison.runs, summary)
     remarks = [f"Radii and switch: {comparison.values}."] if comparison.values else []
     paragraphs = [tables.markdown_table(comparison.runs, comparison.validation_set), *remarks, *comparison.notes]
-    table.write_text("\n\n".join(text.rstrip() for text in paragraphs) + "\n", encoding="utf-8")
+    write_text(table, "\n\n".join(text.rstrip() for text in paragraphs) + "\n")
     pictures = [folder / f"{figure.name}.png" for figure in FIGURES]
     for figure, picture in zip(FIGURES, pictures, strict=True):
-        figure.draw(comparison).savefig(picture, dpi=150)
+        with replaced(picture) as unfinished:
+            figure.draw(comparison).savefig(unfinished, dpi=150)
     report = folder / "report.html"
-    report.write_text(_render(comparison, pictures), encoding="utf-8")
+    write_text(report, _render(comparison, pictures))
     return [report, *pictures, results, summary, table]
 
 
@@ -65,7 +67,8 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
     return {
         "Training samples": f"{int(counts.sum()):,} of {split.num_classes:,} classes, {int(counts.max()):,} of the"
         f" largest and {int(counts.min()):,} of the smallest",
-        "Tail": f"{int(split.tail.sum()):,} classes with {int(counts[split.tail].sum()):,} samples",
+        "Tail": f"{int(split.tail.sum()):,} classes with {int(counts[split.tail].sum()):,} samples"
+        + (f": {comparison.tail_rule}" if comparison.tail_rule else ""),
         "Many, medium, few": f"{int(split.many.sum()):,} classes with more than {split.many_above} training samples,"
         f" {int(split.medium.sum()):,} between, {int(split.few.sum()):,} with fewer than {split.few_below}",
         "Training": f"{comparison.epochs} epochs"
@@ -74,4 +77,5 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "Made with": f"lightning-ssesam {_version.__version__}, torch {torch.__version__}, lightning"
         f" {pl.__version__}, Python {platform.python_version()}" + (f", on {devices}" if devices else ""),
         "Time": f"{sum(run.seconds for run in comparison.runs) / 60:.1f} minutes of training, summed over the runs",
+        **comparison.origin,
     }

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.experiments.files import make_folder, write_text
+from lightning_ssesam.experiments.files import make_folder, set_aside, write_text
 from lightning_ssesam.split import ClassSplit
 
 GROUPS = ("head", "tail", "many", "medium", "few", "all")
@@ -47,6 +48,9 @@ class Run:
 class RunStore:
     """A folder with a JSON file for every finished run.
 
+    The name of a file has a part of the fingerprint of its settings. So runs of other settings stay beside, and are
+    found again when the settings are.
+
     Args:
         folder: Path of the folder. It is made if it does not exist.
 
@@ -59,21 +63,56 @@ class RunStore:
         make_folder(folder)
 
     def load(self, method: str, seed: int, fingerprint: str) -> Run | None:
-        """Return a finished run with this fingerprint, or None if there is none, or its file is not complete."""
+        """Return a finished run with this fingerprint, or None if there is none.
+
+        A file that is not complete counts as none, and a line says so.
+        """
+        path = self._path(method, seed, fingerprint)
         try:
-            saved = json.loads(self._path(method, seed).read_text())
-            return Run(**saved["run"]) if saved["fingerprint"] == fingerprint else None
-        except (OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            run = Run(**saved["run"])
+            if saved["fingerprint"] == fingerprint and _is_complete(run) and (run.method, run.seed) == (method, seed):
+                return run
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        print(f"{path} is damaged. Its run is made again.")
+        return None
 
     def save(self, run: Run, fingerprint: str) -> None:
         """Write a run: all of it, or nothing if the program ends before."""
-        write_text(self._path(run.method, run.seed), json.dumps({"fingerprint": fingerprint, "run": asdict(run)}))
+        content = {"fingerprint": fingerprint, "run": asdict(run)}
+        write_text(self._path(run.method, run.seed, fingerprint), json.dumps(content))
 
-    def _path(self, method: str, seed: int) -> Path:
-        # The hash keeps names apart that differ only in punctuation.
-        mark = hashlib.sha256(method.encode()).hexdigest()[:8]
-        return self.folder / f"{re.sub('[^A-Za-z0-9]+', '-', method)}-{mark}-{seed}.json"
+    def set_aside(self, method: str, seed: int, fingerprint: str) -> None:
+        """Rename the file of a run, if there is one, so that the run is made again. Nothing is lost."""
+        set_aside(self._path(method, seed, fingerprint))
+
+    def _path(self, method: str, seed: int, fingerprint: str) -> Path:
+        return self.folder / f"{file_stem(method)}-{seed}-{fingerprint[:12]}.json"
+
+
+def file_stem(method: str) -> str:
+    """Return a name for the files of a method, which no other method has, also where upper case is lower case."""
+    # The hash keeps names apart that differ only in punctuation, in case, or after many characters.
+    mark = hashlib.sha256(method.encode()).hexdigest()[:8]
+    return f"{re.sub('[^A-Za-z0-9]+', '-', method)[:60]}-{mark}"
+
+
+def _is_complete(run: Run) -> bool:
+    """Return whether all fields of a run have values of their types, and no group is missing."""
+    kinds = all(isinstance(getattr(run, part.name), _kind_of(part)) for part in fields(run))
+    return kinds and all(set(GROUPS) <= values.keys() for values in (run.accuracy, run.best, run.curves))
+
+
+def _kind_of(part: Field[Any]) -> type | tuple[type, ...]:
+    """Return the types of a field: those of its default."""
+    if part.default is None:
+        return object
+    if part.default is not MISSING:
+        return (int, float) if isinstance(part.default, float) else type(part.default)
+    return object if part.default_factory is MISSING else type(part.default_factory())
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,8 @@ class Comparison:
         config: Configuration that repeats the comparison, as YAML, if there is one.
         values: Radii and switches of the methods, and where they come from.
         notes: What a reader must know before comparing the methods, in sentences.
+        origin: Facts on where the comparison comes from, by name, such as the date and the command.
+        tail_rule: What makes a class a tail class, in words, if it is known.
     """
 
     runs: Sequence[Run]
@@ -99,6 +140,8 @@ class Comparison:
     config: str | None = None
     values: str = ""
     notes: Sequence[str] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
+    tail_rule: str | None = None
 
     @property
     def name(self) -> str:

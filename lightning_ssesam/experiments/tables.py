@@ -160,6 +160,22 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
 
 
 def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a CSV file: all of it, or nothing if the program ends before."""
+    """Write a CSV file: all of it, or nothing if the program ends before.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
     with replaced(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+        # Quotes keep together what a spreadsheet would divide at a semicolon.
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerows([[_harmless(cell) for cell in row] for row in (header, *rows)])
+
+
+def _harmless(cell: object) -> object:
+    """Return a cell that a spreadsheet does not calculate. Numbers stay numbers, also as text."""
+    if not isinstance(cell, str) or not (cell.lstrip().startswith(("=", "+", "-", "@")) or cell[:1].isspace()):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

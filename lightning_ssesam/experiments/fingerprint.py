@@ -1,0 +1,129 @@
+"""A text that identifies settings: equal for equal ones in every process, whatever only speed depends on."""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar
+from torch import nn
+
+from lightning_ssesam.data.contents import hash_array, hash_files
+
+# Options of data modules by which no sample changes.
+_SPEED = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "download"}
+# Attributes of data modules and callbacks that belong to Lightning.
+_LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
+# Options of the Trainer that say where it runs, what it writes and what it shows.
+_SURROUNDINGS = {
+    *("accelerator", "devices", "num_nodes", "strategy", "logger", "log_every_n_steps", "default_root_dir", "profiler"),
+    *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps"),
+}
+_DEEPEST = 6
+
+
+def digest(parts: Any) -> str:
+    """Return the SHA-256 of a description, as 64 hexadecimal digits."""
+    return hashlib.sha256(describe(parts).encode()).hexdigest()
+
+
+def describe(value: Any, depth: int = 0) -> str:
+    """Return a text that is equal for equal values, in any process.
+
+    Arrays and tensors count by all of their elements, sets and mappings without their order, files and folders by where
+    they are, functions by their name, and other objects by their class and their attributes, if their ``repr`` has not
+    been written for them.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return hash_array(value)
+    if isinstance(value, Path):
+        return f"path {os.path.realpath(os.path.expanduser(value))}"
+    if isinstance(value, Mapping):
+        pairs = sorted(f"{key!r}: {describe(part, depth + 1)}" for key, part in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(describe(part, depth + 1) for part in value)}]"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(describe(part, depth + 1) for part in value))}}}"
+    return _describe_object(value, depth)
+
+
+def _describe_object(value: Any, depth: int) -> str:
+    if isinstance(value, functools.partial):
+        return f"partial {describe([value.func, value.args, value.keywords], depth)}"
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return value.__qualname__
+    if isinstance(value, MethodType):
+        return f"{value.__qualname__} {describe(value.__self__, depth)}"
+    if isinstance(value, nn.Module):
+        return describe_module(value)
+    is_plain = type(value).__repr__ is object.__repr__  # type: ignore[comparison-overlap]
+    if is_plain and depth < _DEEPEST:
+        return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), depth + 1)}"
+    return without_addresses(repr(value))
+
+
+def describe_module(module: nn.Module) -> str:
+    """Return the ``repr`` of a network, with the simple attributes of its layers, which the ``repr`` may leave out."""
+    attributes = {
+        f"{path}.{name}": value
+        for path, layer in module.named_modules()
+        for name, value in vars(layer).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str)
+    }
+    return f"{without_addresses(repr(module))} {describe(attributes)}"
+
+
+def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the public attributes or arguments of a data module on which its samples depend."""
+    skipped = _SPEED | _LIGHTNING
+    return {name: _as_path(value) for name, value in values.items() if not name.startswith("_") and name not in skipped}
+
+
+def data_factory(factory: Any) -> Any:
+    """Return what makes a data module, with those of its arguments on which its samples depend."""
+    if isinstance(factory, functools.partial):
+        return [factory.func, [_as_path(value) for value in factory.args], data_settings(factory.keywords)]
+    return [factory, [], {}]
+
+
+def files_of(factory: Any) -> str:
+    """Return a text that changes with the files that a factory gets by name, such as pretrained weights."""
+    given = [*factory.args, *factory.keywords.values()] if isinstance(factory, functools.partial) else []
+    names = [str(value) for value in given if isinstance(value, str | Path) and _exists(str(value))]
+    return hash_files(path for path in map(os.path.realpath, names) if os.path.isfile(path))
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and _exists(value) else value
+
+
+def _exists(text: str) -> bool:
+    # The same folder may be written in several ways.
+    return 0 < len(text) < 1000 and "\0" not in text and os.path.exists(os.path.expanduser(text))
+
+
+def trainer_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a Trainer on which the weights depend."""
+    return {name: value for name, value in arguments.items() if name not in _SURROUNDINGS}
+
+
+def callback_settings(callbacks: Iterable[Callback]) -> list[Any]:
+    """Return the classes and the attributes of callbacks, except of those that only show something."""
+    shown = (ProgressBar, ModelSummary)
+    return [
+        [type(callback).__qualname__, {name: value for name, value in vars(callback).items() if name not in _LIGHTNING}]
+        for callback in callbacks
+        if not isinstance(callback, shown)
+    ]
+
+
+def without_addresses(text: str) -> str:
+    """Return a ``repr`` without the places of objects in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
