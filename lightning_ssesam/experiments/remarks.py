@@ -53,8 +53,8 @@ def describe_images(runs: Sequence[Run]) -> str:
     for name, purpose in names.items():
         if (numbers := numbers_of_images(runs, name)) is not None:
             least, most = int(numbers.min()), int(numbers.max())
-            parts.append(f"{least:,} {purpose}" if least == most else f"{least:,} to {most:,} {purpose}")
-    return f"Images of a class: {', '.join(parts)}" if parts else ""
+            parts.append(f"{least:,} for {purpose}" if least == most else f"{least:,} to {most:,} for {purpose}")
+    return f"Images of each class: {', '.join(parts)}" if parts else ""
 
 
 def name_of_class(runs: Sequence[Run], number: int) -> str:
@@ -84,7 +84,7 @@ def _about_images(runs: Sequence[Run]) -> list[str]:
             effect = "In such a class, a single image moves the accuracy by more than 10 points."
             found.append(f"Fewer than {FEW_IMAGES} test images: {small}. {effect}")
         if absent := _named(runs, tested, tested == 0):
-            found.append(f"No test images: {absent}. What is not tested is not in `all`, nor in any other group.")
+            found.append(f"No test images: {absent}. What is not tested counts in no group, not even in all.")
         found += _empty_groups(runs, tested)
     if validated is not None and not validated.any():
         found.append("No class has validation images, so there is no best epoch.")
@@ -104,9 +104,9 @@ def _empty_groups(runs: Sequence[Run], tested: np.ndarray) -> list[str]:
     for group in GROUPS if runs[0].groups else ():
         classes = classes_of(runs[0], group)
         if not classes.any():
-            found.append(f"No class belongs to `{group}`, so its accuracy is nan.")
+            found.append(f"No class belongs to the group {group}, so its accuracy is nan.")
         elif not tested[classes].any():
-            found.append(f"No class of `{group}` has test images, so its accuracy is nan.")
+            found.append(f"No class of the group {group} has test images, so its accuracy is nan.")
     return found
 
 
