@@ -13,7 +13,15 @@ import torch
 from helpers import STRICT
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from lightning_ssesam import ERM, DigitsLT
 from lightning_ssesam.data import LongTailDataModule
@@ -21,7 +29,7 @@ from lightning_ssesam.data.samplers import ClassBalancedSampler
 from lightning_ssesam.experiments import experiment as experiment_file
 from lightning_ssesam.experiments.compare import Method, compare
 from lightning_ssesam.experiments.recorder import _plain
-from lightning_ssesam.runs import GROUPS, Experiment, RunStore
+from lightning_ssesam.runs import GROUPS, Experiment, Run, RunStore
 
 pytestmark = STRICT
 
@@ -93,6 +101,17 @@ def test_a_run_keeps_every_test_image_and_the_training_accuracy():
     assert "1" in "".join(run.test_hits)
     RunStore(Path("runs")).save(run, "same")
     assert json.dumps(asdict(RunStore(Path("runs")).load("ERM", 3, "same"))) == json.dumps(asdict(run))
+
+
+def test_the_file_of_an_earlier_version_is_read():
+    run = Run("ERM", 3, class_recalls=[0.5])
+    RunStore(Path("runs")).save(run, "same")
+    (path,) = Path("runs").glob("*.json")
+    content = json.loads(path.read_text())
+    for name in ("train_accuracy", "groups", "class_names", "val_images", "test_images", "test_hits"):
+        del content["run"][name]
+    path.write_text(json.dumps(content))
+    assert RunStore(Path("runs")).load("ERM", 3, "same") == run
 
 
 class Noisy(nn.Module):
@@ -208,9 +227,15 @@ class Shuffled(Points):
         return self._loader("test", batch_size=4, shuffle=True)
 
 
+class Backwards(BatchSampler):
+    def __iter__(self):
+        yield from list(super().__iter__())[::-1]
+
+
 class OwnBatches(Points):
     def test_dataloader(self):
-        return self._loader("test", batch_sampler=[[12, 0], [5, 3, 1], [2, 4, 6, 7, 8, 9, 10, 11]])
+        self.setup("test")
+        return self._loader("test", batch_sampler=Backwards(SequentialSampler(self._sets["test"]), 4, drop_last=False))
 
 
 @pytest.mark.filterwarnings("ignore:.*has `shuffle=True`")
