@@ -8,28 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_ssesam.experiments.files import replaced
-from lightning_ssesam.experiments.intervals import Difference, Pair, classes_of, paired_difference
-from lightning_ssesam.experiments.remarks import describe_images, diverged_runs, divergence, numbers_of_images, remarks
+from lightning_ssesam.experiments.intervals import Difference, Pair, classes_of
+from lightning_ssesam.experiments.intervals import paired_difference as paired_difference
+from lightning_ssesam.experiments.remarks import describe_images, divergence, numbers_of_images, remarks
+from lightning_ssesam.experiments.remarks import diverged_runs as diverged_runs
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method
-
-__all__ = [
-    "DIVERGED",
-    "TRAINING",
-    "Difference",
-    "by_method",
-    "cell",
-    "columns",
-    "differences",
-    "diverged_runs",
-    "format_table",
-    "markdown_table",
-    "paired_difference",
-    "seeds_of",
-    "spread",
-    "write_csv",
-    "write_runs",
-    "write_summary",
-]
 
 TRAINING = "training"
 """Column of the accuracy on the training images."""
