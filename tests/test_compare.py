@@ -42,7 +42,16 @@ from lightning_ssesam.runs import CONFUSIONS, GROUPS, Experiment, Run, RunStore
 
 pytestmark = STRICT
 
-WRITTEN = {"report.html", "results.csv", "summary.csv", "table.md", "comparison.png", "trade_off.png", "confusion.png"}
+WRITTEN = {
+    "report.html",
+    "results.csv",
+    "summary.csv",
+    "classes.csv",
+    "table.md",
+    "comparison.png",
+    "trade_off.png",
+    "confusion.png",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -573,7 +582,11 @@ class TestTables:
     def test_report_colours_what_is_significant(self):
         text = report_of(self.RUNS, SPLIT).read_text()
         assert text.count('<td class="good">+21.0 ± 2.5*</td>') == 6
-        assert text.count('<td class="bad">-10.0 ± 0.0*</td>') == 6
+        # The same difference for every seed: no star, and no colour.
+        assert text.count("<td>-10.0 ± 0.0 (no spread)</td>") == 6
+        worse = [made_up("ERM", seed, 0.5 + seed / 100) for seed in range(3)]
+        worse += [made_up("worse", seed, 0.4 + seed / 200) for seed in range(3)]
+        assert report_of(worse, SPLIT).read_text().count('<td class="bad">-10.5 ± 1.2*</td>') == 6
         unsure = [made_up("a", 0, 0.5), made_up("a", 1, 0.5), made_up("b", 0, 0.6), made_up("b", 1, 0.5)]
         assert "<td>+5.0 ± 63.5</td>" in report_of(unsure, SPLIT).read_text()
 
@@ -634,7 +647,8 @@ def test_report_holds_all_that_it_shows():
     text = report_of(runs, SPLIT).read_text()
     page = _Page()
     page.feed(text)
-    assert len(page.sources) == len(FIGURES)
+    # Each for a light page and for a dark one.
+    assert len(page.sources) == 2 * len(FIGURES)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "url(" not in text
     assert "@import" not in text

@@ -6,9 +6,9 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, IterableDataset
-from typing_extensions import override
 
 from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
@@ -34,10 +33,16 @@ from lightning_ssesam.experiments.fingerprint import (
     without_addresses,
 )
 from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recorder import (
+    MEASURING,
+    Recorder,
+    names_of_classes,
+    of_first_loader,
+    training_accuracy,
+)
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 from lightning_ssesam.experiments.sources import sources_of
 from lightning_ssesam.factories import check_made
-from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
@@ -195,11 +200,12 @@ class Experiment(Recipe):
         return trainer, model, data
 
     def run(self, seed: int, device: int | None = None) -> Run:
-        """Train and test once."""
+        """Train and test once, then measure the accuracy on the training images."""
         run, start = Run(self.method, seed), time.perf_counter()
+        recorder = Recorder(run)
         with quiet(), limited_threads(self.threads):
-            trainer, model, data = self.fit(seed, [_Recorder(run)], device)
-            (tested,) = trainer.test(model, datamodule=data, verbose=False)
+            trainer, model, data = self.fit(seed, [recorder], device)
+            tested = of_first_loader(trainer.test(model, datamodule=data, verbose=False)[0])
         run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
         run.confusion = {name: tested[f"test/{name}"] for name in CONFUSIONS}
         # Pad the curves of a run that stopped early with NaN.
@@ -211,28 +217,8 @@ class Experiment(Recipe):
         name = torch.cuda.get_device_name(device_used) if device_used.type == "cuda" else platform.processor()
         run.device = name or platform.machine()
         run.seconds = time.perf_counter() - start
+        run.class_names = names_of_classes(data)
+        with quiet(), limited_threads(self.threads):
+            measuring = replace(self, trainer={**(self.trainer or {}), **MEASURING})
+            run.train_accuracy = training_accuracy(measuring.make_trainer([], device), model, data, recorder)
         return run
-
-
-class _Recorder(Callback):
-    """Records validation curves, divergence and test recalls in a run."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        run.curves.update({group: [] for group in GROUPS})
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after validation: record the accuracies. They are NaN until the first validation."""
-        for group, curve in self.run.curves.items():
-            curve.append(float(trainer.callback_metrics.get(f"val/acc_{group}", math.nan)))
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
-
-    @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the module resets its metrics: record the recalls."""
-        assert isinstance(pl_module, LongTailClassifier)
-        self.run.class_recalls = cast("HeadTailAccuracy", pl_module.test_metrics[0]).class_recalls().tolist()

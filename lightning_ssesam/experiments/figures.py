@@ -1,20 +1,27 @@
 """The pictures of a comparison and of a search."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lightning_ssesam.experiments.runs import Comparison, Run
-from lightning_ssesam.experiments.tables import by_method, seeds_of
+from lightning_ssesam.experiments.remarks import diverged_runs, divergence
+from lightning_ssesam.experiments.runs import Comparison, Run, by_method
+from lightning_ssesam.experiments.tables import seeds_of
 from lightning_ssesam.split import ClassSplit
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has the same one in every picture.
-_COLORS = ("#000000", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")
+# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has the same one in every picture. The
+# first method has the colour of the text, which is not the same on a dark page.
+_COLORS = ("text.color", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+# Settings of matplotlib for a page whose colours are those of templates/report.html.
+_DARK_GROUND = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+_DARK_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+DARK: dict[Any, Any] = dict.fromkeys(_DARK_GROUND, "#18181b") | dict.fromkeys(_DARK_INK, "#e4e4e7")
 # More classes than this are shown in groups of neighbouring ranks.
 _MAX_POINTS = 40
 
@@ -53,19 +60,26 @@ def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
 
 
 def draw_trade_off(comparison: Comparison) -> matplotlib.figure.Figure:
-    """Draw tail accuracy against head accuracy: a small point for each run, a large one for the mean of a method."""
+    """Draw tail accuracy against head accuracy: a small point for each run, a large one for the mean of a method.
+
+    A point of accuracy is as long on both axes. Arrows lead from the mean of the first method to the others.
+    """
     methods = by_method(comparison.runs)
-    figure = matplotlib.figure.Figure(figsize=(6.4, 5.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.4, 6.4), layout="constrained")
     ax = figure.subplots()
+    means: list[tuple[float, float]] = []
     for number, (name, runs) in enumerate(methods.items()):
         color, marker = method_style(number)
         head, tail = (100 * np.array([run.accuracy[group] for run in runs]) for group in ("head", "tail"))
         ax.scatter(head, tail, s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
-        mean = head.mean(), tail.mean()
-        ax.scatter(*mean, s=90, color=color, marker=marker, edgecolors="white", label=_label(name), zorder=3)
+        mean = float(head.mean()), float(tail.mean())
+        edge = matplotlib.rcParams["axes.facecolor"]
+        ax.scatter(*mean, s=70, color=color, marker=marker, edgecolors=edge, label=_label(name, runs), zorder=3)
+        means.append(mean)
+    _draw_changes(ax, means)
     ax.set(xlabel="head accuracy in % (test)", ylabel="tail accuracy in % (test)")
+    _equal_scales(ax, *(100 * np.array([run.accuracy[group] for run in comparison.runs]) for group in ("head", "tail")))
     ax.set_title(f"{comparison.name}: every run (small) and the mean over {seeds_of(comparison.runs)}", wrap=True)
-    ax.margins(0.1)
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
     return figure
@@ -76,6 +90,7 @@ def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
     methods = by_method(comparison.runs)
     figure = matplotlib.figure.Figure(figsize=(10, 1.6 + 0.42 * len(methods)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    names = [_label(*method) for method in methods.items()]
     for ax, group in zip(axes, ("head", "tail"), strict=True):
         start = np.zeros(len(methods))
         for answer, label, color in (
@@ -85,8 +100,9 @@ def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
         ):
             values = [[100 * (run.accuracy | run.confusion)[answer] for run in runs] for runs in methods.values()]
             shares = np.array([np.mean(of_method) for of_method in values])
-            bars = ax.barh([_label(name) for name in methods], shares, left=start, color=color, label=label)
-            ax.bar_label(bars, [f"{s:.0f}" if s >= 6 else "" for s in shares], label_type="center", fontsize=8)
+            bars = ax.barh(names, shares, left=start, color=color, label=label)
+            texts = [f"{share:.0f}" if share >= 6 else "" for share in shares]
+            ax.bar_label(bars, texts, label_type="center", fontsize=8, color="black")
             start = start + np.nan_to_num(shares)
         ax.set(title=f"Test samples of {group} classes", xlim=(0, 100), xlabel="taken for, in %")
     axes[0].invert_yaxis()
@@ -99,22 +115,29 @@ def _comparison_caption(comparison: Comparison) -> str:
     return (
         "Left: test accuracy of every class, the largest first; tail classes on grey. Right: accuracy of head and tail"
         f" on the {comparison.validation_set} set over the epochs; bands are one standard deviation over seeds.{switch}"
+        f"{_divergence_caption(comparison)}"
+    )
+
+
+def _trade_off_caption(comparison: Comparison) -> str:
+    return (
+        "Tail accuracy against head accuracy of each method. Up and to the right is better. Arrows lead from the first"
+        " method to the others. A point of accuracy is as long on both axes."
+        f"{_divergence_caption(comparison)}"
+    )
+
+
+def _confusion_caption(comparison: Comparison) -> str:
+    return (
+        "How test samples of head and tail classes are classified. Every class counts the same."
+        f"{_divergence_caption(comparison)}"
     )
 
 
 FIGURES = (
     Figure("comparison", draw_comparison, _comparison_caption),
-    Figure(
-        "trade_off",
-        draw_trade_off,
-        lambda _: "Tail accuracy against head accuracy of each method. Up and to the right is better.",
-        is_small=True,
-    ),
-    Figure(
-        "confusion",
-        draw_confusion,
-        lambda _: "How test samples of head and tail classes are classified. Every class counts the same.",
-    ),
+    Figure("trade_off", draw_trade_off, _trade_off_caption, is_small=True),
+    Figure("confusion", draw_confusion, _confusion_caption),
 )
 """The pictures of the report, in their order. To add one, write a function that draws it, and add an entry."""
 
@@ -140,12 +163,47 @@ def draw_sweep(methods: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotl
 
 def method_style(number: int) -> tuple[str, str]:
     """Return the colour and the marker of a method by its number."""
-    return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    color = _COLORS[number % len(_COLORS)]
+    settings: dict[Any, Any] = matplotlib.rcParams
+    return settings.get(color, color), _MARKERS[number % len(_MARKERS)]
 
 
-def _label(name: str) -> str:
-    """Return a method's name so that matplotlib does not read it as a formula, nor leave it out of the legend."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+def _label(name: str, runs: Sequence[Run] = ()) -> str:
+    """Return a method's name, and how many of its runs diverged.
+
+    Matplotlib does not read it as a formula, nor leave it out of the legend.
+    """
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$") + divergence(runs)
+
+
+def _draw_changes(ax: Axes, means: Sequence[tuple[float, float]]) -> None:
+    """Draw an arrow from the first of several means to each other, and lines through the first one."""
+    (head, tail), *others = means
+    if not np.isfinite([head, tail]).all() or not others:
+        return
+    ax.axvline(head, color="0.5", linewidth=0.8, linestyle=":")
+    ax.axhline(tail, color="0.5", linewidth=0.8, linestyle=":")
+    for number, mean in enumerate(others, start=1):
+        if np.isfinite(mean).all() and mean != (head, tail):
+            arrow = {"arrowstyle": "->", "color": method_style(number)[0], "shrinkA": 4, "shrinkB": 4, "alpha": 0.8}
+            ax.annotate("", mean, (head, tail), arrowprops=arrow)
+
+
+def _equal_scales(ax: Axes, head: np.ndarray, tail: np.ndarray) -> None:
+    """Show all points, with a square range, so that a point of accuracy is as long on both axes."""
+    ax.set_aspect("equal")
+    finite = [values[np.isfinite(values)] for values in (head, tail)]
+    if not all(map(len, finite)):
+        return
+    half = max(1.0, *(0.6 * float(np.ptp(values)) for values in finite))
+    # There is nothing above 100 %.
+    head_middle, tail_middle = (min(float(v.max() + v.min()) / 2, 100 - 0.8 * half) for v in finite)
+    ax.set(xlim=(head_middle - half, head_middle + half), ylim=(tail_middle - half, tail_middle + half))
+
+
+def _divergence_caption(comparison: Comparison) -> str:
+    diverged = diverged_runs(comparison.runs)
+    return f" Diverged: {diverged}." if diverged else ""
 
 
 def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) -> None:
@@ -156,13 +214,13 @@ def _draw_classes(ax: Axes, methods: dict[str, list[Run]], split: ClassSplit) ->
     is_tail = split.tail.numpy()[order]
     if is_tail.any():
         first = int(np.argmax(is_tail))
-        ax.axvspan(first - 0.5, len(order) - 0.5, color="0.93", label="tail classes")
+        ax.axvspan(first - 0.5, len(order) - 0.5, color="0.5", alpha=0.15, linewidth=0, label="tail classes")
     for number, (name, runs) in enumerate(methods.items()):
         color, marker = method_style(number)
         shift = 0.24 * ((number + 0.5) / len(methods) - 0.5) * len(order) / len(groups)
         recalls = [[_nanmean(np.array(run.class_recalls)[group]) for group in groups] for run in runs]
         mean, spread = _mean_and_spread(recalls)
-        ax.errorbar(ranks + shift, mean, spread, marker=marker, color=color, label=_label(name), capsize=2)
+        ax.errorbar(ranks + shift, mean, spread, marker=marker, color=color, label=_label(name, runs), capsize=2)
     # There is room for about twelve labels.
     shown = np.arange(len(order))[:: max(1, len(order) // 12)]
     ax.set_xticks(shown, [f"{count:,}" for count in counts[order][shown]], rotation=0 if len(order) <= 12 else 45)
@@ -179,10 +237,10 @@ def _draw_curves(ax: Axes, methods: Sequence[Sequence[list[float]]], switch_epoc
         ax.plot(epochs, mean, color=color, linestyle="-" if number < len(_COLORS) else "--")
         ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     if switch_epoch is not None:
-        ax.axvline(switch_epoch, color="0.4", linestyle="--", linewidth=1)
+        ax.axvline(switch_epoch, color="0.5", linestyle="--", linewidth=1)
         side = "left" if switch_epoch < ax.get_xlim()[1] / 2 else "right"
         place, coordinates = (switch_epoch, 0.02), ("data", "axes fraction")
-        ax.annotate(" stage 2 ", place, xycoords=coordinates, ha=side, va="bottom", color="0.3")
+        ax.annotate(" stage 2 ", place, xycoords=coordinates, ha=side, va="bottom", color="0.5")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.grid(alpha=0.3)

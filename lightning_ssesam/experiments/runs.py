@@ -31,6 +31,13 @@ class Run:
         seconds: Duration.
         diverged: Whether the last training loss was not finite.
         device: Name of the device that trained.
+        train_accuracy: Accuracy of each group on the training images after the last epoch; empty if it is not known.
+        groups: Classes of each group but ``"all"``: a text of C digits, 1 where the class belongs to the group.
+        class_names: Name of each class, length C; empty if the data module has none.
+        val_images: Number of validation images of each class, length C.
+        test_images: Number of test images of each class, length C.
+        test_hits: For each class a text of digits, one for each of its test images in their order: 1 where it was
+            classified right. Empty if the order of the images is not known.
     """
 
     method: str
@@ -43,6 +50,20 @@ class Run:
     seconds: float = 0.0
     diverged: bool = False
     device: str = ""
+    train_accuracy: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, str] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
+    val_images: list[int] = field(default_factory=list)
+    test_images: list[int] = field(default_factory=list)
+    test_hits: list[str] = field(default_factory=list)
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each method. Methods are in the order of their first runs."""
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(run.method, []).append(run)
+    return methods
 
 
 class RunStore:

@@ -1,74 +1,36 @@
 """The numbers of a comparison as text, Markdown and CSV."""
 
 import csv
+import html
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning_ssesam.experiments.files import replaced
-from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
+from lightning_ssesam.experiments.intervals import Difference, Pair, classes_of
+from lightning_ssesam.experiments.intervals import paired_difference as paired_difference
+from lightning_ssesam.experiments.remarks import describe_images, divergence, numbers_of_images, remarks
+from lightning_ssesam.experiments.remarks import diverged_runs as diverged_runs
+from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method
 
+TRAINING = "training"
+"""Column of the accuracy on the training images."""
 
-class Difference(NamedTuple):
-    """Difference of one method to another, over the seeds that both were run with.
+DIVERGED = "†"
+"""Mark of a mean over runs of which some diverged."""
 
-    Attributes:
-        mean: Mean of the differences.
-        margin: Half of the width of its 95 % confidence interval (Student's t, paired); NaN for a single seed.
-    """
-
-    mean: float
-    margin: float
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return abs(self.mean) > self.margin
-
-    def __str__(self) -> str:
-        """Return the difference in points with its margin, and a star if it is significant."""
-        if math.isnan(self.mean):
-            return "nan"
-        margin = "" if math.isnan(self.margin) else f" ± {self.margin:.1f}"
-        return f"{self.mean:+.1f}{margin}{'*' if self.is_significant else ''}"
-
-
-def paired_difference(values: dict[int, float], others: dict[int, float]) -> Difference:
-    """Return the difference of ``values`` to ``others``, both by seed, over the seeds that both have.
-
-    Example:
-        >>> print(paired_difference({0: 4.0, 1: 6.0, 2: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}))
-        +3.0 ± 2.5*
-    """
-    from scipy.stats import t
-
-    differences = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
-    number = len(differences)
-    if number < 2:
-        return Difference(differences[0] if differences else math.nan, math.nan)
-    error = _deviation(differences) / math.sqrt(number)
-    return Difference(statistics.mean(differences), float(t.ppf(0.975, number - 1)) * error)
-
-
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each method. Methods are in the order of their first runs."""
-    methods = dict.fromkeys(run.method for run in runs)
-    return {method: [run for run in runs if run.method == method] for method in methods}
+_TRAINING_NOTE = f"{TRAINING}: accuracy on the training images. Every class counts the same, as in all."
+_DIVERGED_NOTE = f"{DIVERGED} A mean over runs of which some diverged."
+_DIFFERENCE_NOTE = "with the 95 % interval over seeds and test images (* excludes 0)"
 
 
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, Difference]]:
     """Return the difference of every other method to the first one, by method and group, in points of accuracy."""
-    points = {
-        method: {group: {run.seed: 100 * run.accuracy[group] for run in method_runs} for group in GROUPS}
-        for method, method_runs in by_method(runs).items()
-    }
-    first, *others = points
-    return {
-        method: {group: paired_difference(points[method][group], points[first][group]) for group in GROUPS}
-        for method in others
-    }
+    methods = by_method(runs)
+    first = next(iter(methods))
+    pairs = {name: Pair(method_runs, methods[first]) for name, method_runs in methods.items() if name != first}
+    return {name: {group: pair.difference(group) for group in GROUPS} for name, pair in pairs.items()}
 
 
 def seeds_of(runs: Sequence[Run]) -> str:
@@ -84,6 +46,22 @@ def spread(values: Sequence[float], width: int = 0) -> str:
     return f"{statistics.mean(percent):.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:{width}.1f}")
 
 
+def columns(runs: Sequence[Run]) -> list[str]:
+    """Return the columns of a table of accuracies: the groups, and the training if it was measured."""
+    return [*GROUPS, *([TRAINING] if any(run.train_accuracy for run in runs) else [])]
+
+
+def cell(runs: Sequence[Run], column: str, width: int = 0) -> str:
+    """Return mean and deviation of a method's accuracy in percent, with a mark if some of its runs diverged."""
+    values = [accuracy_in(run, column) for run in runs]
+    return spread(values, width) + (f" {DIVERGED}" if any(run.diverged for run in runs) else "")
+
+
+def accuracy_in(run: Run, column: str) -> float:
+    """Return the number of a run that stands in a column; NaN if it was not measured."""
+    return run.train_accuracy.get("all", math.nan) if column == TRAINING else run.accuracy[column]
+
+
 def _deviation(values: Sequence[float]) -> float:
     # `statistics.stdev` raises on NaN, which a group without classes has.
     return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
@@ -91,72 +69,101 @@ def _deviation(values: Sequence[float]) -> float:
 
 def format_table(runs: Sequence[Run]) -> str:
     """Return a table of the accuracies as text. Several methods and seeds get a second one, of the differences."""
-    methods = by_method(runs)
-    width = max(6, *map(len, methods))
-
-    def row(name: str, cells: Iterable[object]) -> str:
-        return " ".join([f"{name:{width}}", *(f"{cell!s:>12}" for cell in cells)])
-
-    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", row("", GROUPS)]
-    for name, method_runs in methods.items():
-        lines.append(row(name, [spread([run.accuracy[group] for run in method_runs], 4) for group in GROUPS]))
+    methods = {name + divergence(method_runs): method_runs for name, method_runs in by_method(runs).items()}
+    shown = columns(runs)
+    cells = {name: [cell(method_runs, column, 4) for column in shown] for name, method_runs in methods.items()}
+    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", *_aligned(shown, cells)]
+    lines += [note for note in (describe_images(runs), *_notes(runs)) if note]
     if len(methods) > 1 and len({run.seed for run in runs}) > 1:
-        lines += ["", f"Difference to {next(iter(methods))}, with its 95 % interval over paired seeds (* excludes 0)"]
-        lines += [row("", GROUPS), *(row(name, by_group.values()) for name, by_group in differences(runs).items())]
-    if diverged := diverged_runs(runs):
-        lines.append(f"Diverged, with a loss that is not finite: {diverged}")
+        lines += ["", f"Difference to {runs[0].method}, {_DIFFERENCE_NOTE}"]
+        lines += _aligned(GROUPS, {name: by_group.values() for name, by_group in differences(runs).items()})
+    if said := remarks(runs):
+        lines += ["", *said]
     return "\n".join(lines)
 
 
-def diverged_runs(runs: Sequence[Run]) -> str:
-    """Return the names of the runs whose loss was not finite at the end."""
-    return ", ".join(f"{run.method} with seed {run.seed}" for run in runs if run.diverged)
+def _aligned(header: Sequence[str], rows: Mapping[str, Iterable[object]]) -> list[str]:
+    """Return the lines of a table whose columns are as wide as their longest cell, and at least 12."""
+    cells = {"": list(header)} | {name: [str(value) for value in values] for name, values in rows.items()}
+    name_width = max(6, *map(len, cells))
+    widths = [max(12, *map(len, column)) for column in zip(*cells.values(), strict=True)]
+    return [
+        " ".join([f"{name:{name_width}}", *(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))])
+        for name, values in cells.items()
+    ]
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """Return what explains the columns and marks of a table."""
+    notes = [_TRAINING_NOTE] if TRAINING in columns(runs) else []
+    return [*notes, *([_DIVERGED_NOTE] if any(run.diverged for run in runs) else [])]
 
 
 def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
     """Return the tables of :func:`format_table` as one in Markdown, with the accuracy after the best epoch."""
-    methods = by_method(runs)
+    shown = columns(runs)
     lines = [
         f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}, after the last epoch; `best epoch`: on"
         f" the {validation} set, after the epoch that was best there.",
         "",
-        f"| | {' | '.join(GROUPS)} | all, best epoch | difference in tail | in all |",
-        "|---" * (len(GROUPS) + 4) + "|",
+        f"| | {' | '.join(shown)} | all, best epoch | difference in tail | in all |",
+        "|---" * (len(shown) + 4) + "|",
     ]
     to_first = differences(runs)
-    for name, method_runs in methods.items():
-        cells = [spread([run.accuracy[group] for run in method_runs]) for group in GROUPS]
-        cells.append(spread([run.best["all"] for run in method_runs]))
+    for name, method_runs in by_method(runs).items():
+        cells = [cell(method_runs, column) for column in shown]
+        mark = f" {DIVERGED}" if any(run.diverged for run in method_runs) else ""
+        cells.append(spread([run.best["all"] for run in method_runs]) + mark)
         cells += [str(to_first[name][group]) if name in to_first else "" for group in ("tail", "all")]
-        lines.append(f"| {name.replace('|', '&#124;')} | {' | '.join(cells)} |")
-    note = f"Differences are to {next(iter(methods))}, with the 95 % interval over paired seeds (* excludes 0)."
-    return "\n".join([*lines, "", note, ""])
+        lines.append(f"| {_in_markdown(name + divergence(method_runs))} | {' | '.join(cells)} |")
+    notes = [f"Differences are to {_in_markdown(runs[0].method)}, {_DIFFERENCE_NOTE}.", *_notes(runs)]
+    if images := describe_images(runs):
+        notes.append(f"{images}. All numbers of images are in classes.csv.")
+    if said := remarks(runs):
+        notes.append("\n".join(f"- {_in_markdown(remark)}" for remark in said))
+    return "\n".join([*lines, "", "\n\n".join(notes), ""])
+
+
+def _in_markdown(text: str) -> str:
+    """Return a text without what would end a cell or begin an element."""
+    return " ".join(html.escape(text, quote=False).replace("|", "&#124;").split())
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
     """Write a CSV file with a row for each run."""
     classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
-    best = [f"best_{group}" for group in GROUPS]
-    header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *classes]
+    best, train = ([f"{prefix}_{group}" for group in GROUPS] for prefix in ("best", "train"))
+    header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *train, *classes]
     rows = []
     for run in runs:
         shares = [values[group] for values in (run.accuracy, run.best) for group in GROUPS]
         shares += [run.confusion[name] for name in CONFUSIONS]
-        row = [run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *run.class_recalls]
+        trained = [run.train_accuracy.get(group, "") for group in GROUPS]
+        row = [run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *trained, *run.class_recalls]
         rows.append([round(value, 6) if isinstance(value, float) else value for value in row])
     write_csv(path, header, rows)
 
 
 def write_summary(runs: Sequence[Run], path: Path) -> None:
     """Write a CSV file with a row for each method and group: mean, deviation, difference to the first method."""
+    header = ["method", "group", "seeds", "mean", "std", "difference", "margin_95"]
     to_first, rows = differences(runs), []
     for name, method_runs in by_method(runs).items():
         for group in GROUPS:
             values = [run.accuracy[group] for run in method_runs]
-            mean, margin = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
-            numbers = (statistics.mean(values), _deviation(values), mean / 100, margin / 100)
-            rows.append([name, group, len(values), *("" if math.isnan(x) else round(x, 6) for x in numbers)])
-    write_csv(path, ["method", "group", "seeds", "mean", "std", "difference", "margin_95"], rows)
+            difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
+            trained = statistics.mean([run.train_accuracy.get(group, math.nan) for run in method_runs])
+            shares = (statistics.mean(values), _deviation(values), difference.mean / 100, difference.margin / 100)
+            numbers = ["" if math.isnan(share) else round(share, 6) for share in (*shares, trained)]
+            further = [sum(run.diverged for run in method_runs), difference.doubt, _tested(method_runs, group)]
+            rows.append([name, group, len(values), *numbers, *further])
+    write_csv(path, [*header, "train_mean", "diverged", "doubt", "test_images"], rows)
+
+
+def _tested(runs: Sequence[Run], group: str) -> int | str:
+    """Return the number of test images of a group, or nothing if it is not known."""
+    numbers = numbers_of_images(runs, "test_images")
+    return "" if numbers is None or not runs[0].groups else int(numbers[classes_of(runs[0], group)].sum())
 
 
 def write_csv(path: Path, header: list[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,0 +1,227 @@
+"""What a run keeps of its training and its test: curves, numbers of images, and every image that was classified."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from typing_extensions import override
+
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.runs import GROUPS, Run
+from lightning_ssesam.metrics import HeadTailAccuracy, _GroupMetric, _predicted
+from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.targets import ignored_mask
+
+MEASURING: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "profiler": None,
+    "fast_dev_run": False,
+    "limit_test_batches": None,
+}
+"""Arguments of the Trainer that measures the training accuracy: it writes nothing, and leaves nothing out."""
+
+
+def of_first_loader(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return logged values by name. With several loaders, the names are those of the first one."""
+    return {name.removesuffix("/dataloader_idx_0"): value for name, value in metrics.items()}
+
+
+def names_of_classes(data: LongTailDataModule) -> list[str]:
+    """Return the names of the classes, or nothing if the data module has no ``class_names``, one for each class."""
+    names: Any = getattr(data, "class_names", None)
+    has_names = isinstance(names, list | tuple) and len(names) == data.num_classes
+    return [str(name) for name in names] if has_names else []
+
+
+class Recorder(Callback):
+    """Records validation curves, divergence, numbers of images and what becomes of each test image in a run.
+
+    Attributes:
+        train_loader: Loader of the training batches, after the training.
+        train_batches: Number of training batches in an epoch, infinite if it is not known.
+        test_loader: Loader of the first test set, after the test.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.train_loader: Any = None
+        self.train_batches: float = 0
+        self.test_loader: Any = None
+        self._hits: _Hits | None = None
+        self._validated: Tensor | None = None
+        run.curves.update({group: [] for group in GROUPS})
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the module resets its metrics: keep the numbers of images, without waiting for the device."""
+        if not trainer.sanity_checking:
+            self._validated = _accuracy_of(pl_module, "val").total.clone()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after validation: record the accuracies. They are NaN until the first validation."""
+        metrics = of_first_loader(trainer.callback_metrics)
+        for group, curve in self.run.curves.items():
+            curve.append(float(metrics.get(f"val/acc_{group}", math.nan)))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
+        split = _accuracy_of(pl_module, "val").split
+        self.run.groups = {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
+        self.run.val_images = [0] * split.num_classes if self._validated is None else self._validated.tolist()
+        self.train_loader, self.train_batches = trainer.train_dataloader, trainer.num_training_batches
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        accuracy = _accuracy_of(pl_module, "test")
+        self._hits = _Hits(accuracy.split, ignore_index=accuracy.ignore_index).to(pl_module.device)
+        cast("LongTailClassifier", pl_module).test_metrics.append(self._hits)
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the module resets its metrics: record recalls, numbers of images and hits."""
+        assert self._hits is not None
+        accuracy = _accuracy_of(pl_module, "test")
+        self.run.class_recalls = accuracy.class_recalls().tolist()
+        self.run.test_images = accuracy.total.tolist()
+        loaders = trainer.test_dataloaders
+        self.test_loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
+        if _is_sequential(self.test_loader):
+            self.run.test_hits = self._hits.by_class()
+        # The module is as it was.
+        cast("LongTailClassifier", pl_module).test_metrics.pop(-1)
+
+
+class _Hits(_GroupMetric):
+    """Keeps whether each test image was classified right. It has no value, so nothing is logged."""
+
+    def __init__(self, split: ClassSplit, **kwargs: Any) -> None:
+        super().__init__(split, **kwargs)
+        self.images: list[tuple[Tensor, Tensor]] = []
+        self.has_images = True
+
+    @override
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds, target)
+        # The parts of an image, such as its pixels, are no images.
+        self.has_images &= target.ndim == 1
+        if self.has_images:
+            ignored = ignored_mask(target, self.ignore_index)
+            self.images.append((_predicted(preds) == target, target.long().masked_fill(ignored, -1)))
+
+    @override
+    def _count(self, predicted: Tensor, target: Tensor) -> None:
+        pass
+
+    @override
+    def _classes_of_values(self) -> dict[str, Tensor]:
+        return {}
+
+    @override
+    def _values(self) -> dict[str, Tensor]:
+        return {}
+
+    def by_class(self) -> list[str]:
+        """Return the digits of the images of each class, or nothing if the batches had no images."""
+        if not self.has_images or not self.images:
+            return []
+        hits, targets = (torch.cat(parts).cpu() for parts in zip(*self.images, strict=True))
+        order = targets.argsort(stable=True)[int((targets < 0).sum()) :]
+        digits, counts = _digits(hits[order]), targets[order].bincount(minlength=self.num_classes)
+        ends = counts.cumsum(0).tolist()
+        return [digits[end - number : end] for end, number in zip(ends, counts.tolist(), strict=True)]
+
+
+def _digits(mask: Tensor) -> str:
+    return "".join("1" if value else "0" for value in mask.tolist())
+
+
+def _accuracy_of(module: pl.LightningModule, stage: str) -> HeadTailAccuracy:
+    return cast("HeadTailAccuracy", getattr(module, f"{stage}_metrics")[0])
+
+
+def _is_sequential(loader: Any) -> bool:
+    """Return whether a loader is known to yield its images in the same order every time."""
+    batches = getattr(loader, "batch_sampler", None)
+    return type(batches) is BatchSampler and isinstance(batches.sampler, SequentialSampler)
+
+
+def training_accuracy(
+    trainer: pl.Trainer, model: LongTailClassifier, data: LongTailDataModule, recorder: Recorder
+) -> dict[str, float]:
+    """Return the accuracy of each group on the training images, each of which is classified once, in their order.
+
+    Images are transformed as those of the test set, if both sets are of the same class and have a ``transform``.
+    Otherwise they are as in training. The random state does not change.
+
+    Args:
+        trainer: Trainer that is used for nothing else.
+        model: Trained module.
+        data: Data module of its training. Its hooks move the batches.
+        recorder: Recorder of its training and test.
+
+    Returns:
+        The accuracies, or nothing after a warning if they cannot be measured.
+    """
+    loader = _evaluated(recorder.train_loader, recorder.test_loader)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if not math.isfinite(recorder.train_batches):
+            return {}
+        trainer.limit_test_batches = int(recorder.train_batches)
+    source = copy.copy(data)
+    # The data sets are there already.
+    source.prepare_data = source.setup = source.teardown = _do_nothing  # type: ignore[method-assign]
+    source.test_dataloader = lambda: loader  # type: ignore[method-assign]
+    device, before = trainer.strategy.root_device, model.trainer
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with isolate_rng(include_cuda=False), torch.random.fork_rng(devices):
+            measured = of_first_loader(trainer.test(model, datamodule=source, verbose=False)[0])
+        return {group: measured[f"test/acc_{group}"] for group in GROUPS}
+    except Exception as error:
+        # The results of hours are not lost for this number.
+        rank_zero_warn(f"The training accuracy of {recorder.run.method!r} was not measured: {error}")
+        return {}
+    finally:
+        model.trainer = before
+
+
+def _do_nothing(stage: str = "") -> None:
+    pass
+
+
+def _evaluated(train: Any, test: Any) -> Any:
+    """Return a loader that yields the images of a training loader once, in order, treated as test images."""
+    if not isinstance(train, DataLoader) or isinstance(train.dataset, IterableDataset):
+        return train
+    pattern = test if isinstance(test, DataLoader) and test.batch_size else train
+    return DataLoader(
+        _plain(train.dataset, getattr(test, "dataset", None)),
+        batch_size=pattern.batch_size or 1,
+        collate_fn=pattern.collate_fn,
+        num_workers=train.num_workers,
+        pin_memory=train.pin_memory,
+    )
+
+
+def _plain(dataset: Any, test: Any) -> Dataset[Any]:
+    """Return a training set with the transform of the test set, if that is known to fit."""
+    while isinstance(test, Subset):
+        test = test.dataset
+    plain: Dataset[Any] = copy.copy(dataset)
+    if isinstance(dataset, Subset):
+        plain.dataset = _plain(dataset.dataset, test)  # type: ignore[attr-defined]
+    elif type(dataset) is type(test) and hasattr(dataset, "transform"):
+        plain.transform = test.transform  # type: ignore[attr-defined]
+    return plain

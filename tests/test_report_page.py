@@ -1,0 +1,96 @@
+"""The page of a report in a browser: scrolling tables, code blocks, and pictures on light and dark pages."""
+
+from pathlib import Path
+
+import pytest
+from helpers import NEEDS_BROWSER, errors_in, open_browser, show_as
+from test_tables import comparison_of, run_of
+
+from lightning_ssesam.experiments.report import write_report
+
+CONFIG = "epochs: 2\n" + "\n".join(f"option_{k}: {'a/very/long/path/' * 12}" for k in range(3))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    runs = [run_of(name, seed, right=0.5 + seed / 10) for name in ("ERM", "SAM") for seed in range(2)]
+    comparison = comparison_of(runs)
+    object.__setattr__(comparison, "config", CONFIG)
+    report = write_report(comparison, folder)[0]
+    with open_browser(folder / "profile") as browser:
+        yield browser, report
+
+
+FADES = "const box = document.getElementById('last').parentElement; return getComputedStyle(box).maskImage !== 'none'"
+
+
+@NEEDS_BROWSER
+def test_tables_hint_that_they_scroll(page):
+    browser, report = page
+    show_as(browser, 390, dark=False)
+    browser.get(report.as_uri())
+    assert browser.execute_script(FADES)
+    browser.execute_script(
+        "const box = document.getElementById('last').parentElement;"
+        "box.scrollLeft = 10000; box.dispatchEvent(new Event('scroll'))"
+    )
+    assert not browser.execute_script(FADES)
+    show_as(browser, 1280, dark=False)
+    browser.get(report.as_uri())
+    assert not browser.execute_script(FADES)
+    # Without the script, shadows at the edges stay in place while their covers move with the table.
+    attachment = "return getComputedStyle(document.querySelector('.wide')).backgroundAttachment"
+    assert browser.execute_script(attachment) == "local, local, scroll, scroll"
+    assert not errors_in(browser)
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [1280, 390])
+def test_commands_wrap_and_can_be_copied(page, width):
+    browser, report = page
+    show_as(browser, width, dark=True)
+    browser.get(report.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    block = "const pre = document.querySelector('pre');"
+    assert browser.execute_script(f"{block} return pre.scrollWidth <= pre.clientWidth")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.find_element("css selector", "button").click()
+    assert browser.find_element("css selector", "button").text == "Copied"
+    assert browser.execute_script("return getSelection().toString()").strip() == CONFIG
+    assert not errors_in(browser)
+
+
+@NEEDS_BROWSER
+def test_without_scripts_there_are_no_buttons(page):
+    browser, report = page
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(report.as_uri())
+        assert not browser.find_elements("css selector", "button")
+        assert len(browser.find_elements("css selector", "pre")) == 1
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@NEEDS_BROWSER
+def test_pictures_fit_the_page(page):
+    """The corner of every picture has the colour of the page."""
+    browser, report = page
+    corner = """
+        const [picture] = arguments, canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
+        pen.drawImage(document.images[picture], 0, 0);
+        return `rgb(${[...pen.getImageData(1, 1, 1, 1).data].slice(0, 3).join(', ')})`;
+    """
+    for dark in (False, True):
+        show_as(browser, 1280, dark)
+        browser.get(report.as_uri())
+        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        corners = [browser.execute_script(corner, number) for number in range(3)]
+        assert set(corners) == {ground} == {"rgb(24, 24, 27)" if dark else "rgb(255, 255, 255)"}
+
+
+@NEEDS_BROWSER
+def test_the_page_may_fetch_nothing(page):
+    policy = 'http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
+    assert policy in Path(page[1]).read_text()
