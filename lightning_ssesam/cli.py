@@ -86,8 +86,8 @@ def _classes_of_working_folder() -> Iterator[None]:
 
 def _print_completion(options: Sequence[str]) -> None:
     """Print the script of a shell. The words are those of the help of every command."""
-    from lightning_ssesam.experiments.compare import METHODS
     from lightning_ssesam.experiments.completion import SHELLS, completion_script, options_in
+    from lightning_ssesam.experiments.methods import METHODS
     from lightning_ssesam.experiments.refusals import refuse
 
     if len(options) != 1 or options[0] not in SHELLS:
@@ -112,8 +112,11 @@ def _train(command: str, options: list[str]) -> None:
 
 def _compare(options: list[str]) -> None:
     from lightning_ssesam.compare import compare, usable_jobs
+    from lightning_ssesam.experiments.fit_config import write_fit_configs
 
-    _call(compare, "compare", options, jobs=usable_jobs())
+    runs, config = _call(compare, "compare", options, jobs=usable_jobs())
+    if written := write_fit_configs(runs, config):
+        print(f"Weights are in {written[0].parent.parent}. `lightning-ssesam test` and `curvature` can use them.")
 
 
 def _sweep(options: list[str]) -> None:
@@ -155,8 +158,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 """By name, the function of each command and its text for the usage. The error for unknown commands lists the names."""
 
 
-def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> None:
-    """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML."""
+def _call(function: Callable[..., Any], name: str, options: list[str], **defaults: Any) -> tuple[Any, str]:
+    """Call a function with arguments from the command line. Its argument ``config`` gets all of them, as YAML.
+
+    Return what it returns, and the YAML.
+    """
     from lightning_ssesam.experiments.lifetimes import ended_in_order
     from lightning_ssesam.experiments.trust import check_functions
 
@@ -169,7 +175,7 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
     with ended_in_order():
-        function(**arguments)
+        return function(**arguments), arguments["config"]
 
 
 def _function_parser(function: Callable[..., Any], name: str, **defaults: Any) -> "CommandParser":

@@ -24,10 +24,10 @@ from torch.utils.data import (
 )
 
 from lightning_ssesam import ERM, DigitsLT
+from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.data.samplers import ClassBalancedSampler
 from lightning_ssesam.experiments import experiment as experiment_file
-from lightning_ssesam.experiments.compare import Method, compare
 from lightning_ssesam.experiments.recorder import _plain
 from lightning_ssesam.runs import GROUPS, Experiment, Run, RunStore
 

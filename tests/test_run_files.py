@@ -18,8 +18,8 @@ from lightning_ssesam import ERM, SAM, DigitsLT
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.compare import _check_method_name
 from lightning_ssesam.experiments.files import locked, make_folder, replaced, write_text
+from lightning_ssesam.experiments.methods import _check_method_name
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.report import write_report

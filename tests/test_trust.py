@@ -19,9 +19,9 @@ from torch.utils.data import RandomSampler, Sampler
 
 from lightning_ssesam import ERM, DigitsLT, LongTailClassifier
 from lightning_ssesam.cli import main
+from lightning_ssesam.compare import Method
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.checkpoints import find_config
-from lightning_ssesam.experiments.compare import Method
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.trust import check_functions, guard_loading, read_checkpoint

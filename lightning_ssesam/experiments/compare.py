@@ -1,107 +1,31 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
 import inspect
-import unicodedata
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import Sampler
-
-from lightning_ssesam._validation import bad_argument, check_flag, check_fraction, check_integer, check_radius
+from lightning_ssesam._validation import check_flag, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
-from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.choices import describe, find_choices, notes
-from lightning_ssesam.experiments.class_names import closest, did_you_mean
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
+from lightning_ssesam.experiments.methods import METHODS, Method, WithSampler, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
-from lightning_ssesam.experiments.recipe import Recipe, check_factories
+from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
 from lightning_ssesam.experiments.weights import KeepWeights, WeightStore
 from lightning_ssesam.factories import check_made
-from lightning_ssesam.models import BackboneFactory
-from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
-
-_LONGEST_NAME = 200
-
-METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
-
-# These must be the same for all methods, because their accuracies are computed by them.
-_GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
-
-
-@dataclass
-class Method:
-    """Options in which one method differs from the others. Those that are not given are the comparison's.
-
-    Args:
-        objective: Objective by class path, with its arguments.
-        loss: Loss by class path, with its arguments.
-        backbone: Network by class path, with its arguments.
-        optimizer: Optimizer by class path, with its arguments.
-        data: Data module by class path, with its arguments. Class counts must be equal.
-        sampler: Sampler by class path, such as ClassBalancedSampler; replaces that of the data module.
-        callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
-        model: Further arguments of LongTailClassifier, such as step_options.
-    """
-
-    objective: Callable[[], Objective] = ERM
-    loss: Callable[[], nn.Module] | None = None
-    backbone: BackboneFactory | None = None
-    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None
-    data: Callable[[], LongTailDataModule] | None = None
-    sampler: Callable[[Tensor], Sampler[int]] | None = None
-    callbacks: list[Callback] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_factories(vars(self))
-
-    def experiment(self, name: str, recipe: Recipe, gamma: float) -> Experiment:
-        """Return the experiment that trains this method with the options of a comparison."""
-        shared, model = recipe.model or {}, self.model
-        if all(isinstance(arguments.get("step_options"), Mapping) for arguments in (shared, model)):
-            # A method may change some step options and keep the others of the comparison.
-            model = {**model, "step_options": {**shared["step_options"], **model["step_options"]}}
-        parts = {part: getattr(self, part) for part in ("loss", "backbone", "optimizer", "data")}
-        given = {part: value for part, value in parts.items() if value is not None}
-        options = {**vars(recipe), **given, "model": {**shared, **model}}
-        if self.sampler is not None:
-            options["data"] = WithSampler(options["data"], self.sampler)
-        return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
-
-
-@dataclass(frozen=True)
-class WithSampler:
-    """Makes a data module, and replaces its sampler. It can be sent to another process if its parts can be pickled.
-
-    Args:
-        data: Makes the data module.
-        sampler: Makes the sampler of the training set from its labels ``(N,)``.
-    """
-
-    data: Callable[[], LongTailDataModule]
-    sampler: Callable[[Tensor], Sampler[int]]
-
-    def __call__(self) -> LongTailDataModule:
-        """Return the data module."""
-        data = self.data()
-        data.sampler = self.sampler
-        return data
+from lightning_ssesam.split import ClassSplit
 
 
 def compare(
@@ -143,7 +67,8 @@ def compare(
             counts only as long as the option has this value. The best.yaml of a search fills it in.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results. Only one command at a time may use it.
-        keep_weights: Whether to keep a checkpoint of each run, in the folder weights.
+        keep_weights: Whether to keep a checkpoint of each run, in the folder weights. The command line adds the
+            configuration with which `lightning-ssesam test` and `curvature` use it.
         fresh: Whether to make runs anew that are there already. The earlier ones are moved to the folder earlier.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
@@ -162,7 +87,7 @@ def compare(
     check_fraction("gamma", gamma)
     shared = Recipe(**recipe)
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
-    chosen = _methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
+    chosen = make_methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
     experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
     # Build every part once: a wrong one is refused before anything is trained or written.
     data = shared.make_data()
@@ -175,15 +100,9 @@ def compare(
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
     make_folder(output)
     with locked(output):
-        contents = _prepare_data(experiments)
-        pairs = [(each, each.fingerprint(split, contents[id(_source_of(each))])) for each in experiments]
-        # In the order of seeds, so that an interrupted comparison has as many runs of each method.
-        tasks = [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
+        tasks = _plan(experiments, split, seeds)
         facts = origin()
-        weights = WeightStore(output / "weights") if keep_weights else None
-        store = RunStore(output / "runs")
-        remove_unfinished(store.folder)
-        runs = _finish(tasks, store, weights, jobs, output, fresh)
+        runs = _finish(tasks, jobs, output, keep_weights, fresh)
         is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
         comparison = Comparison(
             runs,
@@ -207,64 +126,24 @@ def _defaults(names: Iterable[str]) -> dict[str, float]:
     return {name: inspect.signature(compare).parameters[name].default for name in names}
 
 
-def _methods(methods: str | Sequence[str] | dict[str, Method], radii: dict[str, float]) -> dict[str, Method]:
-    if isinstance(methods, dict) and methods:
-        for name, method in methods.items():
-            _check_method_name(name)
-            if wrong := sorted(method.model.keys() & _GROUPINGS):
-                expected = f"methods on the same groups of classes (no {'/'.join(_GROUPINGS)})"
-                raise bad_argument("methods", expected, got_text=f"{', '.join(wrong)} for {name!r}")
-        return methods
-    names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
-    if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
-        guess = next((closest(name, METHODS) for name in map(str, names) if name not in METHODS), None)
-        error = bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
-        raise ArgumentError(f"{error}{did_you_mean(guess)}")
-    makers: dict[str, Callable[[], Objective]] = {
-        "ERM": ERM,
-        "SAM": partial(SAM, rho=radii["sam_rho"]),
-        "ImbSAM": partial(ImbSAM, rho=radii["imbsam_rho"]),
-        "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
-    }
-    return {name: Method(makers[name]) for name in names}
-
-
-def _check_method_name(name: Any) -> None:
-    is_text = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and not name.isspace()
-    # Control characters, halves of characters, and ends of lines and paragraphs.
-    if not is_text or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-        limits = f"a line of 1 to {_LONGEST_NAME} characters, without control characters"
-        how = "" if isinstance(name, str) else " (quote it, if it is meant as a name)"
-        raise bad_argument("methods", f"methods whose names are text: {limits}", got_text=f"{_short(name)}{how}")
-
-
-def _short(name: Any) -> str:
-    text = ascii(name)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def _source_of(experiment: Experiment) -> Callable[[], LongTailDataModule]:
-    """Return what makes the data module of an experiment, before its sampler is replaced."""
-    return experiment.data.data if isinstance(experiment.data, WithSampler) else experiment.data
-
-
-def _prepare_data(experiments: Sequence[Experiment]) -> dict[int, str]:
+def _plan(experiments: Sequence[Experiment], split: ClassSplit, seeds: int) -> list[Task]:
     """Download the data, because several processes must not do so at once. Check files and networks.
 
-    Return the fingerprint of each data module.
-
-    Its key is the ``id`` of what makes the module.
+    Return a task for every run, seed by seed, so that an interrupted comparison has as many runs of each method.
     """
     modules, contents = dict[int, LongTailDataModule](), dict[int, str]()
+    pairs = []
     for experiment in experiments:
-        source = _source_of(experiment)
+        # Methods that differ in their samplers have the same samples.
+        source = experiment.data.data if isinstance(experiment.data, WithSampler) else experiment.data
         if id(source) not in modules:
-            modules[id(source)] = data = check_made("data", source(), LongTailDataModule)
+            data = check_made("data", source(), LongTailDataModule)
             data.prepare_data()
             data.check_files()
-            contents[id(source)] = data.fingerprint()
+            modules[id(source)], contents[id(source)] = data, data.fingerprint()
         experiment.check_network(modules[id(source)])
-    return contents
+        pairs.append((experiment, experiment.fingerprint(split, contents[id(source)])))
+    return [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
 
 
 def _load(tasks: Sequence[Task], store: RunStore, weights: WeightStore | None, fresh: bool) -> list[Run | None]:
@@ -288,10 +167,10 @@ def _with_weights(task: Task, weights: WeightStore) -> Task:
     return task._replace(experiment=replace(task.experiment, callbacks=callbacks))
 
 
-def _finish(
-    tasks: list[Task], store: RunStore, weights: WeightStore | None, jobs: int, output: Path, fresh: bool
-) -> list[Run]:
+def _finish(tasks: list[Task], jobs: int, output: Path, keep_weights: bool, fresh: bool) -> list[Run]:
     """Make the runs that are missing. Return all of them, method by method."""
+    store, weights = RunStore(output / "runs"), WeightStore(output / "weights") if keep_weights else None
+    remove_unfinished(store.folder)
     kept = _load(tasks, store, weights, fresh)
     missing = [task for task, run in zip(tasks, kept, strict=True) if run is None]
     if len(missing) < len(tasks):
@@ -319,4 +198,7 @@ def _finish(
         if isinstance(error, BrokenProcessPool):
             raise
         raise interruption(error) from None
+    if weights is not None:
+        for run in runs:
+            run.weights = str(weights.path(run.method, run.seed, fingerprints[run.method]))
     return runs

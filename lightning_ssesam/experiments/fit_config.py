@@ -4,6 +4,7 @@ import pydoc
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,9 +12,12 @@ import yaml
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.compare import METHODS, compare
+from lightning_ssesam.experiments.compare import compare
 from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.files import write_text
+from lightning_ssesam.experiments.methods import METHODS
 from lightning_ssesam.experiments.recipe import DEFAULT_SGD, Recipe
+from lightning_ssesam.experiments.runs import Run
 from lightning_ssesam.experiments.trust import check_functions
 from lightning_ssesam.factories import returned_type
 
@@ -63,7 +67,7 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
     shared, experiment = _parse(_with_objectives(comparison), method)
     own = shared["methods"][method]
     parts = {name: shared.get(name) if own.get(name) is None else own[name] for name in _PARTS}
-    data = parts.pop("data")
+    data = _with_sampler(parts.pop("data"), own.get("sampler"))
     callbacks = list(own.get("callbacks") or [])
     if experiment.is_switched_at_gamma(experiment.objective()):
         callbacks.append({"class_path": "lightning_ssesam.StageSwitch", "init_args": {"at": shared["gamma"]}})
@@ -82,6 +86,28 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
         },
         "trainer": {**trainer, "callbacks": callbacks},
     }
+
+
+def write_fit_configs(runs: Sequence[Run], comparison: str) -> list[Path]:
+    """Write a config.yaml beside the weights of each method, for `lightning-ssesam test` and `curvature`.
+
+    Args:
+        runs: Runs of a comparison on the command line. Those without weights need none.
+        comparison: Options of the comparison, as YAML.
+
+    Returns:
+        The paths of the configurations.
+    """
+    folders = {Path(run.weights).parent: run.method for run in runs if run.weights}
+    for folder, method in folders.items():
+        text = yaml.safe_dump(fit_config(yaml.safe_load(comparison), method), sort_keys=False, allow_unicode=True)
+        write_text(folder / "config.yaml", text)
+    return [folder / "config.yaml" for folder in folders]
+
+
+def _with_sampler(data: Any, sampler: Any) -> Any:
+    """Return a data module by class path, with another sampler if there is one."""
+    return data if sampler is None else {**data, "init_args": {**(data.get("init_args") or {}), "sampler": sampler}}
 
 
 def default_optimizer() -> dict[str, Any]:

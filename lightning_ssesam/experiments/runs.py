@@ -38,6 +38,7 @@ class Run:
         test_images: Number of test images of each class, length C.
         test_hits: For each class a text of digits, one for each of its test images in their order: 1 where it was
             classified right. Empty if the order of the images is not known.
+        weights: Path of the checkpoint of the run; empty if none was kept.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Run:
     val_images: list[int] = field(default_factory=list)
     test_images: list[int] = field(default_factory=list)
     test_hits: list[str] = field(default_factory=list)
+    weights: str = ""
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -17,8 +17,8 @@ from lightning_ssesam._validation import bad_argument, check_fraction, check_pos
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.experiments.choices import RADIUS_OPTIONS, radii_of
-from lightning_ssesam.experiments.compare import Method
 from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.methods import Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.compare import Method, _methods
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.files import locked, make_folder, replaced
 from lightning_ssesam.experiments.lifetimes import interruption
+from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search import (
@@ -109,7 +109,7 @@ def sweep(
     pairs = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho, "gamma": gamma}
     bounds = check_bounds(pairs if lr is None else pairs | {"lr": lr})
     shared = Recipe(**recipe)
-    chosen = _methods(methods, {name: low for name, (low, _) in bounds.items()})
+    chosen = make_methods(methods, {name: low for name, (low, _) in bounds.items()})
     named = find_candidates(chosen, bounds, is_shipped=not isinstance(methods, dict))
     if not (candidates := [candidate for candidate in named if candidate.bounds]):
         expected = "methods of which something is searched (ERM has no radius; `lr` searches its learning rate)"
