@@ -133,7 +133,8 @@ def test_by_class_path(backbone, monkeypatch):
     quick = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"]
     quiet = ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
     none = ["--trainer.enable_checkpointing=false"]
-    main(["fit", "--data=DigitsLT", f"--model.backbone={backbone[0]}", *backbone[1:], *quick, *quiet, *none])
+    plain = ["--data=DigitsLT", "--model.objective=ERM"]
+    main(["fit", *plain, f"--model.backbone={backbone[0]}", *backbone[1:], *quick, *quiet, *none])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -293,7 +293,7 @@ def test_output_folder_is_tried(monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     message = r"`output` to be a folder that can be written to \(Permission denied\), but got 'new'\.$"
     with pytest.raises(ValueError, match=message):
         make_folder(Path("new"))

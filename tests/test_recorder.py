@@ -29,7 +29,7 @@ from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.data.samplers import ClassBalancedSampler
 from lightning_ssesam.experiments import experiment as experiment_file
 from lightning_ssesam.experiments.recorder import _plain
-from lightning_ssesam.runs import GROUPS, Experiment, Run, RunStore
+from lightning_ssesam.runs import GROUPS, Experiment, RunStore
 
 pytestmark = STRICT
 
@@ -101,17 +101,6 @@ def test_a_run_keeps_every_test_image_and_the_training_accuracy():
     assert "1" in "".join(run.test_hits)
     RunStore(Path("runs")).save(run, "same")
     assert json.dumps(asdict(RunStore(Path("runs")).load("ERM", 3, "same"))) == json.dumps(asdict(run))
-
-
-def test_the_file_of_an_earlier_version_is_read():
-    run = Run("ERM", 3, class_recalls=[0.5])
-    RunStore(Path("runs")).save(run, "same")
-    (path,) = Path("runs").glob("*.json")
-    content = json.loads(path.read_text())
-    for name in ("train_accuracy", "groups", "class_names", "val_images", "test_images", "test_hits"):
-        del content["run"][name]
-    path.write_text(json.dumps(content))
-    assert RunStore(Path("runs")).load("ERM", 3, "same") == run
 
 
 class Noisy(nn.Module):

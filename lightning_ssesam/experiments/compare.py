@@ -52,7 +52,7 @@ def compare(
     of your own, or other data. Runs of other settings stay in the folder.
 
     Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
-    run), summary.csv, table.md, comparison.png, trade_off.png and confusion.png.
+    run), summary.csv, classes.csv, table.md, comparison.png, trade_off.png and confusion.png.
 
     Args:
         methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and the
@@ -63,12 +63,10 @@ def compare(
         head_rho: Radius of SSESAM for the head, in stage 1.
         tail_rho: Radius of SSESAM for the tail.
         gamma: Fraction of the training after which SSESAM's stage 2 begins.
-        searched: Names of the radii and switches that were searched on validation data, for the report. ``name=value``
-            counts only as long as the option has this value. The best.yaml of a search fills it in.
+        searched: Radii and switches that were searched, by name or as ``name=value``. A search's best.yaml has them.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results. Only one command at a time may use it.
-        keep_weights: Whether to keep a checkpoint of each run, in the folder weights. The command line adds the
-            configuration with which `lightning-ssesam test` and `curvature` use it.
+        keep_weights: Whether to keep a checkpoint of each run, in the folder weights, for `lightning-ssesam test`.
         fresh: Whether to make runs anew that are there already. The earlier ones are moved to the folder earlier.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
@@ -98,9 +96,9 @@ def compare(
         experiments[0].make_trainer([])
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
+    tasks = _plan(experiments, split, seeds)
     make_folder(output)
     with locked(output):
-        tasks = _plan(experiments, split, seeds)
         facts = origin()
         runs = _finish(tasks, jobs, output, keep_weights, fresh)
         is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)

@@ -64,10 +64,8 @@ def sweep(
 ) -> dict[str, dict[str, float]]:
     """Search for the radii of every method, and the switch of SSE-SAM, with Optuna on the validation set.
 
-    Every method gets the same number of trials, seeds and epochs. Trials below the median of the method's earlier ones
-    are pruned, but not before a fifth of stage 2, in which the tail catches up. Methods without stages are not pruned
-    before the moment at which that is, with gamma in the middle of its bounds. The same command again continues the
-    search. The test set is not used, so the data module must have another validation set.
+    Every method gets the same number of trials, seeds and epochs. The same command again continues the search. The test
+    set is not used, so the data module must have another validation set.
 
     Writes to the output folder: journal.log (Optuna's), trials.csv, sweep.png, and best.yaml for
     `lightning-ssesam compare --config`.
@@ -82,11 +80,10 @@ def sweep(
         head_rho: Smallest and largest radius of SSESAM for the head.
         tail_rho: Smallest and largest radius of SSESAM for the tail.
         gamma: Smallest and largest fraction of the training after which SSESAM's stage 2 begins.
-        lr: Smallest and largest learning rate, searched on a log scale for every method, with ERM if it is among them.
-            By default all methods have the optimizer's learning rate.
+        lr: Smallest and largest learning rate, searched on a log scale for every method; the optimizer's by default.
         metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
             ``mean_of_head_and_tail``, the two groups count the same.
-        prune: Whether to end bad trials early.
+        prune: Whether to end trials below the median of their method early, after a fifth of stage 2.
         output: Folder for the results.
         config: Configuration of the search, as YAML. Options that compare has as well go to best.yaml. The command line
             fills it in.
