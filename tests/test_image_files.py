@@ -589,7 +589,7 @@ def test_folder_that_cannot_be_read(monkeypatch):
     [
         ([(30, 50), (40, 20), (90, 80)], 30),
         ([(30, 50), (40, 20)], 20),
-        ([(3000, 400), (500, 4000), (10, 10)], 224),
+        ([(3000, 400), (500, 4000), (10, 10)], 64),
         ([(1, 1)], 1),
     ],
 )
@@ -607,6 +607,22 @@ def test_size_comes_from_the_headers(sizes, expected):
     }
 
 
+def test_a_line_says_that_images_are_reduced(notices):
+    for k in range(4):
+        save(f"large/a/{k}.png", k, (300, 200))
+        save(f"small/a/{k}.png", k, (64, 80))
+    options = {"val_fraction": 0, "test_fraction": 0.3}
+    for _ in range(2):
+        ImageFolderLT("large", **options).prepare_data()
+    assert notices == [
+        "Images are reduced to 64x64 pixels (the median of their shorter sides is 200). Give `image_size` for another"
+        " size."
+    ]
+    ImageFolderLT("small", **options).prepare_data()
+    ImageFolderLT("large", image_size=32, **options).prepare_data()
+    assert len(notices) == 1
+
+
 def test_size_of_a_sample_of_many(monkeypatch):
     """As many headers are read, spread over the set, and no broken one counts."""
     for k in range(450):
@@ -619,7 +635,7 @@ def test_size_of_a_sample_of_many(monkeypatch):
     assert ImageListLT("list.txt", "list.txt").image_size == 11
     assert [Path(path).stem for path in read] == [f"{k * 450 // 200:03}" for k in range(200)]
     Path("images").rename("gone")
-    assert ImageListLT("list.txt", "list.txt").image_size == 224
+    assert ImageListLT("list.txt", "list.txt").image_size == 64
 
 
 def test_sizes_use_no_random_numbers():
@@ -628,3 +644,54 @@ def test_sizes_use_no_random_numbers():
     before = torch.get_rng_state()
     ImageFolderLT("root", test_transform=v2.Compose([v2.ToImage(), v2.RandomCrop(4), v2.ToDtype(torch.float32)]))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("module", ["folder", "list"])
+def test_small_images_are_read_once_and_are_the_same(module, monkeypatch):
+    """Photos take most of an epoch to decode. What the network gets must not depend on it."""
+    for number in range(8):
+        for name in "ab":
+            save(f"images/{name}/{number}.png")
+        noise((90 + 7 * number, 60)).save(f"images/a/{number}.png")
+    if module == "folder":
+        data = ImageFolderLT("images", image_size=16)
+    else:
+        lines = [f"{name}/{number}.png {label}" for number in range(8) for label, name in enumerate("ab")]
+        Path("list.txt").write_text("\n".join(lines))
+        data = ImageListLT("list.txt", "list.txt", root="images", image_size=16, num_workers=0)
+    data.setup("fit")
+    train = data._sets["train"]
+    plain = default_transforms(16)[0]
+    expected = []
+    for epoch in range(2):
+        torch.manual_seed(epoch)
+        expected.append([plain(train.image(index)) for index in range(len(train))])
+    read = []
+    monkeypatch.setattr(type(train), "image", lambda self, index: read.append(index) or read_image(self.path(index)))
+    for epoch in range(2):
+        torch.manual_seed(epoch)
+        for index, image in enumerate(expected[epoch]):
+            assert torch.equal(train[index][0], image)
+    assert read == list(range(len(train)))
+
+
+@pytest.mark.parametrize("options", [{"image_size": 65}, {"image_size": 16, "train_transform": v2.PILToTensor()}])
+def test_other_images_are_not_kept(options):
+    for name in "ab":
+        for number in range(8):
+            save(f"images/{name}/{number}.png")
+    data = ImageFolderLT("images", **options)
+    data.setup("fit")
+    assert data._sets["train"]._kept is None
+    assert (data._sets["test"]._kept is None) == (options["image_size"] > 64)
+
+
+def test_no_more_is_kept_than_memory_allows(monkeypatch):
+    for name in "ab":
+        for number in range(8):
+            save(f"images/{name}/{number}.png")
+    for allowed, is_kept in ((16 * 3 * 16**2, True), (16 * 3 * 16**2 - 1, False)):
+        monkeypatch.setattr("lightning_ssesam.data.images._MEMORY", allowed)
+        data = ImageFolderLT("images", image_size=16)
+        data.setup("fit")
+        assert (data._sets["train"]._kept is not None) == is_kept

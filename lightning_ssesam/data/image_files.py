@@ -14,9 +14,9 @@ from lightning_ssesam.data.images import ImageDataModule, ImageFiles
 from lightning_ssesam.data.reading import MAX_PIXELS, find_problem, shown, size_of
 from lightning_ssesam.errors import ArgumentError
 
-# Images whose headers tell the size, and the largest size that they can choose: that of ImageNet.
+# Images whose headers tell the size, and the largest size that they can choose: a CPU can train on it.
 _SAMPLE = 200
-_LARGEST = 224
+_LARGEST = 64
 # Bad files that an error names, and folders of which a notice names the ignored files.
 _NAMED = 5
 _FOLDERS_NAMED = 10
@@ -44,6 +44,7 @@ class ImageFileModule(ImageDataModule):
         self.max_pixels = None if max_pixels is None else check_integer("max_pixels", max_pixels, minimum=1)
         self.in_channels = self.count_channels()
         self._ignored: Mapping[str, Counter[str]] = {}
+        self._remarks: list[str] = []
 
     def file_sets(self) -> Mapping[str, ImageFiles]:
         """Return the data sets whose files are checked."""
@@ -68,24 +69,30 @@ class ImageFileModule(ImageDataModule):
         ends = [(images.path(0), images.path(-1), len(images)) for images in sets.values() if len(images)]
         key = (type(self), self.max_pixels, *ends)
         if key not in _CHECKED:
-            for line in _notice(self._ignored):
+            for line in [*self._remarks, *_notice(self._ignored)]:
                 rank_zero_info(line)
             check_images(list(sets.values()))
         _CHECKED.add(key)
         self._files_checked = True
 
     def choose_image_size(self, image_size: int | None, images: ImageFiles) -> int:
-        """Return a size that is given, or choose one: the median of the shorter sides of images, at most 224.
+        """Return a size that is given, or choose one: the median of the shorter sides of images, at most 64.
 
         The headers of up to 200 images, spread evenly over the set, are read. The lower of two medians counts. If no
-        header can be read, the size is 224.
+        header can be read, the size is 64.
         """
         if image_size is not None:
             return check_integer("image_size", image_size, minimum=1)
         number = min(_SAMPLE, len(images))
         sizes = (size_of(images.path(k * len(images) // number), self.max_pixels) for k in range(number))
         sides = [min(size) for size in sizes if size is not None]
-        return min(_LARGEST, statistics.median_low(sides)) if sides else _LARGEST
+        median = statistics.median_low(sides) if sides else _LARGEST
+        if median > _LARGEST:
+            self._remarks.append(
+                f"Images are reduced to {_LARGEST}x{_LARGEST} pixels (the median of their shorter sides is {median})."
+                " Give `image_size` for another size."
+            )
+        return min(_LARGEST, median)
 
 
 def check_images(sets: list[ImageFiles]) -> None:

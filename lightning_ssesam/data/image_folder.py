@@ -53,7 +53,7 @@ class ImageFolderLT(ImageFileModule):
         val_fraction: Fraction of each class that validates if there is no ``val``, in [0, 1). With 0 the test set does.
         test_fraction: Fraction of each class that tests if there is no ``test``, in (0, 1).
         image_size: Height and width of the images, an integer >= 1. By default the median of the shorter sides of up to
-            200 images of the folder, spread evenly over it, and at most 224.
+            200 images of the folder, spread evenly over it, and at most 64.
         seed: Seed that chooses the images of each set, an integer >= 0.
         **kwargs: See :class:`~lightning_ssesam.data.ImageFileModule` for ``max_pixels``, and
             :class:`~lightning_ssesam.data.ImageDataModule`. Images are normalised as for ImageNet.
@@ -106,11 +106,8 @@ class ImageFolderLT(ImageFileModule):
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the sets, which the constructor has listed and drawn."""
-        to_train, to_test = self.transforms(self.image_size)
-        return {
-            name: _Files(samples, to_train if name == "train" else to_test, self.max_pixels)
-            for name, samples in self._parts.items()
-        }
+        sets = {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._parts.items()}
+        return self.with_transforms(sets, self.image_size)
 
 
 class _Files(ImageFiles):

@@ -142,7 +142,7 @@ class ImageListLT(ImageFileModule):
         root: Folder that the paths in the lists are relative to.
         num_classes: C, an integer >= 1; by default the largest training label + 1.
         image_size: Height and width of the images, an integer >= 1. By default the median of the shorter sides of up to
-            200 training images, spread evenly over the list, and at most 224.
+            200 training images, spread evenly over the list, and at most 64.
         batch_size: Samples in a training batch, an integer >= 1.
         num_workers: Processes that load samples, an integer >= 0; 0 loads them in the training process.
         **kwargs: See :class:`~lightning_ssesam.data.ImageFileModule` for ``max_pixels``, and
@@ -188,11 +188,9 @@ class ImageListLT(ImageFileModule):
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Read the other lists, and the first image of each list."""
         sets = self.file_sets()
-        to_train, to_test = self.transforms(self.image_size)
-        for name, images in sets.items():
-            images.transform = to_train if name == "train" else to_test
+        for images in sets.values():
             images.image(0)
-        return dict(sets)
+        return self.with_transforms(sets, self.image_size)
 
     def _list(self, path: str | Path) -> ImageList:
         return ImageList(path, self.root, self.num_classes, max_pixels=self.max_pixels)

@@ -1,6 +1,6 @@
 """Shared by the data sets of images: a base for data modules, a data set of files, the usual transforms."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -22,6 +22,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
+# Bytes of the images that a data module keeps in memory, at most.
+_MEMORY = 2**29
 
 
 class ImageDataModule(LongTailDataModule):
@@ -49,6 +51,23 @@ class ImageDataModule(LongTailDataModule):
         to_train, to_test = default_transforms(image_size, **options)
         return self.train_transform or to_train, self.test_transform or to_test
 
+    def with_transforms(self, sets: Mapping[str, "ImageFiles"], image_size: int) -> dict[str, Dataset[Any]]:
+        """Give sets their transforms, and let them keep small images in memory, because decoding photos takes long.
+
+        Args:
+            sets: Sets of images by name. ``"train"`` is the one that trains.
+            image_size: Height and width of the images, an integer >= 1.
+        """
+        transforms = dict(zip(("train", "test"), self.transforms(image_size), strict=True))
+        memory = 3 * image_size**2 * sum(map(len, sets.values()))
+        for name, images in sets.items():
+            kind = "train" if name == "train" else "test"
+            images.transform = transforms[kind]
+            is_own = (self.train_transform if kind == "train" else self.test_transform) is not None
+            if image_size <= _SMALL and memory <= _MEMORY and not is_own:
+                images.keep_resized(image_size)
+        return dict(sets)
+
     def count_channels(self) -> int | None:
         """Return the channels of the images: 3, or what ``test_transform`` makes of an image; None if unknown."""
         if self.test_transform is None:
@@ -74,6 +93,17 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     targets: Tensor
     transform: Transform | None
     max_pixels: int | None = MAX_PIXELS
+    _kept: dict[int, Any] | None = None
+
+    def keep_resized(self, size: int) -> None:
+        """Keep each image in memory once it is read, resized as the usual transforms of small images do first.
+
+        Args:
+            size: Height and width, an integer >= 1.
+        """
+        from torchvision.transforms import v2
+
+        self._kept, self._resize = {}, v2.Resize((size, size))
 
     def path(self, index: int) -> str:
         """Return the path of an image."""
@@ -101,7 +131,10 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     @override
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.image(index)
+        if self._kept is None:
+            image = self.image(index)
+        elif (image := self._kept.get(index)) is None:
+            image = self._kept[index] = self._resize(self.image(index))
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
     def __len__(self) -> int:

@@ -7,8 +7,10 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from lightning_ssesam._validation import bad_argument
-from lightning_ssesam.callbacks import StageSwitch
+from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch
+from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.methods import WithSampler
 from lightning_ssesam.objectives import Objective
 
 RADIUS_OPTIONS: dict[str, dict[str, str]] = {
@@ -156,6 +158,22 @@ def notes(choices: Sequence[Choice], methods: Sequence[str], is_digits: bool) ->
     return [
         f"Values of {_list(ahead)} were searched on validation data, and none of {_list(behind)}: the comparison is"
         f" not fair to {_list(behind)}."
+    ]
+
+
+def note_on_remedies(experiments: Sequence[Experiment], data: LongTailDataModule) -> list[str]:
+    """Return a hint at losses and samplers for imbalanced classes, if no method has one."""
+    has_one = data.sampler is not None or any(
+        experiment.loss is not None
+        or isinstance(experiment.data, WithSampler)
+        or any(isinstance(callback, DeferredReweighting) for callback in experiment.callbacks)
+        for experiment in experiments
+    )
+    if has_one:
+        return []
+    return [
+        "No method has a loss or a sampler for imbalanced classes. These often change more than the objective does: try"
+        " logit adjustment and ClassBalancedSampler, as the shipped configuration compare_folder does."
     ]
 
 

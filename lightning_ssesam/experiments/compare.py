@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_ssesam._validation import check_flag, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
-from lightning_ssesam.experiments.choices import describe, find_choices, notes
+from lightning_ssesam.experiments.choices import describe, find_choices, note_on_remedies, notes
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
@@ -112,7 +112,7 @@ def compare(
             origin=facts,
             tail_rule=tail_rule(shared.model_arguments),
             values=describe(choices),
-            notes=notes(choices, list(chosen), isinstance(data, DigitsLT)),
+            notes=[*notes(choices, list(chosen), isinstance(data, DigitsLT)), *note_on_remedies(experiments, data)],
         )
         print("\n".join([format_table(runs), *comparison.notes]))
         written = write_report(comparison, output)
