@@ -1,8 +1,10 @@
 import csv
 import os
+import platform
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ import torch
 import yaml
 from helpers import STRICT, planned_runs
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from lightning_ssesam import StageSwitch
 from lightning_ssesam.cli import main
 from lightning_ssesam.experiments.checkpoints import find_config
+from lightning_ssesam.experiments.files import locked
+from lightning_ssesam.experiments.resume import folder_of_run
 
 pytestmark = STRICT
 
@@ -494,3 +499,41 @@ def test_a_pattern_that_matches_one_file(monkeypatch):
     saved.rename("epoch[1].ckpt")
     main(["fit", *SHORT, "--ckpt_path", "epoch[1].ckpt"])
     assert loaded == [str(saved), "epoch[1].ckpt"]
+
+
+def test_trainings_that_start_at_once_have_folders_of_their_own(tmp_path):
+    """A logger counts the folders that are there: two that looked at the same time found the same number."""
+    chosen, gate = [], threading.Barrier(4)
+
+    def start():
+        trainer = Trainer(logger=CSVLogger(str(tmp_path)), accelerator="cpu", enable_progress_bar=False)
+        gate.wait()
+        with folder_of_run(trainer, "fit", {"trainer": {}}):
+            chosen.append(Path(trainer.log_dir).name)
+            assert Path(trainer.log_dir).is_dir()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(chosen) == [f"version_{number}" for number in range(4)]
+    assert sorted(path.name for path in (tmp_path / "lightning_logs").glob("version_*")) == sorted(chosen)
+
+
+def test_a_folder_in_which_a_training_is_at_work_is_refused(capsys):
+    """Nothing of the first one is touched."""
+    options = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.version=mine"]
+    folder = Path("runs/lightning_logs/mine")
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("epoch\n0\n")
+    with locked(folder, beside=True), pytest.raises(SystemExit) as stop:
+        main(["fit", *options, *QUICK])
+    assert [path.name for path in folder.iterdir()] == ["metrics.csv"]
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: Another command is at work in '{folder}' (process {os.getpid()} on {platform.node()}). Wait until it"
+        " has ended, or choose another version of the logger.\n"
+    )
+    main(["fit", *options, *QUICK])
+    assert (folder / "metrics-1.csv").read_text() == "epoch\n0\n"

@@ -29,15 +29,21 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iterator[None]:
     """Keep other commands out of an output folder that exists, and remove what a killed one was writing there.
 
     The operating system frees the lock when this program ends, whatever ends it.
 
+    Args:
+        folder: Output folder.
+        option: Option that chooses another folder, for the error.
+        beside: Whether the lock lies beside the folder instead of in it.
+
     Raises:
         ArgumentError: If another command has the folder.
     """
-    owner, lock = folder / ".owner", FileLock(folder / ".lock")
+    place = f"{folder.parent / f'.{folder.name}'}" if beside else f"{folder}{os.sep}"
+    owner, lock = Path(f"{place}.owner"), FileLock(f"{place}.lock")
     who = ""
     try:
         lock.acquire(timeout=0)
@@ -45,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             who = f" ({owner.read_text(encoding='utf-8')})"
         raise ArgumentError(
-            f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another `output`."
+            f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another {option}."
         ) from None
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")

@@ -1,20 +1,26 @@
 """The folder of a training that `lightning-ssesam fit` begins, resumes or evaluates. No file of it is overwritten."""
 
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from filelock import FileLock
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from lightning_ssesam.experiments.files import locked
+
 _CONFIG, _METRICS = "config.yaml", "metrics.csv"
+# A warning of CSVLogger that is wrong here.
+METRICS_ARE_DELETED = "Experiment logs directory .* exists and is not empty"
 # Checkpoints that an error names.
 _NAMED = 3
 
@@ -30,11 +36,13 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-def prepare_folder(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> str | None:
-    """Keep what an earlier run has left in the folder of this one. Return the checkpoint to load.
+@contextmanager
+def folder_of_run(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> Iterator[str | None]:
+    """Keep other trainings out of the folder of a run until the block ends. Yield the checkpoint to load.
 
-    CSVLogger would delete the metrics. If ``last`` is asked for, and Lightning's ModelCheckpoint has saved no
-    checkpoint of that name, it is the newest one in the folder.
+    Metrics of an earlier run in the folder, which CSVLogger would delete, get another name.
+    Loggers number their folders: the first number that no folder has. Of runs that start at the same time, each waits
+    until the one before it has made its folder.
 
     Args:
         trainer: Trainer that has not run yet.
@@ -42,9 +50,31 @@ def prepare_folder(trainer: pl.Trainer, command: str, options: Mapping[str, Any]
         options: Options of the command, not instantiated.
 
     Raises:
+        ArgumentError: If another training is at work in the folder.
         MisconfigurationException: If ``validate`` or ``test`` has no checkpoint, if ``best`` is asked for, or if
             ``last`` is asked for in a folder that is always new.
     """
+    logger = next(iter(trainer.loggers), None)
+    is_refused = command != "fit" and options.get("ckpt_path") is None
+    is_numbered = isinstance(logger, CSVLogger | TensorBoardLogger) and "://" not in logger.root_dir
+    if is_refused or not is_numbered or not trainer.is_global_zero:
+        checkpoint = _checkpoint_to_load(trainer, command, options)
+        _keep_metrics(trainer)
+        yield checkpoint
+        return
+    assert isinstance(logger, CSVLogger | TensorBoardLogger)
+    os.makedirs(logger.root_dir, exist_ok=True)
+    with FileLock(os.path.join(logger.root_dir, ".lock")):
+        checkpoint = _checkpoint_to_load(trainer, command, options)
+        os.makedirs(logger.log_dir, exist_ok=True)
+    is_alone = locked(Path(logger.log_dir), "version of the logger", beside=True) if command == "fit" else nullcontext()
+    with is_alone:
+        _keep_metrics(trainer)
+        yield checkpoint
+
+
+def _checkpoint_to_load(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> str | None:
+    """Return the checkpoint to load. ``last`` is the newest one if Lightning's ModelCheckpoint has saved none so."""
     folder, checkpoint = trainer.log_dir, options.get("ckpt_path")
     if checkpoint is None and command != "fit":
         raise MisconfigurationException(f"`{command}` needs a checkpoint: give --ckpt_path PATH{_suggested(folder)}.")
@@ -55,7 +85,6 @@ def prepare_folder(trainer: pl.Trainer, command: str, options: Mapping[str, Any]
         return checkpoint
     if checkpoint == "last":
         checkpoint = _last_checkpoint(trainer, folder, options["trainer"].get("logger"))
-    _keep_metrics(trainer)
     return checkpoint
 
 
@@ -98,7 +127,6 @@ def _keep_metrics(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and os.path.isfile(path := os.path.join(logger.log_dir, _METRICS)):
             os.rename(path, os.path.join(logger.log_dir, _unused(logger.log_dir, _METRICS)))
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
 
 
 def _unused(folder: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.command_parser import CommandParser
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
-from lightning_ssesam.experiments.resume import SaveConfig, prepare_folder
+from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,
     defaults,
@@ -44,15 +45,20 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line, whose model takes class counts and channels from the data module.
 
     Args:
+        stack: Stack of what is released when the command has ended.
         show_messages: Called when all parts are built, before anything runs.
         defaults: Default values of options, by dotted names. None takes a default away.
         seeds_workers: Whether the processes of data loaders get seeds of Lightning. Those of ``compare`` do not.
     """
 
     def __init__(
-        self, show_messages: Callable[[], None], defaults: Mapping[str, Any], seeds_workers: bool = True
+        self,
+        stack: ExitStack,
+        show_messages: Callable[[], None],
+        defaults: Mapping[str, Any],
+        seeds_workers: bool = True,
     ) -> None:
-        self._show_messages = show_messages
+        self._stack, self._show_messages = stack, show_messages
         self._defaults, self._seeds_workers = defaults, seeds_workers
         self._checkpoint: str | None = None
         self._trust = False
@@ -136,17 +142,19 @@ class TrainingCLI(LightningCLI):
         if needs_switch:
             options["callbacks"] = [*callbacks, StageSwitch()]
         trainer = super().instantiate_trainer(**kwargs)
-        if needs_switch and self.subcommand == "fit":
-            say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
+        self._is_switched_here = needs_switch and self.subcommand == "fit"
         guard_loading(trainer, self._trust)
         return trainer
 
     def before_run(self) -> None:
         """Called before a command runs: keep what an earlier run has left in its folder, and show the messages."""
         command = str(self.subcommand)
-        checkpoint = prepare_folder(self.trainer, command, self.config[command].as_dict())
-        self.config_init[command]["ckpt_path"] = checkpoint
+        folder = folder_of_run(self.trainer, command, self.config[command].as_dict())
+        self.config_init[command]["ckpt_path"] = self._stack.enter_context(folder)
+        if self._is_switched_here:
+            say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
         self._show_messages()
+        warnings.filterwarnings("ignore", METRICS_ARE_DELETED)
 
     before_fit = before_validate = before_test = before_run
 
@@ -165,4 +173,4 @@ def run_training_command(command: str, options: Sequence[str]) -> None:
         # The Trainer handles SIGTERM: it ends the step first.
         stack.enter_context(bound_forks())
         show_messages = stack.enter_context(held_back())
-        TrainingCLI(show_messages, defaults(split_options(arguments)), seeds_workers=comparison is None)
+        TrainingCLI(stack, show_messages, defaults(split_options(arguments)), seeds_workers=comparison is None)
