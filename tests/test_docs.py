@@ -9,6 +9,7 @@ import functools
 import inspect
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -178,25 +179,31 @@ def _in_a_terminal(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.usefixtures("_in_a_terminal")
-def test_from_a_folder_of_images_to_a_report():
+def test_from_a_folder_of_photos_to_a_report(capsys, monkeypatch):
     """The commands of the page, made shorter, on a folder of images; then what a browser would open is there."""
-    text = (ROOT / "docs" / "toolkit.md").read_text()
-    (commands,) = re.findall(r"```bash\n(lightning-ssesam sweep.*?)```", text, re.DOTALL)
-    search, comparison, look = commands.strip().splitlines()
+    monkeypatch.setattr(report, "FIGURES", report.FIGURES[:1])
+    text = (ROOT / "docs" / "photos.md").read_text()
+    commands = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    first, comparison, look, *_ = [line for line in commands if "install" not in line]
     generator = torch.Generator().manual_seed(0)
     for name, count, level in (("cat", 30, 60), ("dog", 12, 120), ("owl", 5, 180), ("yak", 1, 240)):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
-            noise = torch.randint(-40, 15, (20, 24, 3), generator=generator)
+            noise = torch.randint(-40, 15, (40 + number, 44, 3), generator=generator)
             Image.fromarray((level + noise).to(torch.uint8).numpy()).save(f"images/{name}/{number}.png")
-    short = ["--epochs=2", "--trainer={accelerator: cpu}"]
-    main([*search.split()[1:], *short, "--trials=2", "--tail_below=10"])
-    main([*comparison.split()[1:], "--seeds=1", "--jobs=1"])
-    report = Path(look.split()[-1])
-    text = report.read_text()
-    assert "ImageFolderLT: ERM, SAM, ImbSAM, SSESAM" in text
+    short = ["--trainer={accelerator: cpu}", "--tail_below=10", "--jobs=1"]
+    main([*first.split()[1:], *short])
+    assert "first_look" in first
+    assert Path("first_look/report.html").exists()
+    main([*comparison.split()[1:], *short, "--epochs=1", "--seeds=1"])
+    printed = capsys.readouterr().out
+    shown = Path(look.split()[-1]).read_text()
+    assert "ImageFolderLT: ERM, ERM + logit adjustment, ERM + balanced sampler, SAM" in shown
     # 30, 12 and 5 images without those that validate and test, and the only yak.
-    assert "34 of 4 classes, 21 of the largest and 1 of the smallest" in " ".join(text.split())
+    assert "34 of 4 classes, 21 of the largest and 1 of the smallest" in " ".join(shown.split())
+    for warning in ("yak", "The training set is not fitted yet"):
+        assert warning in printed
+        assert warning in shown
     assert look.startswith("python -m webbrowser ")
 
 
@@ -366,6 +373,8 @@ def _what_the_commands_read(monkeypatch):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
+    shutil.copy(ROOT / "examples" / "own_method" / "compare.yaml", "compare.yaml")
+    shutil.copy(ROOT / "examples" / "own_method" / "graded.py", "graded.py")
     monkeypatch.setattr("lightning_ssesam.experiments.sweep._open_study", lambda *args: sys.exit("works"))
     monkeypatch.setattr("lightning_ssesam.experiments.curvature_command.short_names", lambda *args: sys.exit("works"))
 
