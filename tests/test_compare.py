@@ -647,8 +647,7 @@ def test_report_holds_all_that_it_shows():
     text = report_of(runs, SPLIT).read_text()
     page = _Page()
     page.feed(text)
-    # Each for a light page and for a dark one.
-    assert len(page.sources) == 2 * len(FIGURES)
+    assert len(page.sources) == len(FIGURES)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert "url(" not in text
     assert "@import" not in text

@@ -1,9 +1,11 @@
 """The page of a report in a browser: scrolling tables, code blocks, and pictures on light and dark pages."""
 
+import io
 from pathlib import Path
 
 import pytest
 from helpers import NEEDS_BROWSER, errors_in, open_browser, show_as
+from PIL import Image
 from test_tables import comparison_of, run_of
 
 from lightning_ssesam.experiments.report import write_report
@@ -75,19 +77,25 @@ def test_without_scripts_there_are_no_buttons(page):
 
 @NEEDS_BROWSER
 def test_pictures_fit_the_page(page):
-    """The corner of every picture has the colour of the page."""
+    """The ground of every picture has the colour of the page, and its black lines that of text."""
     browser, report = page
-    corner = """
-        const [picture] = arguments, canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
-        pen.drawImage(document.images[picture], 0, 0);
-        return `rgb(${[...pen.getImageData(1, 1, 1, 1).data].slice(0, 3).join(', ')})`;
+    place = """
+        document.images[arguments[0]].scrollIntoView();
+        const box = document.images[arguments[0]].getBoundingClientRect();
+        return [box.left, box.top, box.right, box.bottom].map(Math.round);
     """
     for dark in (False, True):
         show_as(browser, 1280, dark)
         browser.get(report.as_uri())
-        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        corners = [browser.execute_script(corner, number) for number in range(3)]
-        assert set(corners) == {ground} == {"rgb(24, 24, 27)" if dark else "rgb(255, 255, 255)"}
+        ground = (24, 24, 24) if dark else (255, 255, 255)
+        for number in range(3):
+            left, top, right, bottom = browser.execute_script(place, number)
+            shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            picture = shot.crop((left + 3, top + 3, right - 3, min(bottom - 3, shot.height)))
+            assert picture.getpixel((0, 0)) == ground
+            darkest, lightest = (limit(map(sum, picture.getdata())) for limit in (min, max))
+            assert darkest < 120
+            assert lightest > 600
 
 
 @NEEDS_BROWSER

@@ -4,15 +4,13 @@ import csv
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 
 from lightning_ssesam import ClassSplit, DigitsLT
 from lightning_ssesam.experiments.class_table import class_rows, cut_rows, write_classes
-from lightning_ssesam.experiments.figures import DARK, FIGURES, draw_comparison, draw_confusion, draw_trade_off
+from lightning_ssesam.experiments.figures import FIGURES, draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.remarks import FITTED, describe_images, remarks
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison
@@ -353,20 +351,3 @@ class TestTradeOff:
         assert 9 < np.ptp(ax.get_ylim()) < 20
         guides = [tuple(line.get_data()) for line in ax.lines]
         assert guides == [([99, 99], [0, 1]), ([0, 1], [74, 74])]
-
-
-def test_pictures_have_a_dark_version_with_light_ink(monkeypatch):
-    comparison = comparison_of([run_of("ERM"), run_of("SAM")])
-    with matplotlib.rc_context(DARK):
-        for figure in FIGURES:
-            drawn = figure.draw(comparison)
-            assert to_hex(drawn.get_facecolor()) == "#18181b"
-            assert all(to_hex(ax.xaxis.label.get_color()) == "#e4e4e7" for ax in drawn.axes)
-        assert to_hex(draw_comparison(comparison).axes[1].lines[0].get_color()) == "#e4e4e7"
-    assert to_hex(draw_comparison(comparison).axes[1].lines[0].get_color()) == "#000000"
-    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", FIGURES[1:2])
-    text = report_of([run_of("ERM")])
-    sources = [part.partition('"')[0] for part in text.split("base64,")[1:]]
-    # The dark one stands before the light one.
-    assert text.count('<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,') == 1
-    assert len(set(sources)) == 2

@@ -1,9 +1,8 @@
 """The pictures of a comparison and of a search."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,14 +13,9 @@ from lightning_ssesam.experiments.runs import Comparison, Run, by_method
 from lightning_ssesam.experiments.tables import seeds_of
 from lightning_ssesam.split import ClassSplit
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has the same one in every picture. The
-# first method has the colour of the text, which is not the same on a dark page.
-_COLORS = ("text.color", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")
+# Okabe and Ito's colours, which colour-blind readers can tell apart. A method has the same one in every picture.
+_COLORS = ("#000000", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#8C8C8C")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
-# Settings of matplotlib for a page whose colours are those of templates/report.html.
-_DARK_GROUND = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
-_DARK_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
-DARK: dict[Any, Any] = dict.fromkeys(_DARK_GROUND, "#18181b") | dict.fromkeys(_DARK_INK, "#e4e4e7")
 # More classes than this are shown in groups of neighbouring ranks.
 _MAX_POINTS = 40
 
@@ -73,8 +67,7 @@ def draw_trade_off(comparison: Comparison) -> matplotlib.figure.Figure:
         head, tail = (100 * np.array([run.accuracy[group] for run in runs]) for group in ("head", "tail"))
         ax.scatter(head, tail, s=14, color=color, marker=marker, alpha=0.5, linewidths=0)
         mean = float(head.mean()), float(tail.mean())
-        edge = matplotlib.rcParams["axes.facecolor"]
-        ax.scatter(*mean, s=70, color=color, marker=marker, edgecolors=edge, label=_label(name, runs), zorder=3)
+        ax.scatter(*mean, s=70, color=color, marker=marker, edgecolors="white", label=_label(name, runs), zorder=3)
         means.append(mean)
     _draw_changes(ax, means)
     ax.set(xlabel="head accuracy in % (test)", ylabel="tail accuracy in % (test)")
@@ -163,9 +156,7 @@ def draw_sweep(methods: Mapping[str, Sequence[Mapping[str, float]]]) -> matplotl
 
 def method_style(number: int) -> tuple[str, str]:
     """Return the colour and the marker of a method by its number."""
-    color = _COLORS[number % len(_COLORS)]
-    settings: dict[Any, Any] = matplotlib.rcParams
-    return settings.get(color, color), _MARKERS[number % len(_MARKERS)]
+    return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
 
 
 def _label(name: str, runs: Sequence[Run] = ()) -> str:

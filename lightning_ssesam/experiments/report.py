@@ -1,7 +1,6 @@
 """The report of a comparison: tables, pictures, and one HTML file that holds them all."""
 
 import base64
-import io
 import platform
 from collections.abc import Sequence
 from importlib.resources import files
@@ -9,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import matplotlib
 import torch
 from jinja2 import Environment, StrictUndefined
 
 from lightning_ssesam import _version
 from lightning_ssesam.experiments import class_table, tables
-from lightning_ssesam.experiments.figures import DARK, FIGURES, Figure
+from lightning_ssesam.experiments.figures import FIGURES
 from lightning_ssesam.experiments.files import replaced, write_text
 from lightning_ssesam.experiments.intervals import FEW_IMAGES
 from lightning_ssesam.experiments.remarks import FITTED, describe_images, divergence, remarks
@@ -79,22 +77,10 @@ def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
         number_of_classes=len(rows),
         class_headers=class_table.accuracy_headers(comparison),
         pictures=[
-            (_encoded(picture.read_bytes()), _dark(figure, comparison), figure.is_small, figure.caption(comparison))
+            (base64.b64encode(picture.read_bytes()).decode(), figure.is_small, figure.caption(comparison))
             for figure, picture in zip(FIGURES, pictures, strict=True)
         ],
     )
-
-
-def _dark(figure: Figure, comparison: Comparison) -> str:
-    """Return a picture for a dark page."""
-    file = io.BytesIO()
-    with matplotlib.rc_context(DARK):
-        figure.draw(comparison).savefig(file, dpi=150)
-    return _encoded(file.getvalue())
-
-
-def _encoded(picture: bytes) -> str:
-    return base64.b64encode(picture).decode()
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
