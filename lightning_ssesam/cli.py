@@ -116,7 +116,8 @@ def _compare(options: list[str]) -> None:
 
     runs, config = _call(compare, "compare", options, jobs=usable_jobs())
     if written := write_fit_configs(runs, config):
-        print(f"Weights are in {written[0].parent.parent}. `lightning-ssesam test` and `curvature` can use them.")
+        config, weights = os.path.relpath(written[0]), os.path.relpath(written[0].with_name("seed-0.ckpt"))
+        print(f"Test weights with: lightning-ssesam test --config {config} --ckpt_path {weights}")
 
 
 def _sweep(options: list[str]) -> None:

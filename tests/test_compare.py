@@ -287,7 +287,7 @@ def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, c
     assert not Path("crash/report.html").exists()
     printed = capsys.readouterr().out
     assert "Interrupted after 1 of 4 runs, which are in crash/runs" in printed
-    assert "over 1 seed\n" in printed
+    assert "Test accuracy in % of one run\n" in printed
     main(["compare", "--seeds=1", "--output=crash", "--jobs=1"])
     assert calls == ["ERM", "SAM", "SAM", "ImbSAM", "SSESAM"]
     assert Path("crash/report.html").exists()

@@ -368,7 +368,7 @@ def test_bad_files_of_lists_have_their_lines():
         "Expected 7 files to be images that can be read, but got 3 that cannot be read:"
         " train.txt, line 3: images/empty.png (an empty file);"
         " val.txt, line 1: images/text one.png (a file that Pillow cannot open as a picture);"
-        " test.txt, line 2: images/gone.png (an error: No such file or directory)."
+        " test.txt, line 2: images/gone.png (an error: No such file or directory). Replace or remove them."
     )
     Path("train.txt").write_text("a.png 0\nempty.png 0\n")
     message = refusal(ImageListLT("train.txt", "train.txt", num_classes=1, root="images", val="train.txt").prepare_data)
@@ -515,7 +515,8 @@ def test_a_file_that_links_reach_twice_counts_once(notices):
     expected = ["root/a/3.png", "root/a/p/0.png", "root/a/p/1.png", "root/a/p/2.png", "root/a/x/own.png"]
     assert samples()[0] == expected
     ImageFolderLT("root", image_size=8, val_fraction=0).check_files()
-    assert notices == ["6 files of 'a' are ignored: further links to a file 4, further links to a folder 2"]
+    kinds = "links to images that count already 4, links to folders that count already 2"
+    assert notices == [f"6 files of 'a' are ignored: {kinds}"]
 
 
 def test_whole_classes_may_be_links():

@@ -70,7 +70,7 @@ def test_every_epoch_counts_with_the_best_accuracy_so_far(seen):
     for run in runs:
         for epoch in range(3):
             best, count = 100 * max(run.curves["all"][: epoch + 1]), count + 1
-            expected.append((count, 6, f"a, seed {run.seed}: epoch {epoch + 1}/3, best {best:.1f} %"))
+            expected.append((count, 6, f"a, seed {run.seed}: epoch {epoch + 1}/3, best validation {best:.1f} %"))
         # The end of a training adds what is missing.
         expected.append((count, 6, expected[-1][2]))
     assert seen == expected
@@ -90,7 +90,7 @@ def test_several_processes_report(seen):
     assert seen[-1][:2] == (6, 6)
     for run in runs:
         # The last report may come with the end of the run, in either order.
-        assert f"a, seed {run.seed}: epoch 2/3, best {100 * max(run.curves['all'][:2]):.1f} %" in texts
+        assert f"a, seed {run.seed}: epoch 2/3, best validation {100 * max(run.curves['all'][:2]):.1f} %" in texts
     assert all(earlier[0] <= later[0] for earlier, later in itertools.pairwise(seen))
 
 
@@ -112,7 +112,7 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch):
                 display.finish(f"a, seed {seed}")
         text = stream.getvalue()
         assert "1000/1000" in text
-        assert "a, seed 9: epoch 100/100, best 50.0 %" in text
+        assert "a, seed 9: epoch 100/100, best validation 50.0 %" in text
         if longest:
             assert "\r" not in text
             assert 1 <= len(text.splitlines()) <= longest

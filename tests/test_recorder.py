@@ -354,7 +354,7 @@ def test_compare_says_what_it_rests_on(capsys):
     # The same method twice, with the same seeds.
     assert "+0.0 ± " in printed
     assert "*" not in printed.partition("(* excludes 0)")[2]
-    assert "one: The training set is not fitted yet" in printed
+    assert "The training set is not fitted yet (one " in printed
 
 
 def test_digits_are_fitted():

@@ -272,10 +272,10 @@ class TestTraining:
         each = report_of(runs).partition('id="runs"')[2].partition("</table>")[0]
         assert each.count("<td>90.0</td>") == 1
 
-    @pytest.mark.parametrize(("train", "percent"), [(0.62, 62), (0.7999, 79), (FITTED, None), (1.0, None)])
+    @pytest.mark.parametrize(("train", "percent"), [(0.62, "62.0"), (0.7999, "79.9"), (FITTED, None), (1.0, None)])
     def test_what_is_not_fitted_is_said(self, train, percent):
         runs = [run_of("ERM"), run_of("SAM", train=train)]
-        sentence = f"SAM: The training set is not fitted yet ({percent} %): train longer before you compare."
+        sentence = f"The training set is not fitted yet (SAM {percent} %): train longer before you compare."
         for text in everywhere(runs).values():
             assert (sentence in text) == (percent is not None)
             assert text.count("train longer") == (percent is not None)
@@ -284,13 +284,13 @@ class TestTraining:
         """The head is fitted, and has most of the images; the tail is not."""
         run = run_of()
         run.train_accuracy = {"head": 1.0, "tail": 0.2, "all": 0.6}
-        assert remarks([run])[0].startswith("ERM: The training set is not fitted yet (60 %)")
+        assert remarks([run])[0].startswith("The training set is not fitted yet (ERM 60.0 %)")
 
     def test_diverged_runs_need_not_train_longer(self):
         runs = [run_of("ERM", 0), run_of("ERM", 1, train=0.1, diverged=True)]
         assert not any("train longer" in remark for remark in remarks(runs))
         runs[0].train_accuracy["all"] = 0.5
-        assert "(50 %)" in remarks(runs)[1]
+        assert "(ERM 50.0 %)" in remarks(runs)[1]
 
 
 def test_no_star_where_few_images_decide():

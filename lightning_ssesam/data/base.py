@@ -33,6 +33,7 @@ class LongTailDataModule(pl.LightningDataModule):
         many_above: Classes with more training samples than this are many-shot.
         few_below: Classes with fewer training samples than this are few-shot.
         val_is_test: Whether the test set validates, because there is no validation set.
+        division: Way in which the samples were divided into sets, in words; empty if it is not known.
         in_channels: Channels of the images, for the network; None if unknown. A subclass of images should set it.
         image_size: Height and width of the images in a batch; None if unknown.
 
@@ -62,6 +63,7 @@ class LongTailDataModule(pl.LightningDataModule):
     many_above: int = 100
     few_below: int = 20
     val_is_test: bool = False
+    division: str = ""
     in_channels: int | None = None
     image_size: int | None = None
     # Whether `check_files` has nothing to do any more, because it has passed.

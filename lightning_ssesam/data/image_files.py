@@ -115,7 +115,8 @@ def check_images(sets: list[ImageFiles]) -> None:
         named = "; ".join(f"{images.place(index)} ({problem})" for images, index, problem in bad[:_NAMED])
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         expected = f"Expected {sum(map(len, sets))} files to be images that can be read"
-        raise ArgumentError(f"{expected}, but got {len(bad)} that cannot be read: {named}{more}.")
+        found = f"{len(bad)} that cannot be read: {named}{more}"
+        raise ArgumentError(f"{expected}, but got {found}. Replace or remove them.")
 
 
 def count_text(counts: Counter[str]) -> str:

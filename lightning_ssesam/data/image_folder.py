@@ -84,6 +84,9 @@ class ImageFolderLT(ImageFileModule):
         self.image_size = self.choose_image_size(image_size, _Files(parts["train"]))
         missing = _missing(parts, val_fraction, test_fraction)
         self._parts = {**parts, **_divide(parts["train"], missing, self.seed)}
+        drawn = [f"{name} {100 * fraction:g} %" for name, fraction in missing.items()]
+        if drawn:
+            self.division = f"drawn from the images of each class, with seed {self.seed}: {', '.join(drawn)}"
         self.val_is_test = "val" not in self._parts
         train = _Files(self._parts["train"])
         self.class_counts: list[int] = train.targets.bincount().tolist()

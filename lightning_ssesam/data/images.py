@@ -22,7 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
 _SMALL = 64
-# Bytes of the images that a data module keeps in memory, at most.
+# Bytes of the images that the processes of a loader keep in memory, all together at most.
 _MEMORY = 2**29
 
 
@@ -64,7 +64,7 @@ class ImageDataModule(LongTailDataModule):
             kind = "train" if name == "train" else "test"
             images.transform = transforms[kind]
             is_own = (self.train_transform if kind == "train" else self.test_transform) is not None
-            if image_size <= _SMALL and memory <= _MEMORY and not is_own:
+            if image_size <= _SMALL and memory * max(1, self.num_workers) <= _MEMORY and not is_own:
                 images.keep_resized(image_size)
         return dict(sets)
 

@@ -177,4 +177,6 @@ def _reason(error: Exception, max_pixels: int | None) -> str:
         return "a file that Pillow cannot open as a picture"
     if isinstance(error, OSError) and error.strerror:
         return f"an error: {error.strerror}"
+    if "truncated" in str(error):
+        return "a file that is cut off"
     return repr(error)

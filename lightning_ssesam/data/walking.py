@@ -71,7 +71,7 @@ def find_images(folder: str, recursive: bool = True) -> tuple[list[FoundImage], 
         first.setdefault(image.real, image.path)
     images = [image for _, _, image, _ in sorted(found) if first[image.real] == image.path]
     if repeated := len(found) - len(images):
-        others["further links to a file"] += repeated
+        others["links to images that count already"] += repeated
     return images, others
 
 
@@ -83,7 +83,7 @@ def _walk(folder: str, others: Counter[str], recursive: bool) -> Iterator[tuple[
         # Links come last: a folder counts by its own name, if that is here.
         path, real = waiting.pop() if waiting else links.pop(0)
         if real in seen:
-            others["further links to a folder"] += 1
+            others["links to folders that count already"] += 1
             continue
         seen.add(real)
         with os.scandir(path) as entries:

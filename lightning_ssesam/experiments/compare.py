@@ -20,10 +20,12 @@ from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import METHODS, Method, WithSampler, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recorder import expected_images
+from lightning_ssesam.experiments.remarks import about_images
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.tables import format_table, write_runs
-from lightning_ssesam.experiments.weights import KeepWeights, WeightStore
+from lightning_ssesam.experiments.weights import KeepWeights, WeightStore, set_weights_aside
 from lightning_ssesam.factories import check_made
 from lightning_ssesam.split import ClassSplit
 
@@ -97,6 +99,8 @@ def compare(
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
     tasks = _plan(experiments, split, seeds)
+    for remark in about_images([expected_images(data, split)]):
+        print(remark)
     make_folder(output)
     with locked(output):
         facts = origin()
@@ -150,9 +154,7 @@ def _load(tasks: Sequence[Task], store: RunStore, weights: WeightStore | None, f
     for task in tasks:
         key = (task.experiment.method, task.seed, task.fingerprint)
         if fresh:
-            for kept in (store, weights):
-                if kept is not None:
-                    kept.set_aside(*key)
+            store.set_aside(*key)
         has_weights = weights is None or weights.path(*key).is_file()
         found.append(store.load(*key) if has_weights else None)
     return found
@@ -173,6 +175,9 @@ def _finish(tasks: list[Task], jobs: int, output: Path, keep_weights: bool, fres
     missing = [task for task, run in zip(tasks, kept, strict=True) if run is None]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
+    for task in missing:
+        # Weights of an earlier run would be taken for those of the new one.
+        set_weights_aside(output / "weights", task.experiment.method, task.seed, task.fingerprint)
     if weights is not None:
         missing = [_with_weights(task, weights) for task in missing]
     fingerprints = {task.experiment.method: task.fingerprint for task in tasks}

@@ -53,7 +53,7 @@ def paired_difference(
     """Return the difference of ``values`` to ``others``, both by seed, over the seeds that both have.
 
     The variance of its mean is the one over seeds, plus that of the choice of test images. The degrees of freedom of
-    the sum are those of Satterthwaite (Biometrics Bulletin 2, 1946).
+    the sum are those of Satterthwaite (Biometrics Bulletin 2, 1946). The margin is at least that of the seeds alone.
 
     Args:
         values: Value of each seed.
@@ -79,7 +79,10 @@ def paired_difference(
         return Difference(statistics.mean(differences), 0.0, doubt)
     variance = sum(part.variance for part in parts)
     degrees = variance**2 / sum(part.variance**2 / part.degrees for part in parts)
-    return Difference(statistics.mean(differences), float(t.ppf(0.975, degrees)) * math.sqrt(variance), doubt)
+    margin = float(t.ppf(0.975, degrees)) * math.sqrt(variance)
+    # Two or three seeds may differ little by chance, and the degrees of freedom would be those of the images.
+    alone = float(t.ppf(0.975, seeds.degrees)) * math.sqrt(seeds.variance)
+    return Difference(statistics.mean(differences), max(margin, alone), doubt)
 
 
 class Pair:

@@ -34,7 +34,7 @@ class EpochEnd(NamedTuple):
 
     def __str__(self) -> str:
         """Return it as the display shows it."""
-        best = "" if math.isnan(self.best) else f", best {100 * self.best:.1f} %"
+        best = "" if math.isnan(self.best) else f", best validation {100 * self.best:.1f} %"
         return f"{self.training}: epoch {self.epoch}/{self.epochs}{best}"
 
 

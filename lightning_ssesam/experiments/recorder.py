@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from typing_extensions import override
 
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.experiments.runs import GROUPS, Run
 from lightning_ssesam.metrics import HeadTailAccuracy, _GroupMetric, _predicted
 from lightning_ssesam.models import LongTailClassifier
@@ -34,6 +36,19 @@ MEASURING: dict[str, Any] = {
 def of_first_loader(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return logged values by name. With several loaders, the names are those of the first one."""
     return {name.removesuffix("/dataloader_idx_0"): value for name, value in metrics.items()}
+
+
+def expected_images(data: LongTailDataModule, split: ClassSplit) -> Run:
+    """Return a run without results that has the numbers of images and the groups, as far as they are known."""
+    run = Run("", 0, class_names=names_of_classes(data))
+    # Loaders of a user's own may have no labels, or no sets.
+    with suppress(Exception):
+        run.test_images, run.val_images = (
+            labels_of(data._set(name)).bincount(minlength=split.num_classes).tolist()
+            for name in ("test", "test" if data.val_is_test else "val")
+        )
+        run.groups = {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
+    return run
 
 
 def names_of_classes(data: LongTailDataModule) -> list[str]:

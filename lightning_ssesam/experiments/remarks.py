@@ -21,7 +21,7 @@ _MAX_NAMES = 8
 def remarks(runs: Sequence[Run]) -> list[str]:
     """Return what must be said beside the results, a sentence or two each. Most important remarks come first."""
     found = [f"Diverged, with a loss that is not finite: {diverged}"] if (diverged := diverged_runs(runs)) else []
-    return [*found, *_not_fitted(runs), *_about_images(runs)]
+    return [*found, *_not_fitted(runs), *about_images(runs), *_one_seed(runs)]
 
 
 def diverged_runs(runs: Sequence[Run]) -> str:
@@ -69,14 +69,21 @@ def _not_fitted(runs: Sequence[Run]) -> list[str]:
         values = [run.train_accuracy.get("all", math.nan) for run in method_runs if not run.diverged]
         mean = statistics.mean(values) if values else math.nan
         if mean < FITTED:
-            percent = math.floor(100 * mean)
-            found.append(
-                f"{method}: The training set is not fitted yet ({percent} %): train longer before you compare."
-            )
-    return found
+            # What is rounded up to the limit would look fitted.
+            found.append(f"{method} {min(100 * mean, 100 * FITTED - 0.1):.1f} %")
+    if not found:
+        return []
+    return [f"The training set is not fitted yet ({', '.join(found)}): train longer before you compare."]
 
 
-def _about_images(runs: Sequence[Run]) -> list[str]:
+def _one_seed(runs: Sequence[Run]) -> list[str]:
+    if len({run.seed for run in runs}) > 1 or len({run.method for run in runs}) == 1:
+        return []
+    return ["A single seed has no interval: it cannot tell a difference from chance."]
+
+
+def about_images(runs: Sequence[Run]) -> list[str]:
+    """Return what must be said of the numbers of validation and test images. They are known before the training."""
     tested, validated = (numbers_of_images(runs, name) for name in ("test_images", "val_images"))
     found = []
     if tested is not None:

@@ -55,6 +55,7 @@ def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
         groups=GROUPS,
         columns=columns,
         seeds=tables.seeds_of(runs),
+        has_intervals=len({run.seed for run in runs}) > 1,
         summary={
             method: {
                 "last": {column: tables.cell(method_runs, column) for column in columns},
@@ -93,7 +94,8 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         + (f": {comparison.tail_rule}" if comparison.tail_rule else ""),
         "Many, medium, few": f"{int(split.many.sum()):,} classes with more than {split.many_above} training samples,"
         f" {int(split.medium.sum()):,} between, {int(split.few.sum()):,} with fewer than {split.few_below}",
-        "Training": f"{comparison.epochs} epochs"
+        **({"Sets": comparison.data.division} if comparison.data.division else {}),
+        "Training": f"{comparison.epochs} epoch{'s' if comparison.epochs > 1 else ''}"
         + ("" if comparison.gamma is None else f", stage 2 after {100 * comparison.gamma:g} % of them"),
         **({"Radii and switch": comparison.values} if comparison.values else {}),
         "Made with": f"lightning-ssesam {_version.__version__}, torch {torch.__version__}, lightning"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -16,11 +16,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.files import locked
 
 _CONFIG, _METRICS = "config.yaml", "metrics.csv"
 # A warning of CSVLogger that is wrong here.
 METRICS_ARE_DELETED = "Experiment logs directory .* exists and is not empty"
+# Seconds that a command waits until another one has made its folder.
+_PATIENCE = 30
 # Checkpoints that an error names.
 _NAMED = 3
 
@@ -64,13 +67,31 @@ def folder_of_run(trainer: pl.Trainer, command: str, options: Mapping[str, Any])
         return
     assert isinstance(logger, CSVLogger | TensorBoardLogger)
     os.makedirs(logger.root_dir, exist_ok=True)
-    with FileLock(os.path.join(logger.root_dir, ".lock")):
+    with _numbering(logger.root_dir):
         checkpoint = _checkpoint_to_load(trainer, command, options)
         os.makedirs(logger.log_dir, exist_ok=True)
     is_alone = locked(Path(logger.log_dir), "version of the logger", beside=True) if command == "fit" else nullcontext()
     with is_alone:
         _keep_metrics(trainer)
         yield checkpoint
+
+
+@contextmanager
+def _numbering(folder: str) -> Iterator[None]:
+    """Let one command at a time choose the number of its folder. It takes a moment."""
+    lock = FileLock(os.path.join(folder, ".lock"), timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ArgumentError(f"Another command has kept {lock.lock_file!r} for {_PATIENCE} s. End it first.") from None
+    except (OSError, NotImplementedError):
+        # The file system has no locks.
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _checkpoint_to_load(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> str | None:

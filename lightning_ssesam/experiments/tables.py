@@ -72,7 +72,8 @@ def format_table(runs: Sequence[Run]) -> str:
     methods = {name + divergence(method_runs): method_runs for name, method_runs in by_method(runs).items()}
     shown = columns(runs)
     cells = {name: [cell(method_runs, column, 4) for column in shown] for name, method_runs in methods.items()}
-    lines = [f"Test accuracy in %, mean and standard deviation over {seeds_of(runs)}", *_aligned(shown, cells)]
+    spread_text = f", mean and standard deviation over {seeds_of(runs)}" if len({run.seed for run in runs}) > 1 else ""
+    lines = [f"Test accuracy in %{spread_text or ' of one run'}", *_aligned(shown, cells)]
     lines += [note for note in (describe_images(runs), *_notes(runs)) if note]
     if len(methods) > 1 and len({run.seed for run in runs}) > 1:
         lines += ["", f"Difference to {runs[0].method}, {_DIFFERENCE_NOTE}"]

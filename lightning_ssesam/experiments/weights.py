@@ -28,11 +28,16 @@ class WeightStore:
 
     def path(self, method: str, seed: int, fingerprint: str) -> Path:
         """Return the absolute path of the checkpoint of a run, ``METHOD-.../seed-0.ckpt``."""
-        return self.folder / f"{file_stem(method)}-{fingerprint[:12]}" / f"seed-{seed}.ckpt"
+        return _path(self.folder, method, seed, fingerprint)
 
-    def set_aside(self, method: str, seed: int, fingerprint: str) -> None:
-        """Rename the checkpoint of a run, if there is one."""
-        set_aside(self.path(method, seed, fingerprint))
+
+def set_weights_aside(folder: Path, method: str, seed: int, fingerprint: str) -> None:
+    """Rename the checkpoint of a run in a folder of weights, if there are both."""
+    set_aside(_path(folder, method, seed, fingerprint))
+
+
+def _path(folder: Path, method: str, seed: int, fingerprint: str) -> Path:
+    return folder / f"{file_stem(method)}-{fingerprint[:12]}" / f"seed-{seed}.ckpt"
 
 
 class KeepWeights(Callback):
