@@ -1,6 +1,7 @@
 """The command ``lightning-ssesam``."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +169,7 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     from lightning_ssesam.experiments.trust import check_functions
 
     parser = _function_parser(function, name, **defaults)
+    options = _with_methods_of_file(options)
     # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
@@ -177,6 +179,35 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
     with ended_in_order():
         return function(**arguments), arguments["config"]
+
+
+def _with_methods_of_file(options: Sequence[str]) -> list[str]:
+    """Let ``--methods A,B`` choose among the methods that a configuration defines, instead of replacing them."""
+    import yaml
+
+    from lightning_ssesam._validation import bad_argument
+    from lightning_ssesam.experiments.methods import METHODS
+    from lightning_ssesam.experiments.training_options import content_of, split_options
+
+    given = split_options(options)
+    contents = [content_of(option) for option in given if option.name == "--config"]
+    defined = next((c["methods"] for c in reversed(contents) if isinstance(c, dict) and "methods" in c), None)
+    arguments: list[str] = []
+    for option in given:
+        value = ",".join(option.values)
+        names = [value] if value in (defined or {}) else [name.strip() for name in value.split(",")]
+        if option.name != "--methods" or not isinstance(defined, dict) or set(names) <= set(METHODS) - defined.keys():
+            arguments += option.arguments
+        elif wrong := [name for name in names if name not in defined]:
+            raise bad_argument(
+                "methods", f"some of those in the file ({', '.join(map(str, defined))})", ", ".join(wrong)
+            )
+        else:
+            chosen = {name: defined[name] for name in names}
+            text = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=math.inf)
+            # The parser would merge it with the methods of the file.
+            arguments += ["--methods=null", f"--methods={text.strip()}"]
+    return arguments
 
 
 def _function_parser(function: Callable[..., Any], name: str, **defaults: Any) -> "CommandParser":

@@ -537,3 +537,34 @@ def test_a_folder_in_which_a_training_is_at_work_is_refused(capsys):
     )
     main(["fit", *options, *QUICK])
     assert (folder / "metrics-1.csv").read_text() == "epoch\n0\n"
+
+
+METHODS_OF_FILE = """
+methods:
+  ERM: {objective: ERM}
+  mine: {objective: {class_path: SAM, init_args: {rho: 0.3}}}
+  "a, b": {objective: {class_path: ImbSAM, init_args: {rho: 0.4}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [("mine", ["mine"]), ("mine,ERM", ["mine", "ERM"]), ("a, b", ["a, b"]), ("SAM,SSESAM", ["SAM", "SSESAM"])],
+)
+def test_methods_of_a_file_are_chosen_by_name(chosen, expected, monkeypatch):
+    """The first one that is named is what the others are compared with."""
+    Path("mine.yaml").write_text(METHODS_OF_FILE)
+    for options in ([f"--methods={chosen}"], ["--methods", chosen]):
+        planned = planned_runs(monkeypatch, ["--config=mine.yaml", "--seeds=1", *options])
+        assert [task.experiment.method for task in planned] == expected
+        radii = {task.experiment.method: getattr(task.experiment.objective(), "rho", None) for task in planned}
+        assert all(radii[name] == rho for name, rho in (("mine", 0.3), ("a, b", 0.4)) if name in radii)
+
+
+def test_a_wrong_name_beside_a_file_names_those_of_the_file(capsys):
+    Path("mine.yaml").write_text(METHODS_OF_FILE)
+    with pytest.raises(SystemExit):
+        main(["compare", "--config=mine.yaml", "--methods=mine,nope"])
+    assert capsys.readouterr().err == (
+        "error: Expected argument `methods` to be some of those in the file (ERM, mine, a, b), but got 'nope'.\n"
+    )

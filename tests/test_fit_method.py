@@ -1,6 +1,8 @@
 """`fit --method`: a method of a comparison, trained alone, exactly as `compare` trains it."""
 
+import csv
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -293,3 +295,24 @@ def test_threads_and_loader_processes_are_those_of_compare(monkeypatch):
     finally:
         torch.set_num_threads(1)
     assert seen == [(2, "1"), (1, "0"), (3, "0")]
+
+
+def test_kept_weights_can_be_tested_and_measured(capsys, monkeypatch):
+    """The numbers of the comparison come out of the configuration and the checkpoint that it leaves."""
+    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", ())
+    Path("c.yaml").write_text(
+        "methods:\n  mine: {objective: SSESAM, sampler: lightning_ssesam.data.ClassBalancedSampler,"
+        " backbone: {class_path: SmallConvNet, init_args: {width: 8}}}\n"
+    )
+    main(["compare", "--config=c.yaml", "--epochs=1", "--seeds=2", "--jobs=1", "--keep_weights=true"])
+    printed = capsys.readouterr().out
+    (command,) = re.findall(r"^Test weights with: lightning-ssesam (.*)$", printed, re.MULTILINE)
+    main([*command.replace("seed-0", "seed-1").split(), "--trainer.accelerator=cpu", "--trainer.logger=false"])
+    (share,) = re.findall(r"test/acc_all\s+([\d.]+)", capsys.readouterr().out)
+    with Path("comparison/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(share) == pytest.approx(float(rows[1]["all"]), abs=1e-6)
+    config = yaml.safe_load(Path(command.split()[2]).read_text())
+    assert config["data"]["init_args"]["sampler"]["class_path"].endswith("ClassBalancedSampler")
+    main(["curvature", command.split()[4], "--samples=3", "--landscape=false", "--probes=0", "--groups=all"])
+    assert Path("curvature/curvature.csv").exists()

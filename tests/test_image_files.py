@@ -334,7 +334,7 @@ def test_all_bad_files_are_counted_before_training(monkeypatch):
     expected = f"Expected {number + 9} files to be images that can be read, but got {number} that cannot be read: "
     assert message.startswith(f"{expected}root/a/bomb.png (")
     assert message.count("root/a/") == 5
-    assert message.endswith(f"; and {number - 5} more.")
+    assert message.endswith(f"; and {number - 5} more. Replace or remove them.")
     # Nothing is trained and nothing written.
     monkeypatch.setattr("lightning_ssesam.experiments.compare.make_runs", lambda *_: pytest.fail("trained"))
     assert refusal(lambda: compare("ERM", data=partial(ImageFolderLT, "root"), seeds=1)) == message

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import STRICT
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -25,7 +26,7 @@ from torch.utils.data import (
 
 from lightning_ssesam import ERM, DigitsLT
 from lightning_ssesam.compare import Method, compare
-from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.data import ImageFolderLT, LongTailDataModule
 from lightning_ssesam.data.samplers import ClassBalancedSampler
 from lightning_ssesam.experiments import experiment as experiment_file
 from lightning_ssesam.experiments.recorder import _plain
@@ -364,3 +365,21 @@ def test_digits_are_fitted():
     assert run.train_accuracy["all"] > 0.8
     assert run.test_images == [50] * 10
     assert run.val_images == [20] * 10
+
+
+def test_few_images_are_said_before_the_training(monkeypatch, capsys):
+    """They are known then; a training may take hours."""
+
+    def train(self, seed, device=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Experiment, "run", train)
+    for name, count in (("ant", 60), ("bee", 12), ("cat", 1)):
+        Path("images", name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(f"images/{name}/{number}.png")
+    with pytest.raises(KeyboardInterrupt):
+        compare("ERM", seeds=1, epochs=1, data=partial(ImageFolderLT, "images"), tail_below=20)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("Fewer than 10 test images: 'bee' (2). In such a class, a single image moves")
+    assert printed[1].startswith("No test images: 'cat'.")

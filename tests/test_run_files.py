@@ -307,6 +307,11 @@ def test_weights_are_kept(capsys, monkeypatch):
         assert value.equal(saved["state_dict"][name])
     compare({"erm": methods["erm"]}, **{**options, "seeds": 1}, fresh=True)
     assert [path.name for path in (path.parent / "earlier").iterdir()] == ["seed-0-1.ckpt"]
+    # A new run without weights must not be taken for the one whose weights are there.
+    zero = path.with_name("seed-0.ckpt")
+    assert zero.is_file()
+    compare({"erm": methods["erm"]}, **{**options, "seeds": 1, "keep_weights": False}, fresh=True)
+    assert not zero.exists()
 
 
 def recipe_of(options):

@@ -99,19 +99,17 @@ def compare(
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
     tasks = _plan(experiments, split, seeds)
-    for remark in about_images([expected_images(data, split)]):
-        print(remark)
+    _say_what_is_tested(data, split)
     make_folder(output)
     with locked(output):
         facts = origin()
         runs = _finish(tasks, jobs, output, keep_weights, fresh)
-        is_switched = any(experiment.is_switched_at_gamma(experiment.objective()) for experiment in experiments)
         comparison = Comparison(
             runs,
             split,
             data,
             shared.epochs,
-            gamma if is_switched else None,
+            gamma if any(each.is_switched_at_gamma(each.objective()) for each in experiments) else None,
             config,
             origin=facts,
             tail_rule=tail_rule(shared.model_arguments),
@@ -122,6 +120,12 @@ def compare(
         written = write_report(comparison, output)
     print(f"\nWritten: {', '.join(str(path) for path in written)}")
     return runs
+
+
+def _say_what_is_tested(data: LongTailDataModule, split: ClassSplit) -> None:
+    """Print what is known of the results before the training: classes with few or no images."""
+    for remark in about_images([expected_images(data, split)]):
+        print(remark)
 
 
 def _defaults(names: Iterable[str]) -> dict[str, float]:

@@ -65,17 +65,17 @@ def translate_method(options: Sequence[Option], folder: Path) -> tuple[list[str]
         ArgumentError: If there is a comparison and no method, or no such method.
     """
     methods = [value for option in options if option.name == "--method" for value in option.values or ("",)]
-    compared = [option for option in options if option.name == "--config" and is_comparison(_content(option))]
+    compared = [option for option in options if option.name == "--config" and is_comparison(content_of(option))]
     if not methods:
         if compared:
-            names = ", ".join(method_names(_content(compared[0])))
+            names = ", ".join(method_names(content_of(compared[0])))
             found = f"{compared[0].values[0]!r} is a comparison of several methods."
             raise ArgumentError(f"{found} Choose one with --method: {names}.")
         return [argument for option in options for argument in option.arguments], None
     if len(methods) > 1 or len(compared) > 1:
         got = ", ".join([*map(repr, methods), *(option.values[0] for option in compared)])
         raise bad_argument("method", "one name, with the YAML file of one comparison", got_text=got)
-    comparison = _content(compared[0]) if compared else {}
+    comparison = content_of(compared[0]) if compared else {}
     config = fit_config(comparison, methods[0])
     # `fit` makes the schedule, since another option may change the number of epochs.
     config["model"].pop("scheduler")
@@ -147,7 +147,7 @@ def _given(options: Sequence[Option]) -> Iterator[tuple[str, Any]]:
     """Yield the dotted names that are given, with their values, in their order."""
     for option in options:
         if option.name == "--config":
-            yield from _flat("", _content(option))
+            yield from _flat("", content_of(option))
         elif option.name.startswith("--") and option.values:
             yield option.name[2:].removesuffix("+"), _value(option.values[0])
 
@@ -166,7 +166,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _content(option: Option) -> dict[str, Any]:
+def content_of(option: Option) -> dict[str, Any]:
     """Return the content of a configuration file. Lightning's command line refuses what cannot be read."""
     try:
         content = yaml.safe_load(Path(option.values[0]).read_text(encoding="utf-8"))
