@@ -38,10 +38,15 @@ check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambd
 check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "beta")
 
 
-def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
-    """Return ``value`` as an int if it is an integer >= ``minimum``, if there is one. Else raise ``ArgumentError``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and value < minimum):
-        raise bad_argument(name, "an integer" if minimum is None else f"an integer >= {minimum}", value)
+def check_integer(name: str, value: Any, minimum: int | None = None, maximum: float = math.inf) -> int:
+    """Return ``value`` as an int if it is an integer between the limits, else raise ``ArgumentError``.
+
+    A maximum needs a minimum.
+    """
+    low = -math.inf if minimum is None else minimum
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= maximum:
+        limits = f" >= {minimum}" if maximum == math.inf else f" from {minimum} to {maximum}"
+        raise bad_argument(name, "an integer" if minimum is None else f"an integer{limits}", value)
     return int(value)
 
 

@@ -18,6 +18,7 @@ import torch
 from helpers import STRICT
 
 from lightning_ssesam.cli import COMMANDS, main
+from lightning_ssesam.compare import compare
 from lightning_ssesam.experiments.class_names import closest, known_classes
 from lightning_ssesam.experiments.console import held_back
 from lightning_ssesam.experiments.parser_messages import shorten
@@ -49,6 +50,14 @@ FILES = {
     "tag.yaml": b"a: !!python/object/apply:os.system ['touch hacked']\n",
     "alias.yaml": b"a: *nope\n",
     "deep.yaml": b"a: " + b"[" * 5000,
+    "bomb.yaml": b"a0: &a0 [1]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, b", ".join([b"*a%d" % n] * 10)) for n in range(6)),
+    "circle.yaml": b"methods: &a {A: *a}\n",
+    "no_data.yaml": b"data: null\n",
+    "no_backbone.yaml": b"backbone: null\n",
+    "no_optimizer.yaml": b"optimizer: null\n",
+    "no_output.yaml": b"output: ''\n",
+    "long_names.yaml": b"methods: {%s: {objective: ERM}}\n" % (b"x" * 500),
     "key.yaml": b"? [1, 2]\n: 3\n",
     "unknown.yaml": b"sedes: 3\n",
     "unknown_class.yaml": b"data: {class_path: DigitLT}\n",
@@ -78,6 +87,18 @@ class Untyped(torch.nn.Module):
 class Picky(torch.nn.Module):
     def __init__(self, num_classes):
         raise ValueError("a width of 3 is bad luck")
+
+class Broken(torch.nn.Module):
+    def __init__(self, num_classes):
+        raise RuntimeError("shapes")
+
+class Empty(torch.nn.Module):
+    def __init__(self, num_classes):
+        assert num_classes < 3
+
+class Ending(torch.nn.Module):
+    def __init__(self, num_classes):
+        raise SystemExit(0)
 
 X = 3
 """,
@@ -144,7 +165,7 @@ WRONG_OPTIONS = [
     ([*COMPARE, "--seed=1"], "There is no option `--seed`. Did you mean '--seeds'?"),
     ([*COMPARE, "surplus"], "but got 'surplus'."),
     (["compare", "--seeds=abc"], "Expected `--seeds` to be int, but got 'abc'."),
-    (["compare", "--seeds=0"], "Expected argument `seeds` to be an integer >= 1, but got 0."),
+    (["compare", "--seeds=0"], "Expected argument `seeds` to be an integer from 1 to 10000, but got 0."),
     (["compare", "--seeds"], "`--seeds` needs a value."),
     (["compare", "--methods=ERM,Sam"], "each once, but got 'ERM,Sam'. Did you mean 'SAM'?"),
     (["compare", "--methods=ERM,SSE-SAM"], "Did you mean 'SSESAM'?"),
@@ -156,6 +177,14 @@ WRONG_OPTIONS = [
     ([*COMPARE, "--trainer.precision=17"], "Precision 17 is invalid."),
     ([*COMPARE, "--trainer.accelerator=nope"], "`accelerator='nope'`"),
     ([*COMPARE, "--optimizer.lr=abc"], "Expected `--optimizer.lr` to be float, but got 'abc'."),
+    ([*COMPARE, f"--seeds={10**20}"], "Expected argument `seeds` to be an integer from 1 to 10000, but got 1000"),
+    ([*COMPARE, "--jobs=10001"], "Expected argument `jobs` to be an integer from 1 to 10000, but got 10001."),
+    ([*SWEEP, "--trials=10001"], "Expected argument `trials` to be an integer from 1 to 10000, but got 10001."),
+    ([*COMPARE, "--output="], "Expected `--output` to be a folder, but got nothing."),
+    ([*SWEEP, "--output", ""], "Expected `--output` to be a folder, but got nothing."),
+    (["curvature", "x.ckpt", "--output="], "Expected `--output` to be a folder, but got nothing."),
+    ([*COMPARE, "--output=/"], "Expected argument `output` to be a folder in another one, but got '/'."),
+    ([*COMPARE, f"--output={'x' * 300}"], "(File name too long), but got 'xxx"),
     ([*COMPARE, "--output=file"], "Expected argument `output` to be a folder that can be made"),
     (
         [*SWEEP, "--metric=nope"],
@@ -224,6 +253,11 @@ WRONG_CLASSES = [
     ([*FIT, "--model.backbone=importing.Net"], "but got 'importing.Net': No module named 'missing_package'."),
     ([*FIT, "--model.backbone=mine.X"], "Expected `--model.backbone` to be a class or a function, but got 'mine.X'."),
     ([*FIT, "--model.backbone=mine.Picky"], "ValueError: a width of 3 is bad luck (mine.py, line 17)"),
+    ([*FIT, "--model.backbone=mine.Broken"], "RuntimeError: shapes (mine.py, line 21)"),
+    ([*COMPARE, "--backbone=mine.Broken"], "RuntimeError: shapes (mine.py, line 21)"),
+    ([*COMPARE, "--backbone=mine.Empty"], "AssertionError (mine.py, line 25)"),
+    ([*FIT, "--model.backbone=mine.Ending"], "Your code ended the program by sys.exit(0) (mine.py, line 29)."),
+    ([*COMPARE, "--backbone=mine.Ending"], "Your code ended the program by sys.exit(0) (mine.py, line 29)."),
     ([*COMPARE, "--data=Nope"], f"Expected `--data` to be one of {DATA}, or the path of a class, but got 'Nope'."),
     ([*COMPARE, "--data.seeed=1"], "DigitsLT has no argument `--data.seeed`. Did you mean '--data.seed'?"),
     ([*COMPARE, "--data=ImageFolderLT"], "`--data ImageFolderLT` needs `--data.root`."),
@@ -274,6 +308,8 @@ WRONG_FILES = [
     ("tag.yaml", "could not determine a constructor for the tag"),
     ("alias.yaml", "found undefined alias 'nope', line 1."),
     ("deep.yaml", "'deep.yaml' is none"),
+    ("bomb.yaml", "'bomb.yaml' is none: its aliases stand for more than 100,000 values."),
+    ("circle.yaml", "'circle.yaml' is none: a part contains itself, line 1."),
     ("key.yaml", "'key.yaml' is none: found unhashable key, line 1."),
     ("folder.yaml", "'folder.yaml' is none: Is a directory."),
     ("missing.yaml", SHIPPED),
@@ -286,7 +322,10 @@ WRONG_CONFIGURATIONS = [
     (["compare", "--config"], "`--config` needs a value."),
     (["fit", "--config=digits"], f"{SHIPPED} cifar100_lt, digits_lt, but got 'digits'. Did you mean 'digits_lt'?"),
     (["compare", "--config=compare_cifar"], "Did you mean 'compare_cifar10_lt'?"),
-    (["compare", "--config", "digits_lt"], f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, but got 'digits_lt'."),
+    (
+        ["compare", "--config", "digits_lt"],
+        f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, compare_folder, but got 'digits_lt'.",
+    ),
     (["sweep", "--config=digits_lt"], "Expected `--config` to be a YAML file, but got 'digits_lt'."),
     (
         ["fit", "-c", "options.yaml"],
@@ -299,6 +338,13 @@ WRONG_CONFIGURATIONS = [
     ),
     (["compare", "--config=nested.yaml"], "DigitsLT has no argument `--data.sed`. Did you mean '--data.seed'?"),
     (["compare", "--config=method.yaml"], "objectiv"),
+    (["compare", "--config=no_data.yaml"], "Expected argument `data` to be a class or a function, but got None."),
+    (["compare", "--config=no_backbone.yaml"], "argument `backbone` to be a class or a function, but got None."),
+    (["compare", "--config=no_optimizer.yaml"], "argument `optimizer` to be a class or a function, but got None."),
+    (["compare", "--config=no_output.yaml"], "Expected `--output` to be a folder, but got nothing."),
+    (["fit", "--config=long_names.yaml"], "Choose one with --method: xxx"),
+    (["fit", "--config=long_names.yaml", "--method=y"], "Expected argument `method` to be one of 'xxx"),
+    (["fit", "--config=long_names.yaml", f"--method={'y' * 500}"], "Expected argument `method` to be one of 'xxx"),
     (["curvature", "text.ckpt", "--config=fit.yaml"], "'text.ckpt' is no checkpoint of `lightning-ssesam fit`."),
 ]
 
@@ -382,9 +428,25 @@ def test_a_gpu_that_is_not_there(name, expected, command, capsys):
 @pytest.mark.parametrize(
     "error", [KeyError("x"), RuntimeError("shapes"), AttributeError("y"), ZeroDivisionError(), AssertionError()]
 )
-def test_other_errors_of_the_users_code_keep_their_traceback(error):
-    with pytest.raises(type(error)), without_traceback():
+def test_errors_of_the_users_code_before_training_are_one_line(error, capsys):
+    with pytest.raises(SystemExit), without_traceback():
         raise error
+    assert capsys.readouterr().err.startswith(f"error: {type(error).__name__}")
+
+
+def test_errors_of_the_users_code_in_training_keep_their_traceback(monkeypatch):
+    for error in (KeyError("x"), ValueError("y")):
+        monkeypatch.setattr("lightning_ssesam.experiments.experiment.Experiment.run", fails(error))
+        with pytest.raises(type(error)), without_traceback():
+            compare("ERM", seeds=1, epochs=1)
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--print_config"], ["--backbone.help=SmallConvNet"]])
+def test_help_ends_with_status_0(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *options])
+    assert stop.value.code == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_of_the_project_keeps_its_traceback(monkeypatch):

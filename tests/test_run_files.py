@@ -1,6 +1,7 @@
 """The files of a comparison: runs, weights and tables; two commands in one folder, and what a killed one leaves."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers import STRICT, wait_for
 from test_compare import made_up, rows_of
 
@@ -22,6 +24,7 @@ from lightning_ssesam.experiments.files import locked, make_folder, replaced, wr
 from lightning_ssesam.experiments.methods import _check_method_name
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.refusals import without_traceback
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, file_stem
 from lightning_ssesam.experiments.tables import write_csv
@@ -80,6 +83,12 @@ def test_fresh_makes_runs_anew_and_keeps_the_earlier_ones(made):
 
 RUN = made_up("ERM", 0)
 SAVED = json.dumps({"fingerprint": "abc", "run": vars(RUN)})
+NAN = float("nan")
+
+
+def damaged(**values):
+    """The file of a run with other values."""
+    return json.dumps({"fingerprint": "abc", "run": {**vars(RUN), **values}}).encode()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +106,29 @@ SAVED = json.dumps({"fingerprint": "abc", "run": vars(RUN)})
         SAVED.replace('"tail"', '"tale"').encode(),
         SAVED.replace('"diverged": false', '"diverged": "no"').encode(),
         SAVED.replace('"seconds"', '"minutes"').encode(),
+        damaged(class_recalls=["x", *[0.5] * 9]),
+        damaged(class_recalls=[True, *[0.5] * 9]),
+        damaged(class_recalls=[1.5, *[0.5] * 9]),
+        damaged(accuracy={**RUN.accuracy, "all": float("nan")}),
+        damaged(accuracy={**RUN.accuracy, "tail": "x"}),
+        damaged(best={**RUN.best, "all": [0.5]}),
+        damaged(confusion={"head_to_tail": -1}),
+        damaged(train_accuracy={"all": None}),
+        damaged(curves={**RUN.curves, "all": [0.5]}),
+        damaged(curves={**RUN.curves, "all": 0.5}),
+        damaged(curves={**RUN.curves, "all": ["x"] * 3}),
+        damaged(groups={"head": "1" * 9}),
+        damaged(groups={"head": "2" * 10}),
+        damaged(groups={"head": 1}),
+        damaged(class_names=["a"] * 9),
+        damaged(class_names=[1] * 10),
+        damaged(val_images=[3.5] * 10),
+        damaged(test_images=[3] * 11),
+        damaged(test_hits=["01"] * 9),
+        damaged(test_hits=["0x"] * 10),
+        damaged(test_hits=[1] * 10),
+        damaged(test_hits=["011"] * 10),
+        damaged(test_hits=["", *["01"] * 9]),
     ],
 )
 def test_a_damaged_run_is_made_again_and_a_line_says_so(content, capsys):
@@ -111,6 +143,50 @@ def test_a_damaged_run_is_made_again_and_a_line_says_so(content, capsys):
     path.unlink()
     assert store.load("ERM", 0, "abc") is None
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"test_hits": ["01"] * 10, "test_images": [2] * 10, "class_names": ["a"] * 10, "groups": {"head": "1" * 10}},
+        {"test_hits": ["", *["0110"] * 9], "class_recalls": [NAN, *[0.5] * 9]},
+        # No class was tested; a training without validation; one that diverged.
+        {"class_recalls": [NAN] * 10, "accuracy": dict.fromkeys(RUN.accuracy, NAN)},
+        {"best": dict.fromkeys(RUN.best, NAN), "curves": {group: [NAN] * 2 for group in RUN.curves}},
+        {"accuracy": dict.fromkeys(RUN.accuracy, NAN), "diverged": True},
+    ],
+)
+def test_a_whole_run_is_not_made_again(values, capsys):
+    store = RunStore(Path("runs"))
+    store.save(made_up("ERM", 0), "abc")
+    (path,) = Path("runs").iterdir()
+    path.write_bytes(damaged(**values))
+    assert store.load("ERM", 0, "abc") is not None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_names_the_file(monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit), without_traceback():
+        write_text(Path("table.md"), "x")
+    assert capsys.readouterr().err == "error: Cannot write 'table.md': No space left on device.\n"
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks(error, monkeypatch, capsys):
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(error))
+    with locked(Path()):
+        pass
+    assert capsys.readouterr().err == "The file system of '.' has no locks. Run one command at a time there.\n"
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error(monkeypatch):
+    error = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(PermissionError), locked(Path()):
+        pytest.fail("went on")
 
 
 def test_no_two_names_share_a_file():
@@ -151,9 +227,20 @@ def test_names_that_are_no_line_of_text_are_refused(key, monkeypatch):
 
 
 def test_names_may_be_any_other_text():
-    for name in ("SSE-SAM", "1", "on", "=1+1", "Методы", "方法", "x" * 200, 'a|b <c> & "d"', "👩\u200d🔬"):
+    for name in (
+        "SSE-SAM",
+        "1",
+        "on",
+        "=1+1",
+        "Методы",
+        "方法",
+        "x" * 200,
+        'a|b <c> & "d"',
+        "👩\u200d🔬",
+        "ن\u200cی",
+    ):
         _check_method_name(name)
-    for name in (True, None, 1, 2.5, b"ERM", "a\rb", "a\x1b[31mb", "\ud800"):
+    for name in (True, None, 1, 2.5, b"ERM", "a\rb", "a\x1b[31mb", "\ud800", "a\u202eb", "\u200b"):
         with pytest.raises(ArgumentError, match="names are text"):
             _check_method_name(name)
 

@@ -260,8 +260,8 @@ def test_a_trial_that_was_cut_off_is_made_again(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials=0"], "`trials` to be an integer >= 1, but got 0"),
-        (["--seeds=0"], "`seeds` to be an integer >= 1, but got 0"),
+        (["--trials=0"], "`trials` to be an integer from 1 to 10000, but got 0"),
+        (["--seeds=0"], "`seeds` to be an integer from 1 to 10000, but got 0"),
         (["--head_rho=[0, 1]"], "`head_rho` to be a finite number > 0, but got 0.0"),
         (["--tail_rho=[0.5, 0.1]"], "`tail_rho` to be the smallest and the largest value, in this order, but got (0.5"),
         (["--gamma=[0.5, 1]"], "`gamma` to be a number strictly between 0 and 1, but got 1.0"),

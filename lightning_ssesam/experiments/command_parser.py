@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ from lightning_ssesam.experiments.completion import options_in
 from lightning_ssesam.experiments.parser_messages import cut, shorten
 from lightning_ssesam.experiments.refusals import place_in_user_code, refuse
 
+_MOST_NODES = 100_000
+_NO_OUTPUT = "Expected `--output` to be a folder, but got nothing."
 _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
 
 
@@ -64,12 +67,16 @@ class CommandParser(LightningArgumentParser):
     @override
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse options. Whatever the module of a class raises when it is imported ends the program with one line."""
+        given = list(sys.argv[1:] if args is None else args)
+        # Path makes the working folder of an empty text.
+        if "--output=" in given or ("--output", "") in pairwise(given):
+            refuse(_NO_OUTPUT)
         try:
             return super().parse_args(args, *others, **kwargs)
         except ArgumentError:
             raise
         except Exception as error:
-            refuse(_not_imported(error, list(sys.argv[1:] if args is None else args)))
+            refuse(_not_imported(error, given))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -77,6 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         loader = yaml.SafeLoader(path.read_bytes().decode())
         node = loader.get_single_node()
+        _check_aliases(node)
         content = {} if node is None else loader.construct_document(node)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         refuse(f"Expected `--config` to be a YAML file, but {str(path)!r} is none: {cut(_reason(error))}.")
@@ -85,7 +93,28 @@ def read_config(path: Path) -> dict[str, Any]:
         refuse(f"Expected `--config` to be a YAML file with options, but {str(path)!r} has {found}.")
     if twice := _find_twice(node, set()):
         refuse(f"{str(path)!r} has `{twice.value}` twice in one place (line {twice.start_mark.line + 1}).")
+    if content.get("output") == "":
+        refuse(_NO_OUTPUT)
     return dict(content)
+
+
+def _check_aliases(root: yaml.Node | None) -> None:
+    """Raise ``ConstructorError`` if aliases make a file contain itself, or become too much if they are written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            # Stands for a node whose children are being counted.
+            sizes[id(node)] = 0
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        elif not sizes[id(node)]:
+            raise yaml.constructor.ConstructorError(problem="a part contains itself", problem_mark=node.start_mark)
+        return sizes[id(node)]
+
+    if root is not None and size(root) - len(sizes) > _MOST_NODES:
+        raise yaml.constructor.ConstructorError(problem=f"its aliases stand for more than {_MOST_NODES:,} values")
 
 
 def _reason(error: Exception) -> str:

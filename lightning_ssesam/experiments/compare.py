@@ -19,7 +19,7 @@ from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import METHODS, Method, WithSampler, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
-from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import expected_images
 from lightning_ssesam.experiments.remarks import about_images
 from lightning_ssesam.experiments.report import write_report
@@ -59,7 +59,7 @@ def compare(
     Args:
         methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and the
             options of each method. The others are compared with the first method.
-        seeds: Number of seeds, counted from 0, for the initial weights and the batch order.
+        seeds: Number of seeds, at most 10,000, counted from 0, for the initial weights and the batch order.
         sam_rho: Radius of SAM.
         imbsam_rho: Radius of ImbSAM, for the tail.
         head_rho: Radius of SSESAM for the head, in stage 1.
@@ -81,7 +81,7 @@ def compare(
         ModuleNotFoundError: If matplotlib is not installed.
     """
     for name, value in {"seeds": seeds, "jobs": jobs}.items():
-        check_integer(name, value, minimum=1)
+        check_integer(name, value, minimum=1, maximum=MOST)
     for name, flag in {"keep_weights": keep_weights, "fresh": fresh}.items():
         check_flag(name, flag)
     check_fraction("gamma", gamma)

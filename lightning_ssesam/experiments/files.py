@@ -1,7 +1,9 @@
 """Output folders and files that are written whole or not at all."""
 
+import errno
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,12 +14,16 @@ from filelock import FileLock, Timeout
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.parser_messages import cut
 
 _UNFINISHED = ".unfinished-"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder for the output, or raise ``ArgumentError``, also if no file can be written there."""
+    if folder.resolve() == folder.resolve().parent:
+        raise bad_argument("output", "a folder in another one", str(folder))
     what = "made"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +31,7 @@ def make_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise bad_argument("output", f"a folder that can be {what} ({error.strerror})", str(folder)) from error
+        raise bad_argument("output", f"a folder that can be {what} ({error.strerror})", cut(str(folder))) from error
 
 
 @contextmanager
@@ -53,6 +59,11 @@ def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iter
         raise ArgumentError(
             f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another {option}."
         ) from None
+    except (NotImplementedError, OSError) as error:
+        # filelock raises NotImplementedError for ENOSYS. Others, such as a lock of another user, are real errors.
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        print(f"The file system of {str(folder)!r} has no locks. Run one command at a time there.", file=sys.stderr)
     try:
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         remove_unfinished(folder)
@@ -72,7 +83,8 @@ def remove_unfinished(folder: Path) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield the path of a new file beside ``path``. It takes the place of ``path`` if the block ends without an error.
 
-    The new file has a name of its own, so that two programs can write the same file, and the suffix of ``path``.
+    The new file has a name of its own, so that two programs can write the same file, and the suffix of ``path``. An
+    ``OSError`` that names no file, such as that of a full disk, gets the name of ``path``.
     """
     descriptor, name = tempfile.mkstemp(prefix=f"{_UNFINISHED}{path.stem[:50]}-", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
@@ -81,6 +93,10 @@ def replaced(path: Path) -> Iterator[Path]:
         os.chmod(name, 0o666 & ~_umask())
         yield Path(name)
         os.replace(name, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, name):
+            error.filename = str(path)
+        raise
     finally:
         with suppress(FileNotFoundError):
             os.unlink(name)

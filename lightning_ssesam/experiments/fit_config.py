@@ -16,6 +16,7 @@ from lightning_ssesam.experiments.compare import compare
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import write_text
 from lightning_ssesam.experiments.methods import METHODS
+from lightning_ssesam.experiments.parser_messages import cut
 from lightning_ssesam.experiments.recipe import DEFAULT_SGD, Recipe
 from lightning_ssesam.experiments.runs import Run
 from lightning_ssesam.experiments.trust import check_functions
@@ -63,7 +64,7 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
     """
     names = method_names(comparison)
     if method not in names:
-        raise bad_argument("method", f"one of {', '.join(map(repr, names))}", method)
+        raise bad_argument("method", f"one of {cut(', '.join(map(repr, names)))}", cut(method))
     shared, experiment = _parse(_with_objectives(comparison), method)
     own = shared["methods"][method]
     parts = {name: shared.get(name) if own.get(name) is None else own[name] for name in _PARTS}
@@ -152,7 +153,9 @@ def _with_objectives(comparison: Mapping[str, Any]) -> dict[str, Any]:
         return dict(comparison)
     names = method_names(comparison)
     if wrong := [name for name in names if name not in METHODS]:
-        raise bad_argument("methods", f"some of {', '.join(METHODS)}, each once", got_text=", ".join(map(repr, wrong)))
+        raise bad_argument(
+            "methods", f"some of {', '.join(METHODS)}, each once", got_text=cut(", ".join(map(repr, wrong)))
+        )
     return {**comparison, "methods": {name: {"objective": built_in(name, comparison)} for name in names}}
 
 

@@ -25,6 +25,8 @@ METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
 # These must be the same for all methods, because their accuracies are computed by them.
 _GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
 _LONGEST_NAME = 200
+# Invisible characters that Persian, Hindi and emoji are written with.
+_JOINERS = "\u200c\u200d"
 
 
 @dataclass
@@ -120,8 +122,10 @@ def make_methods(methods: str | Sequence[str] | dict[str, Method], radii: Mappin
 
 def _check_method_name(name: Any) -> None:
     is_text = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and not name.isspace()
-    # Control characters, halves of characters, and ends of lines and paragraphs.
-    if not is_text or any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+    # Control characters, invisible ones that reorder a line, halves of characters, and ends of lines and paragraphs.
+    if not is_text or any(
+        unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp") and letter not in _JOINERS for letter in name
+    ):
         limits = f"a line of 1 to {_LONGEST_NAME} characters, without control characters"
         how = "" if isinstance(name, str) else " (quote it, if it is meant as a name)"
         raise bad_argument("methods", f"methods whose names are text: {limits}", got_text=f"{_short(name)}{how}")

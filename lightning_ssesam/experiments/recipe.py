@@ -19,6 +19,9 @@ from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallCo
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions
 
+MOST = 10_000
+"""Upper limit of the options that are numbers of trainings: ``seeds``, ``jobs`` and ``trials``."""
+
 DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
@@ -56,6 +59,9 @@ class Recipe:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("data", "backbone", "optimizer"):
+            if getattr(self, name) is None:
+                raise bad_argument(name, "a class or a function", None)
         check_factories(vars(self))
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("threads", self.threads, minimum=1)

@@ -67,8 +67,8 @@ def without_traceback(options: Sequence[str] = ()) -> Iterator[None]:
     """End the program with one line for a refusal, and without a traceback after an interrupt.
 
     Refusals are every ArgumentError and MisconfigurationException; files that cannot be read or written, downloads that
-    fail and packages that are missing; and what a class says about its arguments before the first training. All other
-    errors keep their traceback.
+    fail and packages that are missing; and whatever the user's code raises before the first training, with its file and
+    line. All other errors keep their traceback.
 
     Args:
         options: Options of the command, for the name of the checkpoint.
@@ -80,6 +80,13 @@ def without_traceback(options: Sequence[str] = ()) -> Iterator[None]:
     except SIGTERMException:
         # Lightning would report success.
         sys.exit(143)
+    except SystemExit as error:
+        # A class that ends the program would end the command in silence. Refusal and Terminated are other types, and
+        # the help ends in argparse.
+        place = place_in_user_code(error)
+        if type(error) is not SystemExit or place is None or any(map(_trains, _frames(error))):
+            raise
+        refuse(f"Your code ended the program by sys.exit({str(error.code)[: _LIMIT - 200]}){place}.")
     except Exception as error:
         if (line := _line(error, options)) is None:
             raise
@@ -105,7 +112,7 @@ def _line(error: Exception, options: Sequence[str]) -> str | None:
     text = text if len(text) < _LIMIT - 100 else f"{text[: _LIMIT - 100]}..."
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
         return f"Cannot write {str(error.filename or 'a file')!r}: {error.strerror}."
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = _frames(error)
     modules = {str(frame.f_globals.get("__name__")) for frame in frames}
     is_download = isinstance(error, OSError | RuntimeError) and any("torchvision.datasets" in name for name in modules)
     if isinstance(error, URLError | ConnectionError | TimeoutError) or is_download:
@@ -123,11 +130,13 @@ def _line(error: Exception, options: Sequence[str]) -> str | None:
 
 
 def _wrong_argument(error: Exception, text: str, place: Place | None, last: FrameType) -> str | None:
-    """Return the line for what a class says about its arguments, or None for an error of the project itself."""
+    """Return the line for what a class raises before the training, or None for an error of the project itself."""
+    if place is not None:
+        return f"{type(error).__name__}{text and f': {text}'}{place}"
     is_call = isinstance(error, TypeError) and re.search(r"required .*argument|unexpected keyword|positional arg", text)
-    is_own = place is None and last.f_code.co_filename.startswith(_PACKAGE) and not isinstance(error, OSError)
+    is_own = last.f_code.co_filename.startswith(_PACKAGE) and not isinstance(error, OSError)
     if isinstance(error, ValueError | TypeError | ImportError | OSError) and (is_call or not is_own):
-        return f"{type(error).__name__}: {text}{place}" if place else text
+        return text
     return None
 
 
@@ -136,6 +145,10 @@ def _find_argument_error(error: BaseException | None) -> ArgumentError | None:
     while error is not None and not isinstance(error, ArgumentError):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _is_library(file: str) -> bool:

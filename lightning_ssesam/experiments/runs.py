@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ class RunStore:
                 return run
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         print(f"{path} is damaged. Its run is made again.")
         return None
@@ -124,9 +126,36 @@ def file_stem(method: str) -> str:
 
 
 def _is_complete(run: Run) -> bool:
-    """Return whether all fields of a run have values of their types, and no group is missing."""
+    """Return whether all fields of a run have values of their types that fit together, and no group is missing."""
     kinds = all(isinstance(getattr(run, part.name), _kind_of(part)) for part in fields(run))
-    return kinds and all(set(GROUPS) <= values.keys() for values in (run.accuracy, run.best, run.curves))
+    if not kinds or not all(set(GROUPS) <= values.keys() for values in (run.accuracy, run.best, run.curves)):
+        return False
+    tables = (run.accuracy, run.best, run.confusion, run.train_accuracy)
+    shares = chain(run.class_recalls, *(table.values() for table in tables), *run.curves.values())
+    counts = [*run.val_images, *run.test_images]
+    if not all(map(_is_share, shares)) or not all(type(count) is int and count >= 0 for count in counts):
+        return False
+    classes = len(run.class_recalls)
+    lists = (run.class_names, run.val_images, run.test_images, run.test_hits)
+    lengths = [*(len(values) for values in lists if values), *map(len, run.groups.values())]
+    is_untested = all(map(math.isnan, run.class_recalls))
+    return (
+        set(lengths) <= {classes}
+        and len({len(curve) for curve in run.curves.values()}) == 1
+        and all(isinstance(name, str) for name in run.class_names)
+        and all(isinstance(text, str) and set(text) <= {"0", "1"} for text in [*run.groups.values(), *run.test_hits])
+        and (run.diverged or math.isnan(run.accuracy["all"]) == is_untested)
+        and all(map(_agrees, run.class_recalls, run.test_hits))
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and (math.isnan(value) or 0 <= value <= 1)
+
+
+def _agrees(recall: float, hits: str) -> bool:
+    """Return whether the recall of a class is the fraction of its images that were classified right."""
+    return abs(hits.count("1") / len(hits) - recall) < 1e-5 if hits else math.isnan(recall)
 
 
 def _kind_of(part: Field[Any]) -> type | tuple[type, ...]:

@@ -13,7 +13,7 @@ from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.files import locked, make_folder, replaced
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import Method, make_methods
-from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search import (
     METRICS,
@@ -101,7 +101,7 @@ def sweep(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name, value in {"trials": trials, "seeds": seeds}.items():
-        check_integer(name, value, minimum=1)
+        check_integer(name, value, minimum=1, maximum=MOST)
     check_choice("metric", metric, METRICS)
     pairs = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho, "gamma": gamma}
     bounds = check_bounds(pairs if lr is None else pairs | {"lr": lr})

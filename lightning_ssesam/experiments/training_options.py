@@ -20,6 +20,7 @@ from lightning_ssesam.experiments.fit_config import (
     method_names,
     thresholds,
 )
+from lightning_ssesam.experiments.parser_messages import cut
 
 _EPOCHS = 60
 _CHECKPOINT = "a file, a pattern that matches one file, 'last' or 'hpc'"
@@ -68,7 +69,7 @@ def translate_method(options: Sequence[Option], folder: Path) -> tuple[list[str]
     compared = [option for option in options if option.name == "--config" and is_comparison(content_of(option))]
     if not methods:
         if compared:
-            names = ", ".join(method_names(content_of(compared[0])))
+            names = cut(", ".join(method_names(content_of(compared[0]))))
             found = f"{compared[0].values[0]!r} is a comparison of several methods."
             raise ArgumentError(f"{found} Choose one with --method: {names}.")
         return [argument for option in options for argument in option.arguments], None
