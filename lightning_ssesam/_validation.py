@@ -39,9 +39,11 @@ check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "b
 
 
 def check_integer(name: str, value: Any, minimum: int | None = None) -> int:
-    """Return ``value`` as an int if it is an integer >= ``minimum``, if there is one. Else raise ``ArgumentError``."""
+    """Return ``value`` as an int if it is an int64 and not below ``minimum``. Else raise ``ArgumentError``."""
     if not isinstance(value, Integral) or isinstance(value, bool) or (minimum is not None and value < minimum):
         raise bad_argument(name, "an integer" if minimum is None else f"an integer >= {minimum}", value)
+    if not -(2**63) <= int(value) < 2**63:
+        raise bad_argument(name, "an integer of at most 64 bits", value)
     return int(value)
 
 
