@@ -39,7 +39,7 @@ check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "b
 
 
 def check_integer(name: str, value: Any, minimum: int | None = None, maximum: float = math.inf) -> int:
-    """Return ``value`` as an int if it is an integer between the limits, else raise ``ArgumentError``.
+    """Return ``value`` as an int if it is an int64 between the limits, else raise ``ArgumentError``.
 
     A maximum needs a minimum.
     """
@@ -47,6 +47,8 @@ def check_integer(name: str, value: Any, minimum: int | None = None, maximum: fl
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= maximum:
         limits = f" >= {minimum}" if maximum == math.inf else f" from {minimum} to {maximum}"
         raise bad_argument(name, "an integer" if minimum is None else f"an integer{limits}", value)
+    if not -(2**63) <= int(value) < 2**63:
+        raise bad_argument(name, "an integer of at most 64 bits", value)
     return int(value)
 
 

@@ -65,7 +65,9 @@ def test_objectives_by_class_path(objective):
     assert saved_config()["model"]["objective"]["class_path"] == f"lightning_ssesam.{objective.split('.')[-1]}"
 
 
-def test_everything_by_class_path():
+def test_everything_by_class_path(monkeypatch):
+    # The network takes images with three channels, and gets none.
+    monkeypatch.setattr("lightning_ssesam.experiments.training_commands.check_network", lambda *_: None)
     main(
         [
             "fit",
@@ -417,6 +419,8 @@ def started(monkeypatch, *args):
 
 
 def test_the_shipped_fit_is_what_it_says(monkeypatch):
+    # It would download the images.
+    monkeypatch.setattr("lightning_ssesam.experiments.training_commands.TrainingCLI._check_training", lambda _: None)
     trainer, model, data = started(monkeypatch, "--config", "cifar100_lt", "--trainer.accelerator=cpu")
     assert_published(data, model)
     assert trainer.max_epochs == 200

@@ -5,6 +5,7 @@ import errno
 import importlib
 import logging
 import multiprocessing
+import random
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import pytest
 import torch
 from helpers import STRICT
 
+from lightning_ssesam import DigitsLT
 from lightning_ssesam.cli import COMMANDS, main
 from lightning_ssesam.compare import compare
 from lightning_ssesam.experiments.class_names import closest, known_classes
@@ -92,13 +94,24 @@ class Broken(torch.nn.Module):
     def __init__(self, num_classes):
         raise RuntimeError("shapes")
 
-class Empty(torch.nn.Module):
+class Asserting(torch.nn.Module):
     def __init__(self, num_classes):
         assert num_classes < 3
 
 class Ending(torch.nn.Module):
     def __init__(self, num_classes):
         raise SystemExit(0)
+
+class Empty(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+
+    def forward(self, x):
+        return torch.zeros(len(x), 10)
+
+class Reduced(torch.nn.Module):
+    def forward(self, logits, targets):
+        return torch.nn.functional.cross_entropy(logits, targets)
 
 X = 3
 """,
@@ -255,7 +268,7 @@ WRONG_CLASSES = [
     ([*FIT, "--model.backbone=mine.Picky"], "ValueError: a width of 3 is bad luck (mine.py, line 17)"),
     ([*FIT, "--model.backbone=mine.Broken"], "RuntimeError: shapes (mine.py, line 21)"),
     ([*COMPARE, "--backbone=mine.Broken"], "RuntimeError: shapes (mine.py, line 21)"),
-    ([*COMPARE, "--backbone=mine.Empty"], "AssertionError (mine.py, line 25)"),
+    ([*COMPARE, "--backbone=mine.Asserting"], "AssertionError (mine.py, line 25)"),
     ([*FIT, "--model.backbone=mine.Ending"], "Your code ended the program by sys.exit(0) (mine.py, line 29)."),
     ([*COMPARE, "--backbone=mine.Ending"], "Your code ended the program by sys.exit(0) (mine.py, line 29)."),
     ([*COMPARE, "--data=Nope"], f"Expected `--data` to be one of {DATA}, or the path of a class, but got 'Nope'."),
@@ -354,6 +367,80 @@ WRONG_CONFIGURATIONS = [
 )
 def test_a_refusal_is_one_line(arguments, expected, capsys):
     assert expected in refusal(arguments, capsys)
+
+
+ALONE = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+WRONG_TRAININGS = [
+    (["--trainer.check_val_every_n_epoch=0"], "`check_val_every_n_epoch` to be an integer >= 1, but got 0."),
+    (["--trainer.accumulate_grad_batches=0"], "`accumulate_grad_batches` to be an integer >= 1, but got 0."),
+    (["--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
+    (["--model.scheduler=OneCycleLR", "--model.scheduler.max_lr=0.1"], "You must define either total_steps OR"),
+    (["--model.backbone=mine.Empty"], "optimizer got an empty parameter list"),
+    (["--model.backbone=torch.nn.Identity"], "`backbone` to be a network with logits (N, 10)"),
+    (["--model.backbone=torchvision.models.squeezenet1_1"], "for inputs of shape (1, 8, 8), but got"),
+    (["--model.loss=mine.Reduced"], "`loss` to be a module that returns a loss for each sample"),
+    (["--model.loss=torch.nn.MSELoss", "--model.loss.reduction=none"], "an output of shape (1, 10) for one sample."),
+    (["--ckpt_path=hpc"], "Cannot load the checkpoint 'hpc': "),
+    (["--ckpt_path=s3://foo/bar.ckpt"], "Cannot load the checkpoint 's3://foo/bar.ckpt': "),
+    (["--data.seed=99999999999999999999999"], "`seed` to be an integer of at most 64 bits, but got"),
+    (["--trainer.default_root_dir=file/runs"], "Cannot make the folder 'file/runs' of the run: Not a directory."),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), WRONG_TRAININGS)
+def test_what_would_fail_in_the_training_is_refused_before(options, expected, capsys):
+    assert expected in refusal([*FIT, *ALONE, *options], capsys)
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+@pytest.mark.parametrize("options", [[], ALONE])
+def test_an_untrained_network_is_not_evaluated(command, options, capsys):
+    line = refusal([command, *FIT[1:], *options, "--ckpt_path=last"], capsys)
+    assert f"`{command} --ckpt_path last`: there is no checkpoint in '" in line
+
+
+def test_the_last_checkpoint_is_found_without_a_logger(monkeypatch):
+    for name in ("last.ckpt", "later.ckpt"):
+        Path("checkpoints").mkdir(exist_ok=True)
+        Path("checkpoints", name).touch()
+    seen = []
+
+    def test(self, model, datamodule, ckpt_path: str | None = None):
+        seen.append(ckpt_path)
+
+    monkeypatch.setattr("lightning.pytorch.Trainer.test", test)
+    main(["test", *FIT[1:], *ALONE, "--ckpt_path=last"])
+    assert seen == [str(Path("checkpoints/last.ckpt").absolute())]
+
+
+def test_the_checks_before_a_training_change_no_number(monkeypatch):
+    """Not even if the data sets are drawn from the global random state."""
+
+    def numbers():
+        weights = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lightning.pytorch.Trainer.fit", lambda *args, **options: trained(weights, *args, **options))
+            main([*FIT, *ALONE, "--data=test_refusals.Drawn"])
+        return weights
+
+    def trained(weights, trainer, model, datamodule, **_):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        weights += [*model.state_dict().values(), datamodule.noise, torch.rand(3), torch.tensor(random.random())]
+        weights += [torch.tensor([module.training for module in model.modules()])]
+
+    with_checks = numbers()
+    monkeypatch.setattr("lightning_ssesam.experiments.training_commands.TrainingCLI._check_training", lambda self: None)
+    for found, expected in zip(with_checks, numbers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+class Drawn(DigitsLT):
+    """A data module that draws from the global random states."""
+
+    def make_sets(self):
+        self.noise = torch.randn(3)
+        return super().make_sets()
 
 
 @pytest.mark.parametrize("command", ["fit", "compare"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import STRICT
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler
@@ -128,6 +129,49 @@ def test_curvature_of_a_checkpoint_that_is_trusted(trained, capsys):
     main(["curvature", changed(trained, theirs=Payload()), *quick, "--trust_checkpoint=true"])
     assert Path("ran").is_dir()
     assert f"Model and data come from '{Path('config.yaml').resolve()}'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["best_model_path", "kth_best_model_path", "last_model_path"])
+@pytest.mark.parametrize(
+    "path",
+    ["local://{here}/precious", "{here}/lightning_logs/version_0/checkpoints/../../../precious"],
+)
+def test_a_checkpoint_deletes_nothing_of_the_user(path, name, trained):
+    """A callback of Lightning deletes what it takes for an earlier checkpoint, even a folder."""
+    precious = Path("precious/thesis.ckpt")
+    precious.parent.mkdir()
+    precious.touch()
+    path = path.format(here=Path.cwd())
+    states = torch.load(trained, weights_only=True)["callbacks"]
+    (key,) = [key for key in states if key.startswith("ModelCheckpoint")]
+    state = {**states[key], "dirpath": f"{Path.cwd()}/lightning_logs/version_0/checkpoints", name: path}
+    own = {"best": [], "last": ["save_last=true"], "kth": ["monitor=val/acc_all", "mode=max"]}[name.split("_")[0]]
+    if name == "kth_best_model_path":
+        key = key.replace("'monitor': None", "'monitor': 'val/acc_all'").replace("'mode': 'min'", "'mode': 'max'")
+        state |= {"best_k_models": {path: torch.tensor(-1.0)}, "kth_value": torch.tensor(-1.0)}
+    options = ["--trainer.callbacks+=ModelCheckpoint", *(f"--trainer.callbacks.{option}" for option in own)]
+    checkpoint = changed(trained, callbacks={key: state})
+    main(["fit", *QUIET, *options, f"--ckpt_path={checkpoint}"])
+    assert precious.is_file()
+
+
+def test_a_checkpoint_knows_its_earlier_ones_and_no_other_files(trained):
+    """Those of its own folder and of the folder of the run, in which there are checkpoints alone."""
+    kept = [str(trained), str(Path("runs/a.ckpt").absolute())]
+    for file in ("runs/a.ckpt", "runs/notes.txt", "a.ckpt"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
+    Path("runs/link.ckpt").symlink_to(Path("a.ckpt").absolute())
+    lost = [f"{Path.cwd()}/{file}" for file in ("runs/notes.txt", "a.ckpt", "runs/link.ckpt", "runs", "runs/no.ckpt")]
+    content = torch.load(trained, weights_only=True)
+    trainer = Trainer(logger=False, callbacks=[ModelCheckpoint("runs")])
+    guard_loading(trainer, trust=False)
+    for path in [*kept, *lost, f"local::{kept[1]}", f"local://{kept[1]}", 3]:
+        state = {"best_model_path": path, "best_k_models": {path: 1.0}}
+        torch.save({**content, "callbacks": {"ModelCheckpoint": state, "other": 3}}, trained.parent / "theirs.ckpt")
+        loaded = trainer.strategy.load_checkpoint(trained.parent / "theirs.ckpt")["callbacks"]["ModelCheckpoint"]
+        assert loaded == (state if path in kept else {"best_model_path": "", "best_k_models": {}})
+    (trained.parent / "theirs.ckpt").unlink()
 
 
 def loaded_model(monkeypatch, *arguments):

@@ -101,14 +101,15 @@ def curvature(
     place = _device(device)
     labels = short_names(checkpoints)
     configs = {path: config or find_config(path) for path in checkpoints}
-    if config is None:
-        say(f"Model and data come from {', '.join(dict.fromkeys(repr(str(found)) for found in configs.values()))}.")
     make_folder(output)
     measured: dict[Path, dict[str, Curvature]] = {}
     written = [output / "curvature.csv"]
     for path in checkpoints:
         with limited_threads(threads), quiet():
             model, data = load_checkpoint(path, configs[path], trust_checkpoint)
+            if config is None and not measured:
+                names_of_configs = ", ".join(dict.fromkeys(repr(str(found)) for found in configs.values()))
+                say(f"Model and data come from {names_of_configs}.")
             batches = _choose_batches(data, model.split, names, samples, batch_size, seed)
             model.to(place)
             size = sum(p.numel() for p in model.parameters() if p.requires_grad)

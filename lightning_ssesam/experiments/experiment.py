@@ -3,7 +3,6 @@
 import copy
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
@@ -32,6 +30,7 @@ from lightning_ssesam.experiments.fingerprint import (
     trainer_settings,
     without_addresses,
 )
+from lightning_ssesam.experiments.network_check import check_network
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.recorder import (
     MEASURING,
@@ -46,9 +45,6 @@ from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
-
-# Hooks of a data module that may change a batch.
-_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @dataclass(frozen=True)
@@ -82,31 +78,11 @@ class Experiment(Recipe):
         )
 
     def check_network(self, data: LongTailDataModule) -> None:
-        """Send a training image through an untrained network, so that one of the wrong shape is refused at once.
-
-        The random state does not change. Errors that have other causes than shapes are left to the training, and so are
-        data modules whose loaders or hooks may make other batches.
-
-        Args:
-            data: Data module of the experiment, prepared.
-
-        Raises:
-            ArgumentError: If the network does not take the image.
-        """
-        if any(getattr(type(data), name) is not getattr(pl.LightningDataModule, name) for name in _BATCH_HOOKS):
-            return
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), limited_threads(self.threads):
-            data.setup("fit")
-            loader = data.train_dataloader()
-            if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-                return
-            inputs, _ = loader.collate_fn([loader.dataset[0]])
-            try:
-                self.make_model(data).eval()(inputs)
-            except (RuntimeError, AssertionError) as error:
-                if re.search("channels|shape|size|match", str(error)):
-                    expected = f"a network for inputs of shape {tuple(inputs.shape[1:])}"
-                    raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
+        """Try network and loss on a training sample, see :func:`~network_check.check_network`."""
+        with torch.random.fork_rng(devices=[]):
+            model = self.make_model(data)
+        with limited_threads(self.threads):
+            check_network(model, data)
 
     def _checked_data(self) -> LongTailDataModule:
         """Return the data module. The command has checked its files, and tells other processes by this."""

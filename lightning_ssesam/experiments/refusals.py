@@ -28,7 +28,7 @@ _LOADS = {
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 }
 _LOAD_ERRORS: tuple[type[Exception], ...] = (
-    *(OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError),
+    *(OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ImportError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
 
@@ -119,7 +119,9 @@ def _line(error: Exception, options: Sequence[str]) -> str | None:
         return f"Cannot download: {text} Check the network, or put the files there yourself."
     place = place_in_user_code(error)
     if place is None and isinstance(error, _LOAD_ERRORS) and any(map(_loads, frames)):
-        is_told = isinstance(error, OSError) or (isinstance(error, RuntimeError) and "state_dict" in text)
+        # An address that needs a package, or a file that Lightning does not find.
+        is_told = isinstance(error, OSError | ImportError) or "ckpt_path" in text
+        is_told |= isinstance(error, RuntimeError) and "state_dict" in text
         reason = (
             text if is_told else f"it is damaged, or no checkpoint of `lightning-ssesam fit` ({type(error).__name__})"
         )
@@ -165,7 +167,9 @@ def _trains(frame: FrameType) -> bool:
 
 def _loads(frame: FrameType) -> bool:
     function = frame.f_code.co_name
-    return frame.f_globals.get("__name__") in _LOADS and any(word in function for word in ("load", "restore", "resume"))
+    return frame.f_globals.get("__name__") in _LOADS and any(
+        word in function for word in ("load", "restore", "resume", "ckpt_path", "get_filesystem")
+    )
 
 
 def _checkpoint(options: Sequence[str]) -> str:

@@ -54,19 +54,21 @@ def folder_of_run(trainer: pl.Trainer, command: str, options: Mapping[str, Any])
 
     Raises:
         ArgumentError: If another training is at work in the folder.
-        MisconfigurationException: If ``validate`` or ``test`` has no checkpoint, if ``best`` is asked for, or if
-            ``last`` is asked for in a folder that is always new.
+        MisconfigurationException: If ``validate`` or ``test`` has no checkpoint or finds none as ``last``, if ``best``
+            is asked for, or if ``last`` is asked for in a folder that is always new.
     """
     logger = next(iter(trainer.loggers), None)
     is_refused = command != "fit" and options.get("ckpt_path") is None
     is_numbered = isinstance(logger, CSVLogger | TensorBoardLogger) and "://" not in logger.root_dir
     if is_refused or not is_numbered or not trainer.is_global_zero:
         checkpoint = _checkpoint_to_load(trainer, command, options)
+        if command == "fit" and (folder := trainer.log_dir) is not None and "://" not in folder:
+            _make(folder)
         _keep_metrics(trainer)
         yield checkpoint
         return
     assert isinstance(logger, CSVLogger | TensorBoardLogger)
-    os.makedirs(logger.root_dir, exist_ok=True)
+    _make(logger.root_dir)
     with _numbering(logger.root_dir):
         checkpoint = _checkpoint_to_load(trainer, command, options)
         os.makedirs(logger.log_dir, exist_ok=True)
@@ -74,6 +76,14 @@ def folder_of_run(trainer: pl.Trainer, command: str, options: Mapping[str, Any])
     with is_alone:
         _keep_metrics(trainer)
         yield checkpoint
+
+
+def _make(folder: str) -> None:
+    """Make the folder of a run, or refuse it in a sentence that names it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"Cannot make the folder {folder!r} of the run: {error.strerror}.") from error
 
 
 @contextmanager
@@ -102,19 +112,18 @@ def _checkpoint_to_load(trainer: pl.Trainer, command: str, options: Mapping[str,
     if checkpoint == "best":
         known = "only the program that has trained knows which checkpoint is best"
         raise MisconfigurationException(f"`--ckpt_path best`: {known}. Give its path{_suggested(folder)}.")
-    if folder is None:
-        return checkpoint
-    if checkpoint == "last":
-        checkpoint = _last_checkpoint(trainer, folder, options["trainer"].get("logger"))
+    if checkpoint == "last" and (folder is not None or command != "fit"):
+        place = trainer.default_root_dir if folder is None else folder
+        checkpoint = _last_checkpoint(trainer, command, place, options["trainer"].get("logger"))
     return checkpoint
 
 
-def _last_checkpoint(trainer: pl.Trainer, folder: str, logger: Any) -> str:
-    """Return a path, or ``"last"`` if Lightning finds the checkpoint by itself, or there is none yet."""
-    saved = _checkpoints(getattr(trainer.checkpoint_callback, "dirpath", None) or os.path.join(folder, "checkpoints"))
-    if saved:
-        has_last = any(os.path.basename(path).startswith("last") for path in saved)
-        return "last" if has_last else saved[-1]
+def _last_checkpoint(trainer: pl.Trainer, command: str, folder: str, logger: Any) -> str:
+    """Return a path, or ``"last"`` if ``fit`` finds the checkpoint by itself, or there is none yet."""
+    place = getattr(trainer.checkpoint_callback, "dirpath", None) or os.path.join(folder, "checkpoints")
+    if saved := _checkpoints(place):
+        last = [path for path in saved if os.path.basename(path).startswith("last")]
+        return "last" if last and command == "fit" else (last or saved)[-1]
     # Loggers number their folders by themselves unless they are told a version.
     chosen = {} if logger in (None, True) else logger
     is_numbered = isinstance(chosen, dict) and chosen.get("init_args", {}).get("version") is None
@@ -123,6 +132,9 @@ def _last_checkpoint(trainer: pl.Trainer, folder: str, logger: Any) -> str:
         raise MisconfigurationException(
             f"{new} Give the path, such as --ckpt_path {others[-1]!r}, or set the version of the logger for all runs."
         )
+    if command != "fit":
+        # Lightning would evaluate an untrained network.
+        raise MisconfigurationException(f"`{command} --ckpt_path last`: there is no checkpoint in {place!r}.")
     return "last"
 
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument
+from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.command_parser import CommandParser
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
+from lightning_ssesam.experiments.network_check import check_network
 from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,
@@ -37,6 +40,7 @@ from lightning_ssesam.experiments.trust import (
 )
 from lightning_ssesam.lightning_internals import hyperparameters
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.trainer_calls import callbacks_of
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
 
@@ -142,21 +146,47 @@ class TrainingCLI(LightningCLI):
         if needs_switch:
             options["callbacks"] = [*callbacks, StageSwitch()]
         trainer = super().instantiate_trainer(**kwargs)
-        self._is_switched_here = needs_switch and self.subcommand == "fit"
+        if needs_switch and self.subcommand == "fit":
+            # When a checkpoint has been loaded.
+            callbacks_of(trainer).append(LambdaCallback(on_fit_start=_announce_switch))
         guard_loading(trainer, self._trust)
         return trainer
 
     def before_run(self) -> None:
         """Called before a command runs: keep what an earlier run has left in its folder, and show the messages."""
         command = str(self.subcommand)
+        if command == "fit":
+            self._check_training()
         folder = folder_of_run(self.trainer, command, self.config[command].as_dict())
         self.config_init[command]["ckpt_path"] = self._stack.enter_context(folder)
-        if self._is_switched_here:
-            say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
         self._show_messages()
         warnings.filterwarnings("ignore", METRICS_ARE_DELETED)
 
+    def _check_training(self) -> None:
+        """Refuse what would fail within the training, where every error is taken for one of the user's code."""
+        for name in ("check_val_every_n_epoch", "accumulate_grad_batches"):
+            if (number := getattr(self.trainer, name)) is not None:
+                check_integer(name, number, minimum=1)
+        if self.trainer.is_global_zero:
+            with isolate_rng(include_cuda=False):
+                self.datamodule.prepare_data()
+            # It makes its data sets once: here, with the numbers that are drawn for them. Other modules do so again.
+            if type(self.datamodule).setup is LongTailDataModule.setup:
+                self.datamodule.setup("fit")
+            check_network(self.model, self.datamodule)
+        try:
+            self.model.configure_optimizers()
+        except (ValueError, TypeError):
+            raise
+        except Exception:
+            # On the device of the training it may work, such as a fused optimizer.
+            return
+
     before_fit = before_validate = before_test = before_run
+
+
+def _announce_switch(*_: Any) -> None:
+    say(f"Stage 2 begins after {StageSwitch.default_at:.0%} of the training: StageSwitch is attached.")
 
 
 def run_training_command(command: str, options: Sequence[str]) -> None:

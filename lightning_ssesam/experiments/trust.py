@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_ssesam._validation import bad_argument
@@ -23,6 +24,7 @@ from lightning_ssesam.factories import check_factory, returned_type
 from lightning_ssesam.lightning_internals import hyperparameters
 
 OPTION = "--trust_checkpoint"
+_SAVED_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path"}
 _PLAIN, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -71,10 +73,10 @@ def guard_loading(trainer: pl.Trainer, trust: bool) -> None:
     their files by other ways than torch.load.
     """
     strategy: Any = trainer.strategy
-    strategy.load_checkpoint = partial(_load, strategy.load_checkpoint, trust)
+    strategy.load_checkpoint = partial(_load, trainer, strategy.load_checkpoint, trust)
 
 
-def _load(load: Any, trust: bool, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+def _load(trainer: pl.Trainer, load: Any, trust: bool, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
     if not trust:
         check_plain(checkpoint_path)
     try:
@@ -84,12 +86,38 @@ def _load(load: Any, trust: bool, checkpoint_path: str | Path, *args: Any, **kwa
         if (refusal := _unsafe(checkpoint_path, error)) is None:
             raise
         raise refusal from error
-    if not trust and isinstance(content, Mapping) and hyperparameters(content):
+    if trust or not isinstance(content, Mapping):
+        return content
+    if hyperparameters(content):
         say(
             f"The hyperparameters in {str(checkpoint_path)!r} are not used: the configuration decides. With"
             f" `{OPTION} true` they change the model's configuration, which may run code."
         )
+    folders = [os.path.dirname(checkpoint_path), *(getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks)]
+    _forget_other_files(content, [Path(os.path.realpath(folder)) for folder in folders if folder is not None])
     return content
+
+
+def _forget_other_files(content: Mapping[str, Any], folders: Sequence[Path]) -> None:
+    """Take out of the callbacks' states the paths that are no checkpoints within the run's folders.
+
+    ModelCheckpoint (callbacks/model_checkpoint.py) takes its earlier checkpoints from there. It deletes them with all
+    they contain: at any address such as ``local:///home``, and through ``..`` outside its folder.
+    """
+
+    def is_kept(path: Any) -> bool:
+        if not isinstance(path, str) or "::" in path or "://" in path or ".." in Path(path).parts:
+            return False
+        real = Path(os.path.realpath(path))
+        is_within = any(real.is_relative_to(folder) for folder in folders)
+        return is_within and real.is_file() and real.suffix == ModelCheckpoint.FILE_EXTENSION
+
+    callbacks = content.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        if isinstance(state, dict):
+            state.update({name: "" for name in _SAVED_PATHS & state.keys() if not is_kept(state[name])})
+            if isinstance(saved := state.get("best_k_models"), Mapping):
+                state["best_k_models"] = {path: score for path, score in saved.items() if is_kept(path)}
 
 
 def check_plain(path: str | Path) -> None:

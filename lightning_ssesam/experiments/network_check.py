@@ -1,0 +1,69 @@
+"""The first sample of the training data in an untrained network, so that a wrong one is refused before training."""
+
+import copy
+import re
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.experiments.console import quiet
+from lightning_ssesam.models import LongTailClassifier
+
+# Hooks of a data module that may change a batch.
+_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def check_network(model: LongTailClassifier, data: LongTailDataModule) -> None:
+    """Send a training sample through a copy of a network and its loss, and refuse wrong shapes.
+
+    The random state does not change. Errors that have other causes than shapes are left to the training, and so are
+    data modules whose loaders or hooks may make other batches.
+
+    Args:
+        model: Model, on the CPU.
+        data: Data module, prepared.
+
+    Raises:
+        ArgumentError: If the network does not take the sample, or the loss does not return one loss for it.
+    """
+    if any(getattr(type(data), name) is not getattr(pl.LightningDataModule, name) for name in _BATCH_HOOKS):
+        return
+    with isolate_rng(include_cuda=False), torch.no_grad(), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data.setup("fit")
+        loader = data.train_dataloader()
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return
+        inputs, targets = loader.collate_fn([loader.dataset[0]])
+        try:
+            # The training gets both as they are. The model as a whole may hold what cannot be copied.
+            network, loss = copy.deepcopy((model.backbone, model.loss))
+        except Exception:
+            return
+        try:
+            logits = network.eval()(inputs)
+            model._check_logits(logits)
+        except (RuntimeError, AssertionError) as error:
+            if re.search("channels|shape|size|match", str(error)):
+                expected = f"a network for inputs of shape {tuple(inputs.shape[1:])}"
+                raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
+            return
+        _check_loss(loss, logits, targets)
+
+
+def _check_loss(loss: nn.Module, logits: Tensor, targets: Tensor) -> None:
+    try:
+        losses = loss(logits, targets)
+    except Exception:
+        return
+    shape = tuple(getattr(losses, "shape", ()))
+    # Targets may be class probabilities, with one more dimension.
+    if shape[:1] != (1,) or (not targets.is_floating_point() and shape not in ((1,), tuple(targets.shape))):
+        expected = "a module that returns a loss for each sample, as with reduction='none'"
+        raise bad_argument("loss", expected, got_text=f"one with an output of shape {shape} for one sample")
