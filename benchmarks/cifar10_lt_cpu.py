@@ -20,7 +20,7 @@ from torch.optim import SGD
 from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM
 from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import ImageFolderLT
-from lightning_ssesam.data.images import is_hidden
+from lightning_ssesam.data.walking import is_hidden
 from lightning_ssesam.losses import LogitAdjustedLoss
 from lightning_ssesam.models import SmallConvNet
 

@@ -165,18 +165,16 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
 
     Return what it returns, and the YAML.
     """
+    from lightning_ssesam.experiments.command_parser import instantiate
     from lightning_ssesam.experiments.lifetimes import ended_in_order
     from lightning_ssesam.experiments.trust import check_functions
 
     parser = _function_parser(function, name, **defaults)
     options = _with_methods_of_file(options)
-    # Otherwise a chosen class takes over arguments of the default class, such as the learning rate.
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
     check_functions(chosen.as_dict())
-    # Newer versions of jsonargparse have `instantiate`, and warn about the older name.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    arguments = {**vars(instantiate(chosen)), "config": parser.dump(chosen)}
+    arguments = {**vars(instantiate(parser, chosen)), "config": parser.dump(chosen)}
     with ended_in_order():
         return function(**arguments), arguments["config"]
 
@@ -213,12 +211,12 @@ def _with_methods_of_file(options: Sequence[str]) -> list[str]:
 def _function_parser(function: Callable[..., Any], name: str, **defaults: Any) -> "CommandParser":
     """Return the parser of a command that is a function."""
     from lightning_ssesam.experiments.command_parser import CommandParser
-    from lightning_ssesam.experiments.recipe import DEFAULT_SGD
+    from lightning_ssesam.experiments.recipe import default_optimizer
 
     parser = CommandParser(prog=f"lightning-ssesam {name}", description=_description(function))
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_function_arguments(function, as_group=False, skip={"config"})
-    parser.set_defaults(optimizer={"class_path": "torch.optim.SGD", "init_args": DEFAULT_SGD.keywords}, **defaults)
+    parser.set_defaults(optimizer=default_optimizer(), **defaults)
     return parser
 
 
@@ -228,19 +226,14 @@ def _description(function: Callable[..., Any]) -> str:
 
 def _names_given(options: list[str]) -> set[str]:
     """Return the options that are given, on the command line or in a file. ``--data.seed`` does not give ``data``."""
-    from lightning_ssesam.experiments.command_parser import read_config
+    from lightning_ssesam.experiments.command_parser import names_class, read_config
 
     names = {arg.removeprefix("--").partition("=")[0] for arg in options if arg.startswith("--")}
     for position, arg in enumerate(options):
         option, _, value = arg.partition("=")
         value = value or "".join(options[position + 1 : position + 2])
         if option == "--config" and value:
-            # Arguments without a class are for the default class.
-            names |= {
-                name
-                for name, value in read_config(Path(value)).items()
-                if not isinstance(value, dict) or "class_path" in value
-            }
+            names |= {name for name, value in read_config(Path(value)).items() if names_class(value)}
     return names
 
 

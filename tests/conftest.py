@@ -1,4 +1,5 @@
 import socket
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def program_name(monkeypatch):
+    """A search writes down the command that started it, which is not pytest here."""
+    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
 
 
 @pytest.fixture

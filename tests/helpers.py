@@ -1,6 +1,7 @@
 """Small models and the plain versions that the project is held against."""
 
 import copy
+import csv
 import re
 import shutil
 import subprocess
@@ -26,6 +27,11 @@ STRICT = pytest.mark.filterwarnings("error:::lightning_ssesam", "ignore:.*stays 
 
 REFERENCE = Path(__file__).parent / "reference"
 SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])
+
+
+def trial_rows():
+    with Path("sweep/trials.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def mlp():

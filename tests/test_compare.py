@@ -26,6 +26,7 @@ from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, Ste
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import METHODS, Method, compare
 from lightning_ssesam.experiments.figures import FIGURES, Figure, draw_comparison, draw_confusion, draw_trade_off
+from lightning_ssesam.experiments.intervals import paired_difference
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison
@@ -33,7 +34,6 @@ from lightning_ssesam.experiments.tables import (
     differences,
     format_table,
     markdown_table,
-    paired_difference,
     write_runs,
     write_summary,
 )

@@ -1,6 +1,5 @@
 """Searches of several methods: budgets, learning rates, ties, divergence, and what compare reads of them."""
 
-import csv
 import math
 import random
 import statistics
@@ -12,11 +11,11 @@ import optuna
 import pytest
 import torch
 import yaml
-from helpers import SPLIT, STRICT
+from helpers import SPLIT, STRICT, trial_rows
 from optuna.distributions import FloatDistribution
 from torch.optim import SGD
 
-from lightning_ssesam import SAM, SSESAM, DigitsLT, StageSwitch
+from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, StageSwitch
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import Method
 from lightning_ssesam.errors import NonFiniteError
@@ -27,17 +26,7 @@ from lightning_ssesam.experiments.search_report import Finding, describe_validat
 from lightning_ssesam.runs import GROUPS, Experiment
 from lightning_ssesam.sweep import sweep
 
-pytestmark = STRICT
-
-
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
-
-
-def rows():
-    with Path("sweep/trials.csv").open() as file:
-        return list(csv.DictReader(file))
+pytestmark = [STRICT, pytest.mark.usefixtures("program_name")]
 
 
 def best_yaml(folder="sweep"):
@@ -122,7 +111,7 @@ def test_every_method_has_the_same_budget(trained, planned):
     assert found == expected
     assert {name: value for part in result.values() for name, value in part.items() if name in expected} == expected
     assert result["SAM"]["tail"] == pytest.approx(0.85 - best["SAM"]["rho"])
-    assert [row["method"] for row in rows()] == ["SAM"] * 4 + ["ImbSAM"] * 4 + ["SSESAM"] * 4
+    assert [row["method"] for row in trial_rows()] == ["SAM"] * 4 + ["ImbSAM"] * 4 + ["SSESAM"] * 4
     experiments = planned("sweep/best.yaml")
     assert values_of(experiments["SSESAM"]) == {name: expected[name] for name in ("head_rho", "tail_rho")}
     assert values_of(experiments["SAM"]) == {"rho": expected["sam_rho"]}
@@ -226,7 +215,7 @@ def test_methods_made_in_python_are_searched_and_returned(trained, capsys):
     assert {name: result["Mine"][name] for name in found} == pytest.approx(found, rel=1e-3)
     assert "There is no best.yaml: parts made in Python" in capsys.readouterr().out
     assert not Path("sweep/best.yaml").exists()
-    assert Path("sweep/earlier_best.yaml").read_text() == "sam_rho: 0.1\n"
+    assert Path("sweep/earlier/best-1.yaml").read_text() == "sam_rho: 0.1\n"
 
 
 def sgd(params):
@@ -262,7 +251,7 @@ def test_refuses_before_it_trains(arguments, message, monkeypatch):
 def test_trials_of_a_method_without_stages_are_pruned_at_a_like_moment(trained):
     """With gamma in the middle of its bounds, at 0.6, a fifth of stage 2 is over at 0.68."""
     sweep(methods="SAM", trials=9, epochs=10)
-    assert {row["state"] for row in rows()} == {"complete", "pruned"}
+    assert {row["state"] for row in trial_rows()} == {"complete", "pruned"}
     backend = optuna.storages.journal.JournalFileBackend("sweep/journal.log")
     study = optuna.load_study(study_name="SAM", storage=optuna.storages.JournalStorage(backend))
     lengths = {len(t.intermediate_values) for t in study.trials if t.state == optuna.trial.TrialState.PRUNED}
@@ -326,7 +315,7 @@ def test_ties_are_written_into_best(monkeypatch):
 
     monkeypatch.setattr(Experiment, "fit", fit)
     sweep(methods="SAM", trials=3, epochs=1)
-    radii = sorted(float(row["sam_rho"]) for row in rows())
+    radii = sorted(float(row["sam_rho"]) for row in trial_rows())
     assert best_yaml()["sam_rho"] == float(f"{radii[1]:.4g}")
     assert "# SAM: trial " in (text := Path("sweep/best.yaml").read_text())
     assert "3 trials tie at 50.0 %" in text
@@ -356,9 +345,9 @@ def test_a_diverged_trial_never_wins(kind, monkeypatch, capsys):
 
     monkeypatch.setattr(Experiment, "fit", fit)
     sweep(methods="SAM", trials=8, epochs=2, prune=False)
-    wild = [row["trial"] for row in rows() if float(row["sam_rho"]) > 0.06]
+    wild = [row["trial"] for row in trial_rows() if float(row["sam_rho"]) > 0.06]
     assert 2 <= len(wild) <= 7
-    assert [row["trial"] for row in rows() if row["state"] == "diverged"] == wild
+    assert [row["trial"] for row in trial_rows() if row["state"] == "diverged"] == wild
     assert best_yaml()["sam_rho"] <= 0.06
     printed = capsys.readouterr().out
     assert f"Diverged, with a loss that is not finite: trials {', '.join(wild)}" in printed
@@ -383,15 +372,23 @@ def test_a_search_in_which_all_diverged_says_so(model, capsys):
     wild = partial(SGD, lr=1e30)
     with pytest.raises(ValueError, match=r"No trial of SAM was trained to its end: 2 of 2 diverged.*\(`sam_rho`\)"):
         sweep(methods="SAM", trials=2, epochs=2, optimizer=wild, model=model)
-    assert [row["state"] for row in rows()] == ["diverged"] * 2
+    assert [row["state"] for row in trial_rows()] == ["diverged"] * 2
     # No file of another search is left to be taken for the result of this one, and none is lost.
     assert not Path("sweep/best.yaml").exists()
-    assert Path("sweep/earlier_best.yaml").read_text() == "sam_rho: 0.1\n"
+    assert Path("sweep/earlier/best-1.yaml").read_text() == "sam_rho: 0.1\n"
     assert "Diverged, with a loss that is not finite: trials 0, 1" in capsys.readouterr().out
     # They count, so the same command does not make them again.
     with pytest.raises(ValueError, match="2 of 2 diverged"):
         sweep(methods="SAM", trials=2, epochs=2, optimizer=wild, model=model)
-    assert len(rows()) == 2
+    assert len(trial_rows()) == 2
+    # A second file that is set aside does not replace the first.
+    Path("sweep/best.yaml").write_text("sam_rho: 0.2\n")
+    with pytest.raises(ValueError, match="2 of 2 diverged"):
+        sweep(methods="SAM", trials=2, epochs=2, optimizer=wild, model=model)
+    assert [path.read_text() for path in sorted(Path("sweep/earlier").iterdir())] == [
+        "sam_rho: 0.1\n",
+        "sam_rho: 0.2\n",
+    ]
 
 
 def test_how_coarse_the_validation_set_is():
@@ -405,10 +402,17 @@ def test_how_coarse_the_validation_set_is():
             line
             == f"Validation images of a class: 10 to 40. One image is worth up to {value:.1f} points of {metric!r}."
         )
-    line, warning = describe_validation([20, 15, 40, 9, 0], SPLIT, "tail")
+    line, *warnings = describe_validation([20, 15, 40, 9, 0], SPLIT, "tail")
     # A class without images is not part of the mean.
     assert line.startswith(f"Validation images of a class: 9 to 40. One image is worth up to {100 / 9:.1f} points")
-    assert warning.startswith("Warning: there are fewer than 10 validation images of class 3 (9), 4 (0).")
+    assert warnings == [
+        "No validation images: class 4. The trials are compared without them.",
+        "Fewer than 10 validation images: class 3 (9). Small differences between trials are chance.",
+    ]
+    (*_, few) = describe_validation([20, 15, 40, 9, 12], SPLIT, "tail", ["ant", "bee", "cat", "dog", "eel"])
+    assert few.startswith("Fewer than 10 validation images: 'dog' (9).")
+    (*_, many) = describe_validation([20, *[1] * 9], ClassSplit([20] * 10, tail=[9]), "tail")
+    assert "class 8 (1), and 1 more. Small" in many
     assert describe_validation(None, SPLIT, "all") == []
     assert validation_counts(DigitsLT()) == [20] * 10
 
@@ -425,7 +429,7 @@ class Coarse(DigitsLT):
 
 def test_few_validation_images_are_said_before_it_trains(trained, capsys):
     sweep(methods="SAM", trials=1, epochs=1, data=Coarse)
-    warning = "Warning: there are fewer than 10 validation images of class 9 (4)."
+    warning = "Fewer than 10 validation images: class 9 (4)."
     assert warning in capsys.readouterr().out
     assert warning in Path("sweep/best.yaml").read_text()
 
@@ -446,6 +450,22 @@ def test_progress():
         # A trial that is given up early counts as one.
         progress.end()
         assert progress.bar.n == 4
+
+
+def test_progress_is_written_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    def text():
+        with SearchProgress(total=1, done=0, seeds=1, epochs=1000) as progress:
+            progress.begin("SAM", 0, None)
+            for epoch in range(1000):
+                progress.epoch(seed=0, epoch=epoch + 1)
+            progress.end()
+        return capsys.readouterr().err
+
+    first, last = text().splitlines()
+    assert "0.0/1 trials" in first
+    assert "1.0/1 trials" in last
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "\r" in text()
 
 
 def test_progress_shows_epochs_and_the_best(trained, monkeypatch):

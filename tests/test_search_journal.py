@@ -16,6 +16,7 @@ import torch
 import yaml
 from helpers import STRICT
 
+from lightning_ssesam.experiments import search_storage
 from lightning_ssesam.experiments.files import locked
 from lightning_ssesam.experiments.refusals import without_traceback
 from lightning_ssesam.runs import GROUPS, Experiment
@@ -50,6 +51,13 @@ def trained(monkeypatch):
     made = Trained(0.0)
     monkeypatch.setattr(Experiment, "fit", lambda *args: made.fit(*args))
     return made
+
+
+def test_the_beginning_is_what_optuna_writes_first(tmp_path):
+    journal = tmp_path / "journal.log"
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    optuna.create_study(storage=optuna.storages.JournalStorage(backend))
+    assert json.loads(journal.read_text().splitlines()[0])["op_code"] == search_storage._CREATE_STUDY
 
 
 def states():

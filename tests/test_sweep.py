@@ -1,36 +1,24 @@
 """The search for radii and switch of SSE-SAM. `test_search.py` searches other methods."""
 
-import csv
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
 import yaml
-from helpers import STRICT
+from helpers import STRICT, trial_rows
 
 from lightning_ssesam import DigitsLT
 from lightning_ssesam.cli import main
 from lightning_ssesam.runs import GROUPS, Experiment
 from lightning_ssesam.sweep import sweep as search
 
-pytestmark = STRICT
+pytestmark = [STRICT, pytest.mark.usefixtures("program_name")]
 
 FOUND = ("head_rho", "tail_rho", "gamma")
 
 sweep = partial(search, methods="SSESAM")
-
-
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
-
-
-def rows():
-    with Path("sweep/trials.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 class FakeTrainer:
@@ -75,20 +63,20 @@ def test_command(capsys):
     assert "the best of 3 trials (0 more were given up early)" in printed
     (heading,) = [line for line in printed.splitlines() if "head_rho" in line]
     assert heading.split() == ["trial", "head_rho", "tail_rho", "gamma", "head", "tail", "all"]
-    best = max(rows(), key=lambda row: float(row["all"]))
+    best = max(trial_rows(), key=lambda row: float(row["all"]))
     settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
     assert {name: settings[name] for name in FOUND} == {name: float(f"{float(best[name]):.4g}") for name in FOUND}
     assert settings["data"]["init_args"]["seed"] == 4
     assert 0.4 <= settings["gamma"] <= 0.6
     assert Path("sweep/sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert len({row["head_rho"] for row in rows()}) == 3
+    assert len({row["head_rho"] for row in trial_rows()}) == 3
 
     # It goes on where it was, and compare takes what it found.
-    before = rows()
+    before = trial_rows()
     main(["sweep", "--trials=4", *arguments])
-    assert rows()[:3] == before
-    assert len(rows()) == 4
-    assert len({row["head_rho"] for row in rows()}) == 4
+    assert trial_rows()[:3] == before
+    assert len(trial_rows()) == 4
+    assert len({row["head_rho"] for row in trial_rows()}) == 4
     main(["compare", "--config=sweep/best.yaml", "--methods=SSESAM", "--seeds=1", "--epochs=2", "--jobs=1"])
     shown = Path("comparison/report.html").read_text()
     best = yaml.safe_load(Path("sweep/best.yaml").read_text())
@@ -148,14 +136,14 @@ def test_averages_over_seeds_also_while_it_trains(monkeypatch):
 def test_gives_up_nothing_if_told_so_and_passes_on_what_compare_shares(trained):
     config = "trials: 15\nmodel: {tta: hflip}\ntail_below: 20\nmetric: all\nepochs: 20\n"
     sweep(trials=15, epochs=20, prune=False, config=config)
-    assert {row["state"] for row in rows()} == {"complete"}
+    assert {row["state"] for row in trial_rows()} == {"complete"}
     settings = yaml.safe_load(Path("sweep/best.yaml").read_text())
     assert list(settings) == ["model", "tail_below", "epochs", *FOUND, "searched"]
 
 
 def test_trials_that_were_given_up_count(trained):
     sweep(trials=15, epochs=20)
-    assert "pruned" in {row["state"] for row in rows()}
+    assert "pruned" in {row["state"] for row in trial_rows()}
     number = len(trained)
     sweep(trials=15, epochs=20)
     assert len(trained) == number == 15
@@ -175,10 +163,10 @@ def test_finds_what_is_best(trained):
 
 def test_gives_up_what_is_worse_but_not_before_stage_2(trained):
     sweep(trials=30, epochs=20)
-    states = [row["state"] for row in rows()]
+    states = [row["state"] for row in trial_rows()]
     assert states.count("pruned") >= 5
     assert set(states) == {"pruned", "complete"}
-    for row, trial in zip(rows(), load().trials, strict=True):
+    for row, trial in zip(trial_rows(), load().trials, strict=True):
         epochs = len(trial.intermediate_values)
         if row["state"] == "pruned":
             assert epochs >= 20 * (float(row["gamma"]) + 0.2 * (1 - float(row["gamma"])))
@@ -212,7 +200,7 @@ def test_metric(metric, expected, monkeypatch):
     monkeypatch.setattr(Experiment, "fit", fit)
     sweep(trials=1, epochs=1, metric=metric)
     assert load().best_value == pytest.approx(expected)
-    assert {group: float(rows()[0][group]) for group in GROUPS} == values
+    assert {group: float(trial_rows()[0][group]) for group in GROUPS} == values
 
 
 def test_validation_now_and_then():
@@ -222,7 +210,7 @@ def test_validation_now_and_then():
 
 def test_a_training_may_stop_early():
     result = sweep(trials=1, epochs=3, trainer={"max_steps": 10})
-    assert result["SSESAM"]["all"] == float(rows()[0]["all"]) > 0
+    assert result["SSESAM"]["all"] == float(trial_rows()[0]["all"]) > 0
 
 
 def test_refuses_never_to_validate():
@@ -251,7 +239,7 @@ def test_a_trial_that_was_cut_off_is_made_again(trained, monkeypatch):
     trained.clear()
     sweep(trials=5, epochs=2)
     assert trained[0][:3] == pytest.approx(tuple(cut_off.params.values()))
-    states = [row["state"] for row in rows()]
+    states = [row["state"] for row in trial_rows()]
     assert "running" not in states
     assert states.count("fail") == 2
     assert len(states) - states.count("fail") == 5

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
 from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown, unreadable
-from lightning_ssesam.data.walking import is_hidden as is_hidden
 from lightning_ssesam.errors import ArgumentError
 
 Transform: TypeAlias = Callable[[Any], Any]

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.command_parser import instantiate, link_data_to_model
 from lightning_ssesam.experiments.trust import check_functions, read_checkpoint
 from lightning_ssesam.models import LongTailClassifier
 
@@ -46,7 +47,7 @@ def load_checkpoint(
     Args:
         checkpoint: File that ``lightning-ssesam fit`` has saved.
         config: Configuration of that training. Its ``model`` and ``data`` are used.
-        trust: Whether the checkpoint may hold more than plain data, and so run any code.
+        trust: Permission for the checkpoint to hold more than plain data, and so to run any code.
 
     Raises:
         ArgumentError: If one of them cannot be read, or they do not belong together.
@@ -65,8 +66,7 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LongTailClassifier, "model")
     parser.add_lightning_class_args(LongTailDataModule, "data", subclass_mode=True)
-    parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-    parser.link_arguments("data.in_channels", "model.in_channels", apply_on="instantiate")
+    link_data_to_model(parser)
     refusal = f"{str(config)!r} is no configuration of `lightning-ssesam fit`, with `model` and `data`"
     try:
         content = yaml.safe_load(config.read_text())
@@ -78,8 +78,7 @@ def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:
     except Exception as error:
         raise ArgumentError(f"{refusal}: {' '.join(str(error).split())}") from error
     check_functions(chosen.as_dict())
-    # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
-    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
+    built = instantiate(parser, chosen)
     return built.model, built.data
 
 

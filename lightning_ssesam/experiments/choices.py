@@ -10,18 +10,10 @@ from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.experiment import Experiment
-from lightning_ssesam.experiments.methods import WithSampler
+from lightning_ssesam.experiments.methods import RADII, WithSampler
 from lightning_ssesam.objectives import Objective
 
-RADIUS_OPTIONS: dict[str, dict[str, str]] = {
-    "ERM": {},
-    "SAM": {"sam_rho": "rho"},
-    "ImbSAM": {"imbsam_rho": "rho"},
-    "SSESAM": {"head_rho": "head_rho", "tail_rho": "tail_rho"},
-}
-"""For each shipped method, the argument of its objective for each option that is a radius."""
-
-_RADII = ("rho", "head_rho", "tail_rho")
+_ARGUMENTS = ("rho", "head_rho", "tail_rho")
 
 
 class Choice(NamedTuple):
@@ -48,7 +40,7 @@ class Choice(NamedTuple):
 
 def radii_of(objective: Objective) -> dict[str, float]:
     """Return the radii of an objective: its attributes among ``rho``, ``head_rho`` and ``tail_rho``."""
-    found = {name: getattr(objective, name, None) for name in _RADII}
+    found = {name: getattr(objective, name, None) for name in _ARGUMENTS}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
@@ -92,7 +84,7 @@ def find_choices(
 def _values_of(experiment: Experiment, options: Mapping[str, float], is_shipped: bool) -> dict[str, float]:
     objective = experiment.objective()
     if is_shipped:
-        values = {option: options[option] for option in RADIUS_OPTIONS[experiment.method]}
+        values = {option: options[option] for option in RADII[experiment.method]}
     else:
         values = {f"{experiment.method}.{name}": radius for name, radius in radii_of(objective).items()}
     if experiment.is_switched_at_gamma(objective):

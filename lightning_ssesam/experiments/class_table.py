@@ -33,7 +33,7 @@ def class_rows(comparison: Comparison) -> list[ClassRow]:
     """Return the classes, the one with the most training images first."""
     runs, split = comparison.runs, comparison.split
     counts = split.class_counts.tolist()
-    recalls = [np.mean([run.class_recalls for run in of_method], 0) for of_method in by_method(runs).values()]
+    recalls = [np.mean([run.class_recalls for run in method_runs], 0) for method_runs in by_method(runs).values()]
     validated, tested = (numbers_of_images(runs, name) for name in ("val_images", "test_images"))
     is_tail, is_many, is_few = (mask.tolist() for mask in (split.tail, split.many, split.few))
     return [

@@ -4,13 +4,13 @@ import argparse
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -28,6 +28,9 @@ _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
 class ShortHelp(DefaultHelpFormatter):
     """Help that lists a few classes by their names instead of all that are known."""
 
+    # HelpFormatter (argparse.py) has no public method for the text of an option. jsonargparse overrides this one, too
+    # (_formatters.py), and adds the list of all classes in it. So the list can be shortened only here.
+    @override
     def _expand_help(self, action: argparse.Action) -> str:
         """Return the text of one option."""
         text = str(super()._expand_help(action))
@@ -40,6 +43,28 @@ class ShortHelp(DefaultHelpFormatter):
         if names := known_classes(action.dest):
             text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
         return text.replace("<class 'Path'>", "path")
+
+
+def names_class(value: Any) -> bool:
+    """Return whether an option names a class, or no class. Arguments alone are for the default class.
+
+    The default of such an option must be taken away: the chosen class would take over its arguments, such as the
+    learning rate.
+    """
+    return not isinstance(value, Mapping) or "class_path" in value
+
+
+def link_data_to_model(parser: LightningArgumentParser) -> None:
+    """Let the model take class counts and channels from the data module."""
+    for name in ("class_counts", "in_channels"):
+        parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+
+def instantiate(parser: ArgumentParser, chosen: Namespace) -> Namespace:
+    """Return the objects that the options of a parser describe."""
+    # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
+    made: Namespace = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
+    return made
 
 
 class CommandParser(LightningArgumentParser):

@@ -68,8 +68,8 @@ def compare(
         searched: Radii and switches that were searched, by name or as ``name=value``. A search's best.yaml has them.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results. Only one command at a time may use it.
-        keep_weights: Whether to keep a checkpoint of each run, in the folder weights, for `lightning-ssesam test`.
-        fresh: Whether to make runs anew that are there already. The earlier ones are moved to the folder earlier.
+        keep_weights: Checkpoints of the runs, kept in the folder weights, for `lightning-ssesam test`.
+        fresh: New runs in place of those that are there already, which are moved to the folder earlier.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 

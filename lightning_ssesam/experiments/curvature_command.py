@@ -80,7 +80,7 @@ def curvature(
         threads: Number of CPU threads for an operation. More than one speeds up large networks only.
         seed: Seed of the choice of samples, augmentations, and all random vectors, an integer >= 0.
         output: Folder for the results.
-        trust_checkpoint: Whether a checkpoint may hold more than plain data. Loading such a file can run any code.
+        trust_checkpoint: Permission for a checkpoint to hold more than plain data. Such a file can run any code.
         **settings: Fields of :class:`~lightning_ssesam.curvature.CurvatureSettings`. Here ``probes`` is 4 and ``dtype``
             is float32 by default.
 

@@ -66,7 +66,7 @@ class Experiment(Recipe):
 
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
-        of_data = {"many_above": data.many_above, "few_below": data.few_below, "in_channels": data.in_channels}
+        arguments = {"many_above": data.many_above, "few_below": data.few_below, "in_channels": data.in_channels}
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
@@ -74,7 +74,7 @@ class Experiment(Recipe):
             loss=None if self.loss is None else check_made("loss", self.loss(), nn.Module),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
-            **{**of_data, **self.model_arguments},
+            **{**arguments, **self.model_arguments},
         )
 
     def check_network(self, data: LongTailDataModule) -> None:

@@ -92,7 +92,7 @@ def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
             (f"{group}_to_tail", "another tail class", "#E69F00"),
         ):
             values = [[100 * (run.accuracy | run.confusion)[answer] for run in runs] for runs in methods.values()]
-            shares = np.array([np.mean(of_method) for of_method in values])
+            shares = np.array([np.mean(percents) for percents in values])
             bars = ax.barh(names, shares, left=start, color=color, label=label)
             texts = [f"{share:.0f}" if share >= 6 else "" for share in shares]
             ax.bar_label(bars, texts, label_type="center", fontsize=8, color="black")

@@ -43,7 +43,7 @@ def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iter
     Args:
         folder: Output folder.
         option: Option that chooses another folder, for the error.
-        beside: Whether the lock lies beside the folder instead of in it.
+        beside: Place of the lock: beside the folder instead of in it.
 
     Raises:
         ArgumentError: If another command has the folder.

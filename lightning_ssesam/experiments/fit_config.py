@@ -12,23 +12,18 @@ import yaml
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.command_parser import instantiate, names_class
 from lightning_ssesam.experiments.compare import compare
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import write_text
-from lightning_ssesam.experiments.methods import METHODS
+from lightning_ssesam.experiments.methods import METHODS, RADII
 from lightning_ssesam.experiments.parser_messages import cut
-from lightning_ssesam.experiments.recipe import DEFAULT_SGD, Recipe
+from lightning_ssesam.experiments.recipe import Recipe, default_optimizer
 from lightning_ssesam.experiments.runs import Run
 from lightning_ssesam.experiments.trust import check_functions
 from lightning_ssesam.factories import returned_type
 
 _PARAMETERS = signature(compare).parameters
-_RADII = {
-    "ERM": {},
-    "SAM": {"rho": "sam_rho"},
-    "ImbSAM": {"rho": "imbsam_rho"},
-    "SSESAM": {"head_rho": "head_rho", "tail_rho": "tail_rho"},
-}
 _PARTS = ("data", "backbone", "optimizer", "loss")
 # `fit` has options of these names, too.
 _SHARED = {"data", "model", "trainer", "config", "recipe"}
@@ -66,10 +61,10 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
     if method not in names:
         raise bad_argument("method", f"one of {cut(', '.join(map(repr, names)))}", cut(method))
     shared, experiment = _parse(_with_objectives(comparison), method)
-    own = shared["methods"][method]
-    parts = {name: shared.get(name) if own.get(name) is None else own[name] for name in _PARTS}
-    data = _with_sampler(parts.pop("data"), own.get("sampler"))
-    callbacks = list(own.get("callbacks") or [])
+    options = shared["methods"][method]
+    parts = {name: shared.get(name) if options.get(name) is None else options[name] for name in _PARTS}
+    data = _with_sampler(parts.pop("data"), options.get("sampler"))
+    callbacks = list(options.get("callbacks") or [])
     if experiment.is_switched_at_gamma(experiment.objective()):
         callbacks.append({"class_path": "lightning_ssesam.StageSwitch", "init_args": {"at": shared["gamma"]}})
     trainer = {"max_epochs": shared["epochs"], "devices": 1, "num_sanity_val_steps": 0, **(shared.get("trainer") or {})}
@@ -78,7 +73,7 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
         "data": data,
         "model": {
             **parts,
-            "objective": own["objective"],
+            "objective": options["objective"],
             "scheduler": cosine(shared["epochs"]),
             "tail_fraction": shared.get("tail_fraction"),
             "tail_below": shared.get("tail_below"),
@@ -111,14 +106,9 @@ def _with_sampler(data: Any, sampler: Any) -> Any:
     return data if sampler is None else {**data, "init_args": {**(data.get("init_args") or {}), "sampler": sampler}}
 
 
-def default_optimizer() -> dict[str, Any]:
-    """Return the optimizer of ``compare``, by class path."""
-    return {"class_path": "torch.optim.SGD", "init_args": dict(DEFAULT_SGD.keywords)}
-
-
 def built_in(name: str, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return the objective of a built-in method by class path, with the radii of a comparison."""
-    chosen = {radius: comparison.get(option, _PARAMETERS[option].default) for radius, option in _RADII[name].items()}
+    chosen = {argument: comparison.get(option, _PARAMETERS[option].default) for option, argument in RADII[name].items()}
     return {"class_path": f"lightning_ssesam.{name}", "init_args": chosen}
 
 
@@ -166,19 +156,12 @@ def _parse(comparison: Mapping[str, Any], method: str) -> tuple[dict[str, Any], 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(compare, as_group=False, skip={"config"})
     parser.set_defaults(optimizer=default_optimizer())
-    # Otherwise a chosen class takes over arguments of the default class.
-    given = {name for name in _PARTS[:3] if _names_class(comparison.get(name))}
-    parser.set_defaults(dict.fromkeys(given))
+    parser.set_defaults({name: None for name in _PARTS[:3] if names_class(comparison.get(name, {}))})
     try:
         chosen = parser.parse_object(dict(comparison))
     except Exception as error:
         raise ArgumentError(f"The comparison cannot be used: {' '.join(str(error).split())}") from error
     check_functions(chosen.as_dict())
-    # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
-    made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
+    made = instantiate(parser, chosen)
     recipe = Recipe(**{field.name: made[field.name] for field in fields(Recipe)})
     return yaml.safe_load(parser.dump(chosen)), made.methods[method].experiment(method, recipe, made.gamma)
-
-
-def _names_class(part: Any) -> bool:
-    return part is not None and (not isinstance(part, Mapping) or "class_path" in part)

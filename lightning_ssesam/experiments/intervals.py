@@ -95,12 +95,12 @@ class Pair:
 
     def __init__(self, runs: Sequence[Run], others: Sequence[Run]) -> None:
         shared = {run.seed for run in runs} & {run.seed for run in others}
-        self.runs, self.others = (sorted_runs(which, shared) for which in (runs, others))
+        self.runs, self.others = (sorted_runs(side, shared) for side in (runs, others))
         self.diverged = [run for run in (*self.runs, *self.others) if run.diverged]
 
     def difference(self, group: str) -> Difference:
         """Return the difference in a group, in points of accuracy."""
-        values, others = ({run.seed: 100 * run.accuracy[group] for run in which} for which in (self.runs, self.others))
+        values, others = ({run.seed: 100 * run.accuracy[group] for run in side} for side in (self.runs, self.others))
         images = self._images
         if images is None or not self.runs:
             return paired_difference(values, others, doubt=self._doubt)
@@ -154,7 +154,7 @@ def paired_variances(runs: Sequence[Run], others: Sequence[Run]) -> np.ndarray:
         runs: Runs of the one method, with their hits.
         others: Runs of the other method with the same seeds.
     """
-    hits, other_hits = (np.mean([_numbers("".join(run.test_hits)) for run in which], 0) for which in (runs, others))
+    hits, other_hits = (np.mean([_numbers("".join(run.test_hits)) for run in side], 0) for side in (runs, others))
     difference, numbers = hits - other_hits, np.array([len(digits) for digits in runs[0].test_hits])
     classes = np.repeat(np.arange(len(numbers)), numbers)
     totals, squares = (

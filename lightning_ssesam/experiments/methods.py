@@ -22,6 +22,16 @@ from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
 
 METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
 
+RADII: dict[str, dict[str, str]] = {
+    "ERM": {},
+    "SAM": {"sam_rho": "rho"},
+    "ImbSAM": {"imbsam_rho": "rho"},
+    "SSESAM": {"head_rho": "head_rho", "tail_rho": "tail_rho"},
+}
+"""For each method of :data:`METHODS`, the argument of its objective for each option that is a radius."""
+
+_OBJECTIVES: dict[str, Callable[..., Objective]] = {"ERM": ERM, "SAM": SAM, "ImbSAM": ImbSAM, "SSESAM": SSESAM}
+
 # These must be the same for all methods, because their accuracies are computed by them.
 _GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
 _LONGEST_NAME = 200
@@ -111,13 +121,8 @@ def make_methods(methods: str | Sequence[str] | dict[str, Method], radii: Mappin
         guess = next((closest(name, METHODS) for name in map(str, names) if name not in METHODS), None)
         error = bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
         raise ArgumentError(f"{error}{did_you_mean(guess)}")
-    makers: dict[str, Callable[[], Objective]] = {
-        "ERM": ERM,
-        "SAM": partial(SAM, rho=radii["sam_rho"]),
-        "ImbSAM": partial(ImbSAM, rho=radii["imbsam_rho"]),
-        "SSESAM": partial(SSESAM, head_rho=radii["head_rho"], tail_rho=radii["tail_rho"]),
-    }
-    return {name: Method(makers[name]) for name in names}
+    arguments = {name: {argument: radii[option] for option, argument in RADII[name].items()} for name in names}
+    return {name: Method(partial(_OBJECTIVES[name], **arguments[name])) for name in names}
 
 
 def _check_method_name(name: Any) -> None:

@@ -104,8 +104,8 @@ def _bad_class(message: str, option: str) -> str | None:
 
 def _bad_value(innermost: str, option: str) -> str | None:
     # The types of an option around this one come after the value.
-    own, _, _ = innermost.partition("Given value")
-    kinds = _TYPE.findall(own if "Union subtypes" in own else own.partition("Got value")[0])
+    expected, _, _ = innermost.partition("Given value")
+    kinds = _TYPE.findall(expected if "Union subtypes" in expected else expected.partition("Got value")[0])
     types = list(dict.fromkeys(map(_plain, kinds)))
     if not types:
         return None

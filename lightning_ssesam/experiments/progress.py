@@ -97,11 +97,9 @@ class Progress:
     def __init__(self, trainings: int, epochs: int) -> None:
         self._epochs = epochs
         self._finished: dict[str, int] = {}
-        # A notebook has a display of its own.
-        options: dict[str, Any] = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else _line_by_line()
         # The time that is left comes from the average speed: trainings of several methods alternate.
         self._bar = tqdm(
-            total=trainings * epochs, unit="epoch", smoothing=0, miniters=1, disable=not trainings, **options
+            total=trainings * epochs, unit="epoch", smoothing=0, miniters=1, disable=not trainings, **display_options()
         )
 
     def show(self, end: EpochEnd) -> None:
@@ -141,7 +139,11 @@ def received(connection: Connection) -> Generator[EpochEnd, None, None]:
             yield connection.recv()
 
 
-def _line_by_line() -> dict[str, Any]:
+def display_options() -> dict[str, Any]:
+    """Return the options of a bar: where the output is no terminal, it shows a line now and then."""
+    # A notebook has a display of its own.
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        return {}
     return {"file": _Lines(sys.stderr), "mininterval": _BETWEEN_LINES, "maxinterval": _BETWEEN_LINES, "ascii": True}
 
 

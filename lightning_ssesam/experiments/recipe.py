@@ -25,6 +25,11 @@ MOST = 10_000
 DEFAULT_SGD = partial(SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
+def default_optimizer() -> dict[str, Any]:
+    """Return :data:`DEFAULT_SGD` by class path, as in a configuration."""
+    return {"class_path": "torch.optim.SGD", "init_args": dict(DEFAULT_SGD.keywords)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Options that all trainings of a comparison or a search share, checked when the recipe is made.

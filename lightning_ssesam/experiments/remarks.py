@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -85,20 +86,21 @@ def _one_seed(runs: Sequence[Run]) -> list[str]:
 def about_images(runs: Sequence[Run]) -> list[str]:
     """Return what must be said of the numbers of validation and test images. They are known before the training."""
     tested, validated = (numbers_of_images(runs, name) for name in ("test_images", "val_images"))
+    named = partial(named_classes, runs[0].class_names, file="classes.csv")
     found = []
     if tested is not None:
-        if small := _named(runs, tested, (tested > 0) & (tested < FEW_IMAGES)):
+        if small := named(tested, (tested > 0) & (tested < FEW_IMAGES)):
             effect = "In such a class, a single image moves the accuracy by more than 10 points."
             found.append(f"Fewer than {FEW_IMAGES} test images: {small}. {effect}")
-        if absent := _named(runs, tested, tested == 0):
+        if absent := named(tested, tested == 0):
             found.append(f"No test images: {absent}. What is not tested counts in no group, not even in all.")
         found += _empty_groups(runs, tested)
     if validated is not None and not validated.any():
         found.append("No class has validation images, so there is no best epoch.")
     elif validated is not None:
-        if absent := _named(runs, validated, validated == 0):
+        if absent := named(validated, validated == 0):
             found.append(f"No validation images: {absent}. The best epoch is chosen without them.")
-        small = _named(runs, validated, (validated > 0) & (validated < FEW_IMAGES))
+        small = named(validated, (validated > 0) & (validated < FEW_IMAGES))
         if small and (tested is None or not np.array_equal(tested, validated)):
             found.append(
                 f"Fewer than {FEW_IMAGES} validation images: {small}. The best epoch is chosen by chance there."
@@ -117,13 +119,20 @@ def _empty_groups(runs: Sequence[Run], tested: np.ndarray) -> list[str]:
     return found
 
 
-def _named(runs: Sequence[Run], numbers: np.ndarray, chosen: np.ndarray) -> str:
-    """Return the names of the chosen classes with their numbers of images, the smallest number first."""
+def named_classes(names: Sequence[str], numbers: np.ndarray, chosen: np.ndarray, file: str = "") -> str:
+    """Return the chosen classes with their numbers of images, the smallest number first.
+
+    Args:
+        names: Name of each class, or nothing.
+        numbers: Number of images of each class ``(C,)``.
+        chosen: Mask of the chosen classes ``(C,)``.
+        file: Name of a file that has all classes, if there is one.
+    """
     classes = sorted(np.flatnonzero(chosen).tolist(), key=lambda number: numbers[number])
-    names = []
+    texts = []
     for number in classes[:_MAX_NAMES]:
-        name = repr(name_of_class(runs, number)) if runs[0].class_names else f"class {number}"
-        names.append(f"{name} ({numbers[number]})" if numbers[number] else name)
+        name = repr(names[number]) if names else f"class {number}"
+        texts.append(f"{name} ({numbers[number]})" if numbers[number] else name)
     if len(classes) > _MAX_NAMES:
-        names.append(f"and {len(classes) - _MAX_NAMES:,} more, in classes.csv")
-    return ", ".join(names)
+        texts.append(f"and {len(classes) - _MAX_NAMES:,} more{f', in {file}' if file else ''}")
+    return ", ".join(texts)

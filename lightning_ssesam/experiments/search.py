@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_fraction, check_positive
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
-from lightning_ssesam.experiments.choices import RADIUS_OPTIONS, radii_of
+from lightning_ssesam.experiments.choices import radii_of
 from lightning_ssesam.experiments.experiment import Experiment
-from lightning_ssesam.experiments.methods import Method
+from lightning_ssesam.experiments.methods import RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress
@@ -107,7 +107,7 @@ def find_candidates(methods: Mapping[str, Method], bounds: Bounds, is_shipped: b
     candidates = []
     for name, method in methods.items():
         objective = method.objective()
-        radii = RADIUS_OPTIONS[name] if is_shipped else {radius: radius for radius in radii_of(objective)}
+        radii = RADII[name] if is_shipped else {radius: radius for radius in radii_of(objective)}
         shared = bounds | {"rho": bounds["imbsam_rho" if objective.needs_split else "sam_rho"]}
         limits = {radius: shared[radius] for radius in radii}
         if objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in method.callbacks):

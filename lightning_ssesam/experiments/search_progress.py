@@ -5,6 +5,8 @@ from types import TracebackType
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from lightning_ssesam.experiments.progress import display_options
+
 _FORMAT = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total} trials [{elapsed}<{remaining}{postfix}]"
 
 
@@ -20,7 +22,7 @@ class SearchProgress:
 
     def __init__(self, total: int, done: int, seeds: int, epochs: int) -> None:
         self.seeds, self.epochs = seeds, epochs
-        self.bar = tqdm(total=total, initial=done, bar_format=_FORMAT)
+        self.bar = tqdm(total=total, initial=done, miniters=0, bar_format=_FORMAT, **display_options())
         self._done, self._trial, self._best = done, "", ""
 
     def begin(self, method: str, trial: int, best: float | None) -> None:

@@ -10,14 +10,17 @@ from inspect import isclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.files import write_text
+from lightning_ssesam.experiments.files import set_aside, write_text
+from lightning_ssesam.experiments.intervals import FEW_IMAGES
 from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.remarks import named_classes
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search import Candidate, has_diverged, is_done
 from lightning_ssesam.experiments.tables import write_csv
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
 
 # Values of trials that are closer are equal: accuracies are rounded to float32.
 _SAME = 1e-6
-# Fewer validation images of a class than this are worth a warning.
-_FEW_IMAGES = 10
 # Options with the same meaning in compare.
 _SHARED = {field.name for field in fields(Recipe)}
 
@@ -111,8 +112,17 @@ def validation_counts(data: LongTailDataModule) -> list[int] | None:
     return torch.bincount(known, minlength=data.num_classes).tolist()
 
 
-def describe_validation(counts: Sequence[int] | None, split: ClassSplit, metric: str) -> list[str]:
-    """Return how coarse the accuracies are, and a warning if classes have few validation images."""
+def describe_validation(
+    counts: Sequence[int] | None, split: ClassSplit, metric: str, names: Sequence[str] = ()
+) -> list[str]:
+    """Return how coarse the accuracies are, and a warning if classes have few validation images.
+
+    Args:
+        counts: Number of validation images of each class, or None if it is not known.
+        split: Head and tail classes.
+        metric: Accuracy that is searched for.
+        names: Name of each class, or nothing.
+    """
     if not counts or not any(counts):
         return []
     is_tail = split.tail.tolist()
@@ -122,12 +132,12 @@ def describe_validation(counts: Sequence[int] | None, split: ClassSplit, metric:
     present = [number for number in counts if number]
     sizes = f"{min(present)}" if min(present) == max(present) else f"{min(present)} to {max(present)}"
     lines = [f"Validation images of a class: {sizes}. One image is worth up to {worth:.1f} points of {metric!r}."]
-    if few := [f"{label} ({number})" for label, number in enumerate(counts) if number < _FEW_IMAGES]:
-        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        lines.append(
-            f"Warning: there are fewer than {_FEW_IMAGES} validation images of class {', '.join(few[:5])}{more}. Small"
-            " differences between trials are chance."
-        )
+    numbers = np.array(counts)
+    if absent := named_classes(names, numbers, numbers == 0):
+        lines.append(f"No validation images: {absent}. The trials are compared without them.")
+    if small := named_classes(names, numbers, (numbers > 0) & (numbers < FEW_IMAGES)):
+        effect = "Small differences between trials are chance."
+        lines.append(f"Fewer than {FEW_IMAGES} validation images: {small}. {effect}")
     return lines
 
 
@@ -169,19 +179,13 @@ def write_trials(findings: Sequence[Finding], path: Path) -> None:
     write_csv(path, ["method", "trial", "state", *columns], rows)
 
 
-def set_aside(files: Sequence[Path]) -> None:
-    """Rename results of an earlier search, so that nobody takes them for those of this one."""
-    for path in files:
-        if path.exists():
-            path.replace(path.with_name(f"earlier_{path.name}"))
-
-
 def refuse_without_best(findings: Sequence[Finding], files: Sequence[Path]) -> None:
-    """Raise ``ArgumentError`` if a method has no trial that ended well. Earlier results get names of their own."""
+    """Raise ``ArgumentError`` if a method has no trial that ended well. Earlier results are set aside."""
     without = [finding for finding in findings if not finding.complete]
     if not without:
         return
-    set_aside(files)
+    for path in files:
+        set_aside(path)
     names = ", ".join(finding.candidate.name for finding in without)
     bounds = ", ".join(dict.fromkeys(f"`{name}`" for f in without for name in f.candidate.bounds if name != "gamma"))
     trials = sum(is_done(trial) for finding in without for trial in finding.trials)

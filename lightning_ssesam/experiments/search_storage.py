@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
-# From optuna/storages/journal/_storage.py.
+# JournalOperation.CREATE_STUDY in optuna/storages/journal/_storage.py, a private class.
 _CREATE_STUDY = 0
 
 

@@ -57,8 +57,8 @@ def _is_foreign_file(file: str | None) -> bool:
     if file is None:
         return True
     path = Path(file).resolve()
-    own, python = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve()
-    return not (own in path.parents or python in path.parents or _INSTALLED & set(path.parts))
+    package, python = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve()
+    return not (package in path.parents or python in path.parents or _INSTALLED & set(path.parts))
 
 
 class _Walk:

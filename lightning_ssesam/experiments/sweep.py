@@ -10,10 +10,11 @@ from lightning_ssesam._validation import bad_argument, check_choice, check_integ
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
-from lightning_ssesam.experiments.files import locked, make_folder, replaced
+from lightning_ssesam.experiments.files import locked, make_folder, replaced, set_aside
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import MOST, Recipe
+from lightning_ssesam.experiments.recorder import names_of_classes
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search import (
     METRICS,
@@ -30,7 +31,6 @@ from lightning_ssesam.experiments.search_report import (
     describe_validation,
     format_finding,
     refuse_without_best,
-    set_aside,
     validation_counts,
     write_best,
     write_trials,
@@ -83,7 +83,7 @@ def sweep(
         lr: Smallest and largest learning rate, searched on a log scale for every method; the optimizer's by default.
         metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
             ``mean_of_head_and_tail``, the two groups count the same.
-        prune: Whether to end trials below the median of their method early, after a fifth of stage 2.
+        prune: Early end of trials below the median of their method, after a fifth of stage 2.
         output: Folder for the results.
         config: Configuration of the search, as YAML. Options that compare has as well go to best.yaml. The command line
             fills it in.
@@ -155,7 +155,8 @@ def _prepare(candidates: Sequence[Candidate], recipe: Recipe, metric: str) -> _P
         data.check_files()
     for experiment, data in zip(experiments, modules, strict=True):
         experiment.check_network(data)
-    return _Prepared(settings, describe_validation(validation_counts(first), split, metric))
+    remarks = describe_validation(validation_counts(first), split, metric, names_of_classes(first))
+    return _Prepared(settings, remarks)
 
 
 def _open_study(storage: Any, candidate: Candidate, settings: str, output: Path) -> "optuna.Study":
@@ -215,7 +216,7 @@ def _report(
     if write_best(findings, best):
         written.append(best)
     else:
-        set_aside([best])
+        set_aside(best)
         print("\nThere is no best.yaml: parts made in Python cannot be written down. `sweep` returns the values.")
     print(f"\nWritten: {', '.join(map(str, written))}")
     return {f.candidate.name: {**f.values, **{g: f.complete[0].user_attrs[g] for g in GROUPS}} for f in findings}

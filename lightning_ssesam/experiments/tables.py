@@ -9,9 +9,7 @@ from pathlib import Path
 
 from lightning_ssesam.experiments.files import replaced
 from lightning_ssesam.experiments.intervals import Difference, Pair, classes_of
-from lightning_ssesam.experiments.intervals import paired_difference as paired_difference
 from lightning_ssesam.experiments.remarks import describe_images, divergence, numbers_of_images, remarks
-from lightning_ssesam.experiments.remarks import diverged_runs as diverged_runs
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method
 
 TRAINING = "training"
@@ -78,8 +76,8 @@ def format_table(runs: Sequence[Run]) -> str:
     if len(methods) > 1 and len({run.seed for run in runs}) > 1:
         lines += ["", f"Difference to {runs[0].method}, {_DIFFERENCE_NOTE}"]
         lines += _aligned(GROUPS, {name: by_group.values() for name, by_group in differences(runs).items()})
-    if said := remarks(runs):
-        lines += ["", *said]
+    if found := remarks(runs):
+        lines += ["", *found]
     return "\n".join(lines)
 
 
@@ -120,8 +118,8 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
     notes = [f"Differences are to {_in_markdown(runs[0].method)}, {_DIFFERENCE_NOTE}.", *_notes(runs)]
     if images := describe_images(runs):
         notes.append(f"{images}. All numbers of images are in classes.csv.")
-    if said := remarks(runs):
-        notes.append("\n".join(f"- {_in_markdown(remark)}" for remark in said))
+    if found := remarks(runs):
+        notes.append("\n".join(f"- {_in_markdown(remark)}" for remark in found))
     return "\n".join([*lines, "", "\n\n".join(notes), ""])
 
 

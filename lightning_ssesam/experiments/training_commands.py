@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.experiments.command_parser import CommandParser
+from lightning_ssesam.experiments.command_parser import CommandParser, link_data_to_model
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
 from lightning_ssesam.experiments.network_check import check_network
@@ -52,7 +52,7 @@ class TrainingCLI(LightningCLI):
         stack: Stack of what is released when the command has ended.
         show_messages: Called when all parts are built, before anything runs.
         defaults: Default values of options, by dotted names. None takes a default away.
-        seeds_workers: Whether the processes of data loaders get seeds of Lightning. Those of ``compare`` do not.
+        seeds_workers: Seeds of Lightning for the processes of data loaders. Those of ``compare`` get none.
     """
 
     def __init__(
@@ -86,13 +86,12 @@ class TrainingCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Called when a command's parser is made: link counts and channels, add options, set the defaults."""
-        parser.link_arguments("data.class_counts", "model.class_counts", apply_on="instantiate")
-        parser.link_arguments("data.in_channels", "model.in_channels", apply_on="instantiate")
+        link_data_to_model(parser)
         parser.add_argument(
             "--trust_checkpoint",
             type=bool,
             default=False,
-            help="Whether the checkpoint may hold more than plain data. Loading such a file can run any code.",
+            help="Permission for the checkpoint to hold more than plain data. Loading such a file can run any code.",
         )
         parser.add_argument(
             "--method", type=str | None, help="Name of a method of the comparison in --config, or of a built-in one."

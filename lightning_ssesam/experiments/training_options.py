@@ -11,16 +11,17 @@ import yaml
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.command_parser import names_class
 from lightning_ssesam.experiments.fit_config import (
     built_in,
     cosine,
-    default_optimizer,
     fit_config,
     is_comparison,
     method_names,
     thresholds,
 )
 from lightning_ssesam.experiments.parser_messages import cut
+from lightning_ssesam.experiments.recipe import default_optimizer
 
 _EPOCHS = 60
 _CHECKPOINT = "a file, a pattern that matches one file, 'last' or 'hpc'"
@@ -117,10 +118,7 @@ def _counted(number: int, text: str) -> str:
 
 
 def defaults(options: Sequence[Option]) -> dict[str, Any]:
-    """Return the defaults of a command: those of ``compare``, without the parts that the options name.
-
-    A chosen class would otherwise take over arguments of the default class, such as the learning rate.
-    """
+    """Return the defaults of a command: those of ``compare``, without the parts that the options name."""
     given = dict(_given(options))
     parts: dict[str, Any] = {
         "data": {"class_path": "lightning_ssesam.DigitsLT"},
@@ -135,13 +133,8 @@ def defaults(options: Sequence[Option]) -> dict[str, Any]:
         parts["model.scheduler"] = cosine(epochs)
     data = given.get("data", parts["data"])
     split = {f"model.{name}": value for name, value in thresholds(data).items()}
-    chosen = {name: None if _is_chosen(given.get(name, {})) else value for name, value in parts.items()}
+    chosen = {name: None if names_class(given.get(name, {})) else value for name, value in parts.items()}
     return {**chosen, **split}
-
-
-def _is_chosen(value: Any) -> bool:
-    """Return whether an option names a class, or no class. Arguments alone are for the default class."""
-    return not isinstance(value, Mapping) or "class_path" in value
 
 
 def _given(options: Sequence[Option]) -> Iterator[tuple[str, Any]]:

@@ -39,7 +39,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
     Args:
         path: Path of the file.
-        trust: Whether whatever the file has been pickled from may be made again, which can run any code.
+        trust: Permission to make whatever the file has been pickled from, which can run any code.
 
     Raises:
         ArgumentError: If the file cannot be read, is no checkpoint, or holds more than plain data and ``trust`` is
