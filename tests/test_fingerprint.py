@@ -1,10 +1,20 @@
 """Which changes of settings, code and data let `compare` make its runs again, and which do not."""
 
+import copy
 import importlib
+import inspect
+import json
+import logging
 import os
 import sys
+from array import array
+from collections import deque
+from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,10 +22,11 @@ import torch
 from helpers import STRICT
 from lightning.pytorch.callbacks import ModelSummary, TQDMProgressBar
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset, WeightedRandomSampler
 
-from lightning_ssesam import ERM, DigitsLT
-from lightning_ssesam.compare import Method
+import lightning_ssesam
+from lightning_ssesam import ERM, SAM, DigitsLT, ImbSAM
+from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import (
     CIFAR10LT,
     ClassBalancedSampler,
@@ -24,12 +35,14 @@ from lightning_ssesam.data import (
     LongTailDataModule,
     SquareRootSampler,
 )
-from lightning_ssesam.data.contents import hash_array
-from lightning_ssesam.experiments.fingerprint import describe
+from lightning_ssesam.data.contents import hash_array, hash_attributes
+from lightning_ssesam.experiments.fingerprint import data_factory, describe
 from lightning_ssesam.experiments.recipe import Recipe
-from lightning_ssesam.experiments.sources import is_foreign, sources_of
+from lightning_ssesam.experiments.refusals import place_in_user_code
+from lightning_ssesam.experiments.sources import is_foreign, is_foreign_file, sources_of
 from lightning_ssesam.models import SmallConvNet
 from lightning_ssesam.runs import Experiment
+from lightning_ssesam.sweep import sweep
 
 pytestmark = STRICT
 
@@ -192,10 +205,48 @@ def test_code_without_a_file():
 
 
 def test_installed_code_is_left_out():
-    assert sources_of([torch.nn.Linear(2, 2), np.mean, os.path.join, SmallConvNet, DigitsLT()]) == []
+    found = sources_of([torch.nn.Linear(2, 2), np.mean, os.path.join, SmallConvNet, DigitsLT()])
+    names = {text.partition(" ")[0] for text in found}
+    assert names - {"lightning-ssesam"} == {"torch", "torchvision", "torchmetrics", "lightning", "numpy"}
     assert [is_foreign(name) for name in ("torch.nn", "json", "lightning_ssesam.cli", "__main__")] == [False] * 3 + [
         True
     ]
+
+
+@pytest.mark.parametrize("name", ["torch", "lightning", "torchvision", "torchmetrics", "pillow"])
+def test_versions_of_installed_packages_count(name, monkeypatch):
+    class Picture(Image.Image):
+        pass
+
+    def version(of):
+        return "99" if of == name else known(of)
+
+    known, before = metadata.version, sources_of([Picture])
+    assert sources_of([Picture]) == before
+    monkeypatch.setattr(metadata, "version", version)
+    assert sources_of([Picture]) != before
+
+
+def test_which_files_are_the_users(tmp_path):
+    package = Path(inspect.getfile(lightning_ssesam)).parent
+    folders = {
+        package / "data": False,
+        package.with_name("lightning_ssesam_mine"): True,
+        Path("/home/user/.local/lib/python3.12/site-packages/torch"): False,
+        Path("/usr/lib/python3/dist-packages/torch"): False,
+        Path(json.__file__).parent: False,
+        Path(sys.executable).parent: False,
+        tmp_path: True,
+    }
+    for folder, is_of_user in folders.items():
+        file = str(folder / "net.py")
+        names = {}
+        exec(compile("def fail():\n    raise ValueError('here')", file, "exec"), names)
+        with pytest.raises(ValueError, match="here") as error:
+            names["fail"]()
+        # The traceback begins in this file, which is the user's.
+        place = place_in_user_code(error.value)
+        assert (is_foreign_file(file), place.file == file) == (is_of_user, is_of_user), folder
 
 
 def fingerprint(**parts):
@@ -232,6 +283,22 @@ class Scale(torch.nn.Module):
         self.by = by
 
 
+def nested(depth, value):
+    return [nested(depth - 1, value)] if depth else value
+
+
+def test_containers_that_contain_themselves():
+    values, options, shift = [1], {"a": 1}, Shift(1)
+    values.append(values)
+    options["options"] = options
+    shift.by = [shift]
+    for value in (values, options, shift):
+        assert describe(value) == describe(value)
+    assert describe(values) != describe([2, values])
+    # The same object twice is no circle.
+    assert describe([[1], [1]]) == describe([[1]] * 2)
+
+
 def test_settings_that_a_repr_hides():
     pairs = [
         ({"shift": Shift(1)}, {"shift": Shift(2)}),
@@ -243,7 +310,7 @@ def test_settings_that_a_repr_hides():
         (partial(Shift, 1), partial(Shift, 2)),
         (Shift([Shift(1)]), Shift([Shift(2)])),
     ]
-    for one, other in pairs:
+    for one, other in [*pairs, (nested(9, 1), nested(9, 2))]:
         assert describe(one) != describe(other)
         assert describe(one) == describe(one)
     # The order of a set is that in which its values came, and another one in the next process.
@@ -323,6 +390,20 @@ def test_how_a_path_is_written_does_not_count(kind, images):
     assert fingerprint(data=make("images", image_size=225), backbone=rgb) not in texts
 
 
+def test_a_text_does_not_become_a_path():
+    def settings(text):
+        return describe(data_factory(partial(DigitsLT, profile=text)))
+
+    texts = ("exponential", "a/b")
+    before = {text: settings(text) for text in texts}
+    Path("exponential").mkdir()
+    assert settings("exponential") == before["exponential"] != before["a/b"]
+    # But one with a folder is a path, and so is a link.
+    Path("link").symlink_to("exponential")
+    ways = ["./exponential", "link", os.path.abspath("exponential"), Path("exponential"), "exponential/"]
+    assert {settings(way) for way in ways} == {before["exponential"]}
+
+
 class Points(LongTailDataModule):
     def __init__(self, path="points.npy", **kwargs):
         super().__init__(**kwargs)
@@ -368,6 +449,95 @@ def test_data_modules_of_a_user(tmp_path):
     assert fingerprint(data=Named) != one
 
 
+class Records(Dataset):
+    def __init__(self, records):
+        self._records = records
+
+
+@dataclass
+class Record:
+    path: str
+    label: int
+
+
+@dataclass
+class SlottedRecord:
+    __slots__ = ("label",)
+    label: int
+
+
+CHANGES = [
+    ([{"pixels": [0.0, 0.0], "label": 0}], [{"pixels": [0.0, 1.0], "label": 0}]),
+    ([{"pixels": torch.zeros(2), "label": 0}], [{"pixels": torch.zeros(2), "label": 1}]),
+    ([{"pixels": torch.zeros(2)}], [{"pixels": torch.ones(2)}]),
+    ([("a.jpg", np.int64(1))], [("a.jpg", np.int64(2))]),
+    ({"a.jpg": 1}, {"a.jpg": 2}),
+    ({1: "a"}, {2: "a"}),
+    ([None, torch.zeros(2)], [None, torch.ones(2)]),
+    ({1, 2}, {1, 3}),
+    (frozenset("a"), frozenset("b")),
+    (b"a", b"b"),
+    ([bytearray(b"a")], [bytearray(b"b")]),
+    (array("i", [1]), array("i", [2])),
+    ([Record("a.jpg", 1)], [Record("a.jpg", 2)]),
+    ([Record("a.jpg", 1)], [Record("b.jpg", 1)]),
+    ([SlottedRecord(1)], [SlottedRecord(2)]),
+    ([SimpleNamespace(label=1)], [SimpleNamespace(label=2)]),
+    ([[[1]], [[2]]], [[[1]], [[3]]]),
+    ([[["a"]]], [[["b"]]]),
+    ([["a", "b"]], [["a"], ["b"]]),
+    (np.array([[1], [1, 2]], dtype=object), np.array([[1], [1, 3]], dtype=object)),
+    (deque([1]), deque([2])),
+    (range(3), range(4)),
+    (1.0, 2.0),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_changed_contents_count(before, after):
+    def found(records):
+        data = Points()
+        data._sets = {"train": Records(copy.deepcopy(records))}
+        return hash_attributes(data)
+
+    assert found(before) == found(before) != found(after)
+
+
+def test_contents_with_circles_and_settings(caplog):
+    def found(**attributes):
+        data = Points(num_workers=attributes.pop("num_workers", 0))
+        data._sets = {"train": (records := Records([[1, 2]]))}
+        records.module, records._records[0][0] = data, records
+        vars(records).update(attributes)
+        return hash_attributes(data)
+
+    Path("images").mkdir()
+    before = found(root="images")
+    assert found(root="images", num_workers=2) == before != found(root="other")
+    assert found(root="./images") == found(root=os.path.abspath("images")) == before
+    # Neither code nor what changes by itself is contents.
+    outside = {"log": logging.getLogger("records"), "net": torch.nn.Linear(2, 2), "code": os, "kind": Record}
+    texts = {found(**outside)}
+    outside["log"].setLevel("DEBUG")
+    assert texts == {found(**outside)}
+
+
+def test_files_count_wherever_they_are_named():
+    Path("a.jpg").write_text("1")
+    for records in ([["a.jpg"]], {"a.jpg": 1}, [Record("a.jpg", 1)], np.array(["a.jpg"], dtype=object)):
+        os.utime("a.jpg", ns=(10**18, 10**18))
+        before = hash_attributes(Records(records))
+        os.utime("a.jpg", ns=(10**18, 2 * 10**18))
+        assert hash_attributes(Records(records)) != before
+
+
+def test_all_elements_of_a_large_array_count(monkeypatch):
+    monkeypatch.setattr("lightning_ssesam.data.contents._CHUNK", 4)
+    for make in (torch.tensor, np.array):
+        for position in range(10):
+            assert hash_array(make([0] * 10)) != hash_array(make([int(k == position) for k in range(10)]))
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
 def test_arrays_of_any_type(kind):
     tensor = torch.zeros(4, 3, dtype=kind)
@@ -404,3 +574,47 @@ def test_a_method_may_have_a_sampler_of_its_own():
     assert isinstance(modules["balanced"].train_dataloader().sampler, ClassBalancedSampler)
     split = DigitsLT().split(tail_fraction=0.2)
     assert len({experiment.fingerprint(split) for experiment in made.values()}) == 3
+
+
+class Counted(DigitsLT):
+    calls: ClassVar = []
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls.append("made")
+
+    def check_files(self):
+        self.calls.append("checked")
+
+    def make_sets(self):
+        self.calls.append("read")
+        return super().make_sets()
+
+
+@pytest.mark.parametrize("command", [compare, sweep])
+def test_data_are_made_and_read_once_before_training(command, monkeypatch):
+    class Planned(Exception):
+        pass
+
+    def stop(folder):
+        raise Planned
+
+    monkeypatch.setattr(Counted, "calls", calls := [])
+    monkeypatch.setattr(f"{command.__module__}.make_folder", stop)
+    methods = {"one": Method(ERM), "two": Method(SAM), "three": Method(ImbSAM, sampler=ClassBalancedSampler)}
+    with pytest.raises(Planned):
+        command(methods, data=Counted, epochs=1)
+    assert calls[0] == "made"
+    assert sorted(calls) == ["checked", "made", "read"]
+
+
+def weighted(labels, weights):
+    return WeightedRandomSampler(weights[labels], len(labels))
+
+
+def test_arrays_of_a_sampler_count():
+    weights = torch.zeros(5000), torch.zeros(5000).index_fill(0, torch.tensor([2500]), 1)
+    methods = [Method(ERM, sampler=partial(weighted, weights=values)) for values in weights]
+    data, split = DigitsLT(), DigitsLT().split(tail_fraction=0.2)
+    made = [method.experiment("name", Recipe(), 0.7) for method in methods]
+    assert len({experiment.fingerprint(split, "", data) for experiment in made}) == 2

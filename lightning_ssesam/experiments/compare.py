@@ -17,16 +17,16 @@ from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
-from lightning_ssesam.experiments.methods import METHODS, Method, WithSampler, make_methods
+from lightning_ssesam.experiments.methods import METHODS, Method, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import expected_images
 from lightning_ssesam.experiments.remarks import about_images
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
+from lightning_ssesam.experiments.samples import Source, make_sources
 from lightning_ssesam.experiments.tables import format_table, write_runs
 from lightning_ssesam.experiments.weights import KeepWeights, WeightStore, set_weights_aside
-from lightning_ssesam.factories import check_made
 from lightning_ssesam.split import ClassSplit
 
 
@@ -89,17 +89,15 @@ def compare(
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
     chosen = make_methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
     experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
-    # Build every part once: a wrong one is refused before anything is trained or written.
-    data = shared.make_data()
-    with quiet():
-        split = experiments[0].make_split(data)
-        for experiment in experiments:
-            experiment.check(split)
-        experiments[0].make_trainer([])
+    first, *sources = make_sources([shared.data, *(experiment.data for experiment in experiments)])
+    data = first.data
+    split = _check(experiments, sources, data)
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
-    tasks = _plan(experiments, split, seeds)
-    _say_what_is_tested(data, split)
+    tasks = _plan(experiments, sources, split, seeds)
+    _say_what_is_tested(first.prepared, split)
+    # They hold samples in memory.
+    del first, sources
     make_folder(output)
     with locked(output):
         facts = origin()
@@ -132,23 +130,25 @@ def _defaults(names: Iterable[str]) -> dict[str, float]:
     return {name: inspect.signature(compare).parameters[name].default for name in names}
 
 
-def _plan(experiments: Sequence[Experiment], split: ClassSplit, seeds: int) -> list[Task]:
+def _check(experiments: Sequence[Experiment], sources: Sequence[Source], data: LongTailDataModule) -> ClassSplit:
+    """Build every part once: a wrong one is refused before anything is trained or written. Return the class split."""
+    with quiet():
+        split = experiments[0].make_split(data)
+        for experiment, source in zip(experiments, sources, strict=True):
+            experiment.check(split, source.data)
+        experiments[0].make_trainer([])
+    return split
+
+
+def _plan(experiments: Sequence[Experiment], sources: Sequence[Source], split: ClassSplit, seeds: int) -> list[Task]:
     """Download the data, because several processes must not do so at once. Check files and networks.
 
     Return a task for every run, seed by seed, so that an interrupted comparison has as many runs of each method.
     """
-    modules, contents = dict[int, LongTailDataModule](), dict[int, str]()
     pairs = []
-    for experiment in experiments:
-        # Methods that differ in their samplers have the same samples.
-        source = experiment.data.data if isinstance(experiment.data, WithSampler) else experiment.data
-        if id(source) not in modules:
-            data = check_made("data", source(), LongTailDataModule)
-            data.prepare_data()
-            data.check_files()
-            modules[id(source)], contents[id(source)] = data, data.fingerprint()
-        experiment.check_network(modules[id(source)])
-        pairs.append((experiment, experiment.fingerprint(split, contents[id(source)])))
+    for experiment, source in zip(experiments, sources, strict=True):
+        pairs.append((experiment, experiment.fingerprint(split, source.contents, source.data)))
+        experiment.check_network(source.prepared)
     return [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
 
 

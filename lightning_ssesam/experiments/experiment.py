@@ -114,16 +114,17 @@ class Experiment(Recipe):
         defaults: dict[str, Any] = {**dict.fromkeys(outputs, False), "num_sanity_val_steps": 0, "devices": devices}
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**defaults, **given})
 
-    def check(self, split: ClassSplit) -> LongTailClassifier:
+    def check(self, split: ClassSplit, data: LongTailDataModule | None = None) -> LongTailClassifier:
         """Build every part, and return the module. The random state does not change.
 
         Args:
             split: Class split, whose class counts the data must have.
+            data: Data module of the experiment. By default one is made.
 
         Raises:
             ArgumentError: If a part cannot be built.
         """
-        data = self.make_data()
+        data = self.make_data() if data is None else data
         with torch.random.fork_rng(devices=[]):
             model = self.make_model(data)
         if list(data.class_counts) != split.class_counts.tolist():
@@ -132,7 +133,9 @@ class Experiment(Recipe):
         self.optimizer(model.parameters())
         return model
 
-    def fingerprint(self, split: ClassSplit, contents: str | None = None) -> str:
+    def fingerprint(
+        self, split: ClassSplit, contents: str | None = None, data: LongTailDataModule | None = None
+    ) -> str:
         """Return a text that identifies the training: settings, code and data, but not the seed.
 
         What only speed depends on does not count, such as the processes of a loader and the device.
@@ -140,11 +143,13 @@ class Experiment(Recipe):
         Args:
             split: Class split that the classes must have.
             contents: Fingerprint of the data module. By default the module is asked for it.
+            data: Data module of the experiment, perhaps with another sampler. By default one is made.
 
         Raises:
             ArgumentError: If a part cannot be built.
         """
-        data, model = self.make_data(), self.check(split)
+        data = self.make_data() if data is None else data
+        model = self.check(split, data)
         factories = (self.data, self.backbone, self.loss, self.objective, self.optimizer)
         # The samples first: a file may have another path before it is downloaded.
         parts: dict[str, Any] = {"contents": data.fingerprint() if contents is None else contents}

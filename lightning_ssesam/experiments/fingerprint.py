@@ -33,39 +33,46 @@ def digest(parts: Any) -> str:
     return hashlib.sha256(describe(parts).encode()).hexdigest()
 
 
-def describe(value: Any, depth: int = 0) -> str:
+def describe(value: Any, above: tuple[int, ...] = ()) -> str:
     """Return a text that is equal for equal values, in any process.
 
     Arrays and tensors count by all of their elements, sets and mappings without their order, files and folders by where
     they are, functions by their name, and other objects by their class and their attributes, if their ``repr`` has not
     been written for them.
+
+    Args:
+        value: Value to describe.
+        above: Identities of the containers and objects that the value is in. One of them is not described again.
     """
     if isinstance(value, torch.Tensor | np.ndarray):
         return hash_array(value)
     if isinstance(value, Path):
         return f"path {os.path.realpath(os.path.expanduser(value))}"
+    if id(value) in above:
+        return "..."
+    within = (*above, id(value))
     if isinstance(value, Mapping):
-        pairs = sorted(f"{key!r}: {describe(part, depth + 1)}" for key, part in value.items())
+        pairs = sorted(f"{key!r}: {describe(part, within)}" for key, part in value.items())
         return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(describe(part, depth + 1) for part in value)}]"
+        return f"[{', '.join(describe(part, within) for part in value)}]"
     if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(describe(part, depth + 1) for part in value))}}}"
-    return _describe_object(value, depth)
+        return f"{{{', '.join(sorted(describe(part, within) for part in value))}}}"
+    return _describe_object(value, within)
 
 
-def _describe_object(value: Any, depth: int) -> str:
+def _describe_object(value: Any, within: tuple[int, ...]) -> str:
     if isinstance(value, functools.partial):
-        return f"partial {describe([value.func, value.args, value.keywords], depth)}"
+        return f"partial {describe([value.func, value.args, value.keywords], within)}"
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         return value.__qualname__
     if isinstance(value, MethodType):
-        return f"{value.__qualname__} {describe(value.__self__, depth)}"
+        return f"{value.__qualname__} {describe(value.__self__, within)}"
     if isinstance(value, nn.Module):
         return describe_module(value)
     is_plain = type(value).__repr__ is object.__repr__  # type: ignore[comparison-overlap]
-    if is_plain and depth < _DEEPEST:
-        return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), depth + 1)}"
+    if is_plain and len(within) <= _DEEPEST:
+        return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), within)}"
     return without_addresses(repr(value))
 
 
@@ -101,7 +108,18 @@ def files_of(factory: Any) -> str:
 
 
 def _as_path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and _exists(value) else value
+    """Return a path as it counts, however it is written: a name in the working folder as a text, else a Path.
+
+    A text without a folder, such as "exponential", stays as it is, also if there is a file of that name.
+    """
+    if isinstance(value, str):
+        is_path = _exists(value) and (os.path.dirname(value) or os.path.islink(value))
+    else:
+        is_path = isinstance(value, Path)
+    if not is_path:
+        return value
+    folder, name = os.path.split(os.path.realpath(os.path.expanduser(value)))
+    return name if folder == os.path.realpath(os.curdir) else Path(folder, name)
 
 
 def _exists(text: str) -> bool:

@@ -80,7 +80,8 @@ class Method:
         return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
 
 
-@dataclass(frozen=True)
+# Without a `repr`, the fingerprint of an experiment looks at the parts.
+@dataclass(frozen=True, repr=False)
 class WithSampler:
     """Makes a data module, and replaces its sampler. It can be sent to another process if its parts can be pickled.
 

@@ -4,7 +4,6 @@ import errno
 import pickle
 import re
 import sys
-import sysconfig
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,9 @@ from urllib.error import URLError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.sources import PACKAGE, is_foreign_file
 
 _LIMIT = 390
-_PACKAGE = str(Path(__file__).resolve().parents[1])
-_LIBRARIES = tuple({*sysconfig.get_paths().values(), "<frozen"} - {sysconfig.get_path("data")})
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOADS = {
     "torch.serialization",
@@ -98,7 +96,7 @@ def place_in_user_code(error: BaseException) -> Place | None:
     if isinstance(error, SyntaxError) and error.filename:
         return Place(error.filename, error.lineno or 0)
     places = [Place(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return next((place for place in reversed(places) if not _is_library(place.file)), None)
+    return next((place for place in reversed(places) if _is_of_user(place.file)), None)
 
 
 def _line(error: Exception, options: Sequence[str]) -> str | None:
@@ -136,7 +134,7 @@ def _wrong_argument(error: Exception, text: str, place: Place | None, last: Fram
     if place is not None:
         return f"{type(error).__name__}{text and f': {text}'}{place}"
     is_call = isinstance(error, TypeError) and re.search(r"required .*argument|unexpected keyword|positional arg", text)
-    is_own = last.f_code.co_filename.startswith(_PACKAGE) and not isinstance(error, OSError)
+    is_own = Path(last.f_code.co_filename).is_relative_to(PACKAGE) and not isinstance(error, OSError)
     if isinstance(error, ValueError | TypeError | ImportError | OSError) and (is_call or not is_own):
         return text
     return None
@@ -153,8 +151,9 @@ def _frames(error: BaseException) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
-def _is_library(file: str) -> bool:
-    return file.startswith((*_LIBRARIES, _PACKAGE, "<"))
+def _is_of_user(file: str) -> bool:
+    # Code without a file has a name such as "<frozen importlib._bootstrap>".
+    return not file.startswith("<") and is_foreign_file(file)
 
 
 def _trains(frame: FrameType) -> bool:

@@ -1,4 +1,4 @@
-"""The source code that a training depends on, other than that of this package and of installed ones."""
+"""The code that a training depends on: sources of the user's, and versions of installed packages."""
 
 import argparse
 import ast
@@ -13,6 +13,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -21,7 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+PACKAGE = Path(__file__).resolve().parents[1]
+_PYTHON = {Path(path).resolve() for name, path in sysconfig.get_paths().items() if name != "data"}
 _INSTALLED = {"site-packages", "dist-packages"}
+_ALWAYS_USED = {"torch", "torchvision", "torchmetrics", "lightning"}
 _LEAVES = (str, bytes, numbers.Number, torch.Tensor, np.ndarray, Path)
 # Values of a longer list or mapping are of the same kind.
 _MOST_VALUES = 1000
@@ -31,8 +35,8 @@ def sources_of(roots: Iterable[Any]) -> list[str]:
     """Return the source code behind some objects, sorted. Equal lists mean that nothing of it has changed.
 
     It is that of their classes with all bases, of functions, and of what is named there: other classes and functions,
-    constants, and modules. Code of this package, of installed ones and of Python is left out, because their versions
-    identify it. A lambda counts by its instructions.
+    constants, and modules. A lambda counts by its instructions. Of installed packages that are used, the version
+    counts instead, and so do those of torch, torchvision, torchmetrics and Lightning.
 
     Args:
         roots: Classes, functions, ``functools.partial``, modules, and instances, whose attributes count, too.
@@ -40,7 +44,7 @@ def sources_of(roots: Iterable[Any]) -> list[str]:
     walk = _Walk()
     for root in roots:
         walk.visit(root)
-    return sorted(walk.texts)
+    return sorted(walk.texts | _versions(_ALWAYS_USED | walk.installed))
 
 
 def is_foreign(module_name: str) -> bool:
@@ -49,16 +53,26 @@ def is_foreign(module_name: str) -> bool:
         return True
     if module_name.partition(".")[0] in (*sys.stdlib_module_names, "lightning_ssesam"):
         return False
-    return _is_foreign_file(getattr(sys.modules.get(module_name), "__file__", None))
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    return file is None or is_foreign_file(file)
 
 
 @functools.cache
-def _is_foreign_file(file: str | None) -> bool:
-    if file is None:
-        return True
+def is_foreign_file(file: str) -> bool:
+    """Return whether a file is neither Python's, nor this package's, nor that of an installed package."""
     path = Path(file).resolve()
-    package, python = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve()
-    return not (package in path.parents or python in path.parents or _INSTALLED & set(path.parts))
+    return not ({PACKAGE, *_PYTHON} & set(path.parents) or _INSTALLED & set(path.parts))
+
+
+def _versions(packages: Iterable[str]) -> set[str]:
+    """Return names and versions of the distributions that installed packages come from."""
+    names = {name for package in packages for name in _distributions().get(package, ())}
+    return {f"{name} {metadata.version(name)}" for name in names}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 class _Walk:
@@ -66,6 +80,7 @@ class _Walk:
 
     def __init__(self) -> None:
         self.texts: set[str] = set()
+        self.installed: set[str] = set()
         # The objects are kept, because the address of one that is gone may be used again.
         self._seen: dict[int, Any] = {}
 
@@ -90,7 +105,7 @@ class _Walk:
 
     def _visit_class(self, kind: type) -> None:
         for base in kind.__mro__:
-            if not is_foreign(base.__module__):
+            if not self._is_foreign(base.__module__):
                 continue
             try:
                 self._add_definition(base, inspect.getsource(base))
@@ -101,7 +116,7 @@ class _Walk:
                     self.visit(getattr(value, "__func__", value))
 
     def _visit_function(self, function: FunctionType) -> None:
-        if not is_foreign(function.__module__ or "__main__"):
+        if not self._is_foreign(function.__module__ or "__main__"):
             return
         for cell in function.__closure__ or ():
             with suppress(ValueError):
@@ -125,7 +140,7 @@ class _Walk:
     def _visit_module(self, name: str) -> None:
         """Collect the whole file of a module, and what it imports. The module need not be loaded."""
         file = _file_of(name)
-        if file is None or not is_foreign(name) or not _is_foreign_file(file):
+        if not self._is_foreign(name) or file is None or not is_foreign_file(file):
             return
         with suppress(OSError):
             text = Path(file).read_bytes().decode(errors="replace")
@@ -133,6 +148,11 @@ class _Walk:
                 self.texts.add(text)
                 with suppress(SyntaxError, ValueError):
                     self._visit_imports(ast.parse(text), _package_of(name, file))
+
+    def _is_foreign(self, module_name: str) -> bool:
+        if not (foreign := is_foreign(module_name)):
+            self.installed.add(module_name.partition(".")[0])
+        return foreign
 
     def _add_definition(self, definition: Any, text: str) -> None:
         self.texts.add(text)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
-from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.files import locked, make_folder, replaced, set_aside
@@ -16,6 +15,7 @@ from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import names_of_classes
 from lightning_ssesam.experiments.runs import GROUPS
+from lightning_ssesam.experiments.samples import make_sources
 from lightning_ssesam.experiments.search import (
     METRICS,
     Candidate,
@@ -36,7 +36,6 @@ from lightning_ssesam.experiments.search_report import (
     write_trials,
 )
 from lightning_ssesam.experiments.search_storage import open_storage
-from lightning_ssesam.factories import check_made
 
 if TYPE_CHECKING:
     import optuna
@@ -138,24 +137,22 @@ class _Prepared(NamedTuple):
 
 def _prepare(candidates: Sequence[Candidate], recipe: Recipe, metric: str) -> _Prepared:
     """Check every method, and check and download the data."""
-    makers = [recipe.data, *(candidate.method.data or recipe.data for candidate in candidates)]
-    made = {make: check_made("data", make(), LongTailDataModule) for make in makers}
-    first, *modules = (made[make] for make in makers)
-    if any(data.val_is_test for data in made.values()):
+    first, *sources = make_sources([recipe.data, *(candidate.method.data or recipe.data for candidate in candidates)])
+    if any(source.data.val_is_test for source in [first, *sources]):
         expected = "a data module with its own validation set (for example val_per_class=50)"
         raise bad_argument("data", expected, got_text="one that validates on its test set")
     with quiet():
         for candidate in candidates:
             candidate.check(recipe)
         experiments = [candidate.experiment(recipe, candidate.lowest) for candidate in candidates]
-        split = experiments[0].make_split(first)
-        settings = {experiment.method: experiment.fingerprint(split) for experiment in experiments}
-    for data in made.values():
-        data.prepare_data()
-        data.check_files()
-    for experiment, data in zip(experiments, modules, strict=True):
-        experiment.check_network(data)
-    remarks = describe_validation(validation_counts(first), split, metric, names_of_classes(first))
+        split = experiments[0].make_split(first.data)
+        for experiment, source in zip(experiments, sources, strict=True):
+            experiment.check(split, source.data)
+    settings = {}
+    for experiment, source in zip(experiments, sources, strict=True):
+        settings[experiment.method] = experiment.fingerprint(split, source.contents, source.data)
+        experiment.check_network(source.prepared)
+    remarks = describe_validation(validation_counts(first.prepared), split, metric, names_of_classes(first.data))
     return _Prepared(settings, remarks)
 
 
