@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import STRICT, assert_same_bits
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.optim import AdamW
 
 from lightning_ssesam import StageSwitch
@@ -203,6 +204,9 @@ def test_stages_get_their_switch(arguments, expected, monkeypatch, capsys):
     """And a line says so, unless the configuration has it."""
     trainer, _ = started(monkeypatch, *QUIET, *arguments)
     assert switches(trainer) == expected
+    for callback in trainer.callbacks:
+        if isinstance(callback, LambdaCallback):
+            callback.on_fit_start(trainer, None)
     is_attached = expected == [0.7] and arguments != ["--method=SSESAM"]
     assert ("StageSwitch is attached" in capsys.readouterr().err) == is_attached
 
@@ -226,6 +230,8 @@ def test_later_options_change_a_method(monkeypatch):
 
 
 def test_a_shipped_comparison_is_found_by_name(monkeypatch):
+    # It would download the images.
+    monkeypatch.setattr("lightning_ssesam.experiments.training_commands.TrainingCLI._check_training", lambda _: None)
     trainer, model = started(monkeypatch, *QUIET, "--method=SSE-SAM", "--config=compare_cifar100_lt")
     assert (trainer.max_epochs, model.objective.tail_rho, model.tta) == (200, 0.1, "hflip")
 
