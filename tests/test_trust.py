@@ -304,6 +304,13 @@ def test_files_that_are_no_checkpoint(trust, content, trained):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(("name", "value"), [("epoch", "a"), ("global_step", 1.5), ("state_dict", [1])])
+def test_plain_data_of_wrong_types_are_refused(name, value):
+    torch.save({"state_dict": {}, "epoch": 1, "global_step": 2, name: value}, "a.ckpt")
+    with pytest.raises(ArgumentError, match=r"^'a\.ckpt' is no checkpoint of `lightning-ssesam fit`"):
+        read_checkpoint("a.ckpt")
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_a_program_of_torchscript_is_no_checkpoint(trust):
     torch.jit.script(nn.Linear(1, 1)).save("a.ckpt")

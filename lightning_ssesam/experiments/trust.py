@@ -52,8 +52,11 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         content = torch.load(str(path), map_location="cpu", weights_only=not trust, mmap=is_mapped)
     except Exception as error:
         raise _unsafe(path, error) or ArgumentError(f"{refusal}.") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ArgumentError(f"{refusal}.")
+    for name in ("epoch", "global_step"):
+        if not isinstance(content.get(name, 0), int):
+            raise ArgumentError(f"{refusal}: its `{name}` is {content[name]!r}.")
     return content
 
 
