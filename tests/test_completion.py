@@ -90,7 +90,7 @@ def test_bash_completes():
     assert bash(PROGRAM, "compare", "--methods", "") == ["ERM", "SAM", "ImbSAM", "SSESAM"]
     assert bash(PROGRAM, "compare", "--methods", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
     assert bash(PROGRAM, "compare", "--methods", "=", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
-    assert bash(PROGRAM, "compare", "--config", "") == ["compare_cifar100_lt", "compare_cifar10_lt"]
+    assert bash(PROGRAM, "compare", "--config", "") == ["compare_cifar100_lt", "compare_cifar10_lt", "compare_folder"]
     assert bash(PROGRAM, "fit", "--config", "=") == ["cifar100_lt", "digits_lt"]
     assert bash(PROGRAM, "fit", "--config", "=", "di") == ["digits_lt"]
     assert bash(PROGRAM, "fit", "--model.loss", "L") == ["LDAMLoss", "LogitAdjustedLoss"]
