@@ -383,3 +383,4 @@ def test_few_images_are_said_before_the_training(monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("Fewer than 10 test images: 'bee' (2). In such a class, a single image moves")
     assert printed[1].startswith("No test images: 'cat'.")
+    assert not any("group all" in line for line in printed)

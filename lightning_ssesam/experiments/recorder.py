@@ -40,7 +40,7 @@ def of_first_loader(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def expected_images(data: LongTailDataModule, split: ClassSplit) -> Run:
     """Return a run without results that has the numbers of images and the groups, as far as they are known."""
-    run = Run("", 0, class_names=names_of_classes(data))
+    run = Run("", 0, class_recalls=[math.nan] * split.num_classes, class_names=names_of_classes(data))
     # Loaders of a user's own may have no labels, or no sets.
     with suppress(Exception):
         run.test_images, run.val_images = (
