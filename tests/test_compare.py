@@ -295,10 +295,13 @@ def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, c
 
 def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
     options = ["compare", "--seeds=2", "--epochs=3", "--methods=[ERM,ImbSAM,SSESAM]"]
-    command = [sys.executable, "-m", "lightning_ssesam", *options, "--jobs=2", "--output=k"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    code = "from lightning_ssesam.experiments import progress; progress._BETWEEN_LINES = 0.0\n"
+    code += f"from lightning_ssesam.cli import main; main({[*options, '--jobs=2', '--output=k']})"
+    with Path("progress.txt").open("wb") as file:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(Path("k/runs").glob("*.json") if Path("k/runs").exists() else [])) < 3:
+    while len(list(Path("k/runs").glob("[!.]*.json") if Path("k/runs").exists() else [])) < 3:
         assert process.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -306,7 +309,9 @@ def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
     process.kill()
     process.wait()
     wait_for(lambda: not running(process.pid), seconds=5)
-    kept = {path: path.stat().st_mtime_ns for path in Path("k/runs").glob("*.json")}
+    # The workers have told the first process how far they were.
+    assert re.search(r"ERM, seed [01]: epoch [123]/3, best validation [\d.]+ %", Path("progress.txt").read_text())
+    kept = {path: path.stat().st_mtime_ns for path in Path("k/runs").glob("[!.]*.json")}
     assert 3 <= len(kept) < 6
     main([*options, "--jobs=1", "--output=k"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -315,7 +320,7 @@ def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
     main([*options, "--jobs=1", "--output=one"])
     order = [[(row["method"], row["seed"]) for row in rows_of(f"{name}/results.csv")] for name in ("k", "one")]
     assert order[0] == order[1]
-    for path in Path("k/runs").glob("*.json"):
+    for path in Path("k/runs").glob("[!.]*.json"):
         one, several = (json.loads(run.read_text()) for run in (Path("one/runs", path.name), path))
         assert one["run"] | {"seconds": 0} == several["run"] | {"seconds": 0}
 

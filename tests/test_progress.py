@@ -1,7 +1,6 @@
 """What `compare` shows while it trains: epochs of all trainings, in one process and in several."""
 
 import io
-import itertools
 import math
 import multiprocessing
 import os
@@ -82,16 +81,6 @@ def test_a_training_that_stops_early_counts_as_a_whole(seen):
     list(make_runs(tasks(2, epochs=40, callbacks=[stop]), 1))
     # It stops after the first epoch, as the threshold is reached.
     assert [count for count, *_ in seen] == [0, 1, 40, 41, 80]
-
-
-def test_several_processes_report(seen):
-    runs = list(make_runs(tasks(2), 2))
-    texts = {text for *_, text in seen}
-    assert seen[-1][:2] == (6, 6)
-    for run in runs:
-        # The last report may come with the end of the run, in either order.
-        assert f"a, seed {run.seed}: epoch 2/3, best validation {100 * max(run.curves['all'][:2]):.1f} %" in texts
-    assert all(earlier[0] <= later[0] for earlier, later in itertools.pairwise(seen))
 
 
 def test_reports_change_no_result(monkeypatch):
