@@ -4,7 +4,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib.resources import as_file, files
@@ -15,6 +15,7 @@ import lightning_ssesam
 
 if TYPE_CHECKING:
     from lightning_ssesam.experiments.command_parser import CommandParser
+    from lightning_ssesam.experiments.training_options import Option
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
@@ -189,23 +190,36 @@ def _with_methods_of_file(options: Sequence[str]) -> list[str]:
 
     given = split_options(options)
     contents = [content_of(option) for option in given if option.name == "--config"]
-    defined = next((c["methods"] for c in reversed(contents) if isinstance(c, dict) and "methods" in c), None)
+    defined = next((content["methods"] for content in reversed(contents) if "methods" in content), None)
+    if not isinstance(defined, dict):
+        return list(options)
     arguments: list[str] = []
     for option in given:
-        value = ",".join(option.values)
-        names = [value] if value in (defined or {}) else [name.strip() for name in value.split(",")]
-        if option.name != "--methods" or not isinstance(defined, dict) or set(names) <= set(METHODS) - defined.keys():
+        names = _names_of_methods(option, defined) if option.name == "--methods" else []
+        if not names or set(names) <= set(METHODS) - defined.keys():
             arguments += option.arguments
         elif wrong := [name for name in names if name not in defined]:
-            raise bad_argument(
-                "methods", f"some of those in the file ({', '.join(map(str, defined))})", ", ".join(wrong)
-            )
+            known = f"some of those in the file ({', '.join(map(str, defined))})"
+            raise bad_argument("methods", known, ", ".join(wrong))
         else:
             chosen = {name: defined[name] for name in names}
             text = yaml.safe_dump(chosen, default_flow_style=True, sort_keys=False, width=math.inf)
             # The parser would merge it with the methods of the file.
             arguments += ["--methods=null", f"--methods={text.strip()}"]
     return arguments
+
+
+def _names_of_methods(option: "Option", defined: Container[str]) -> list[str]:
+    """Return the names that an option lists, as ``A,B`` or ``[A,B]``; nothing if it defines methods itself."""
+    from lightning_ssesam.experiments.training_options import value_of
+
+    text = ",".join(option.values)
+    value = text if text in defined else value_of(text)
+    if isinstance(value, list):
+        return [str(name) for name in value]
+    return (
+        [] if isinstance(value, dict) else [value] if value in defined else [n.strip() for n in str(value).split(",")]
+    )
 
 
 def _function_parser(function: Callable[..., Any], name: str, **defaults: Any) -> "CommandParser":
@@ -224,17 +238,15 @@ def _description(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").partition("Args:")[0].replace("\n    ", "\n").strip()
 
 
-def _names_given(options: list[str]) -> set[str]:
+def _names_given(options: Sequence[str]) -> set[str]:
     """Return the options that are given, on the command line or in a file. ``--data.seed`` does not give ``data``."""
-    from lightning_ssesam.experiments.command_parser import names_class, read_config
+    from lightning_ssesam.experiments.command_parser import names_class
+    from lightning_ssesam.experiments.training_options import content_of, split_options
 
-    names = {arg.removeprefix("--").partition("=")[0] for arg in options if arg.startswith("--")}
-    for position, arg in enumerate(options):
-        option, _, value = arg.partition("=")
-        value = value or "".join(options[position + 1 : position + 2])
-        if option == "--config" and value:
-            names |= {name for name, value in read_config(Path(value)).items() if names_class(value)}
-    return names
+    given = split_options(options)
+    names = {option.name.removeprefix("--") for option in given}
+    contents = [content_of(option) for option in given if option.name == "--config"]
+    return names | {name for content in contents for name, value in content.items() if names_class(value)}
 
 
 def _shipped_configs(command: str) -> list[str]:

@@ -554,7 +554,14 @@ methods:
 
 @pytest.mark.parametrize(
     ("chosen", "expected"),
-    [("mine", ["mine"]), ("mine,ERM", ["mine", "ERM"]), ("a, b", ["a, b"]), ("SAM,SSESAM", ["SAM", "SSESAM"])],
+    [
+        ("mine", ["mine"]),
+        ("mine,ERM", ["mine", "ERM"]),
+        ("[mine,ERM]", ["mine", "ERM"]),
+        ("['a, b',mine]", ["a, b", "mine"]),
+        ("a, b", ["a, b"]),
+        ("SAM,SSESAM", ["SAM", "SSESAM"]),
+    ],
 )
 def test_methods_of_a_file_are_chosen_by_name(chosen, expected, monkeypatch):
     """The first one that is named is what the others are compared with."""
@@ -564,6 +571,14 @@ def test_methods_of_a_file_are_chosen_by_name(chosen, expected, monkeypatch):
         assert [task.experiment.method for task in planned] == expected
         radii = {task.experiment.method: getattr(task.experiment.objective(), "rho", None) for task in planned}
         assert all(radii[name] == rho for name, rho in (("mine", 0.3), ("a, b", 0.4)) if name in radii)
+
+
+def test_methods_that_the_command_defines_are_added_to_those_of_a_file(monkeypatch):
+    Path("mine.yaml").write_text("methods:\n  ERM: {objective: ERM}\n")
+    chosen = "--methods={new: {objective: {class_path: SAM, init_args: {rho: 0.7}}}}"
+    planned = planned_runs(monkeypatch, ["--config=mine.yaml", "--seeds=1", chosen])
+    assert planned[-1].experiment.method == "new"
+    assert planned[-1].experiment.objective().rho == 0.7
 
 
 def test_a_wrong_name_beside_a_file_names_those_of_the_file(capsys):

@@ -55,8 +55,6 @@ def cut(text: str, length: int = _SHOWN) -> str:
 
 def _unknown_options(given: Iterable[str], options: Collection[str]) -> str:
     names = [text.partition("=")[0] for text in given if text.startswith("-")]
-    if not names and any(text.endswith(".ckpt") for text in given):
-        return f"Expected one checkpoint, but there are more: {cut(' '.join(given))}. Name one of them."
     if not names:
         return f"Expected options that begin with --, but got {cut(' '.join(given))!r}."
     guess = closest(names[0].lstrip("-"), [option.lstrip("-") for option in options])

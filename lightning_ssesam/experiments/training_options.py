@@ -143,7 +143,7 @@ def _given(options: Sequence[Option]) -> Iterator[tuple[str, Any]]:
         if option.name == "--config":
             yield from _flat("", content_of(option))
         elif option.name.startswith("--") and option.values:
-            yield option.name[2:].removesuffix("+"), _value(option.values[0])
+            yield option.name[2:].removesuffix("+"), value_of(option.values[0])
 
 
 def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:
@@ -153,7 +153,8 @@ def _flat(prefix: str, content: Any) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{prefix}{name}.", value)
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """Return what a value of the command line means as YAML."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
