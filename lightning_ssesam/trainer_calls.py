@@ -1,4 +1,4 @@
-"""What a step asks of the Trainer, by public names of Lightning."""
+"""What is asked of the Trainer, by public names of Lightning."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,3 +87,8 @@ def has_several_loaders(trainer: pl.Trainer, batch: Any) -> bool:
         return isinstance(batch, Mapping) and batch.keys() == loaders.keys()
     is_list = isinstance(loaders, list | tuple) and isinstance(batch, list | tuple)
     return is_list and len(batch) == len(loaders)
+
+
+def of_first_loader(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return logged values by name. With several loaders, the names are those of the first one."""
+    return {name.removesuffix("/dataloader_idx_0"): value for name, value in metrics.items()}

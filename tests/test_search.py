@@ -6,6 +6,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -19,10 +20,12 @@ from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, StageSwitch
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import Method
 from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.experiments import search
 from lightning_ssesam.experiments.figures import draw_sweep
+from lightning_ssesam.experiments.recorder import count_images
 from lightning_ssesam.experiments.search import Candidate
 from lightning_ssesam.experiments.search_progress import SearchProgress
-from lightning_ssesam.experiments.search_report import Finding, describe_validation, format_finding, validation_counts
+from lightning_ssesam.experiments.search_report import Finding, describe_validation, format_finding
 from lightning_ssesam.runs import GROUPS, Experiment
 from lightning_ssesam.sweep import sweep
 
@@ -413,8 +416,23 @@ def test_how_coarse_the_validation_set_is():
     assert few.startswith("Fewer than 10 validation images: 'dog' (9).")
     (*_, many) = describe_validation([20, *[1] * 9], ClassSplit([20] * 10, tail=[9]), "tail")
     assert "class 8 (1), and 1 more. Small" in many
-    assert describe_validation(None, SPLIT, "all") == []
-    assert validation_counts(DigitsLT()) == [20] * 10
+    assert describe_validation([], SPLIT, "all") == []
+    assert count_images(DigitsLT(), "val") == [20] * 10
+
+
+class Several(DigitsLT):
+    """Has two validation loaders. The first one has a target that does not count."""
+
+    def val_dataloader(self):
+        first = torch.utils.data.TensorDataset(torch.zeros(4, 1), torch.tensor([0, 3, 3, -100]))
+        return [torch.utils.data.DataLoader(first), super().val_dataloader()]
+
+
+def test_of_several_validation_loaders_the_first_counts():
+    assert count_images(Several(), "val") == [1, 0, 0, 2, 0, 0, 0, 0, 0, 0]
+    assert count_images(Several(), "test") == [50] * 10
+    metrics = {f"val/acc_{group}/dataloader_idx_{k}": torch.tensor(0.5 + k) for group in GROUPS for k in (0, 1)}
+    assert search._accuracies(SimpleNamespace(callback_metrics=metrics)) == dict.fromkeys(GROUPS, 0.5)
 
 
 class Coarse(DigitsLT):

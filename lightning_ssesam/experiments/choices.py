@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -67,7 +67,8 @@ def find_choices(
     for experiment in experiments:
         values = _values_of(experiment, options, is_shipped)
         if any(str(item).startswith(f"{experiment.method}.lr") for item in searched or []):
-            values |= _learning_rate(experiment)
+            rate = learning_rate(experiment)
+            values |= {f"{experiment.method}.lr": float(rate)} if isinstance(rate, int | float) else {}
         for name, value in values.items():
             is_default = name in defaults and value == defaults[name]
             choices.append(Choice(experiment.method, name, value, "default" if is_default else "given"))
@@ -95,9 +96,9 @@ def _values_of(experiment: Experiment, options: Mapping[str, float], is_shipped:
     return values
 
 
-def _learning_rate(experiment: Experiment) -> dict[str, float]:
-    rate = experiment.optimizer(nn.Linear(1, 1).parameters()).defaults.get("lr")
-    return {f"{experiment.method}.lr": float(rate)} if isinstance(rate, int | float) else {}
+def learning_rate(experiment: Experiment) -> Any:
+    """Return the argument ``lr`` of the optimizer of an experiment, or None."""
+    return experiment.optimizer(nn.Linear(1, 1).parameters()).defaults.get("lr")
 
 
 def _check_searched(searched: Sequence[str], names: Sequence[str]) -> dict[str, float | None]:

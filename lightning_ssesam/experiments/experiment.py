@@ -36,7 +36,6 @@ from lightning_ssesam.experiments.recorder import (
     MEASURING,
     Recorder,
     names_of_classes,
-    of_first_loader,
     training_accuracy,
 )
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
@@ -45,6 +44,7 @@ from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.trainer_calls import of_first_loader
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -49,26 +49,46 @@ def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iter
         ArgumentError: If another command has the folder.
     """
     place = f"{folder.parent / f'.{folder.name}'}" if beside else f"{folder}{os.sep}"
-    owner, lock = Path(f"{place}.owner"), FileLock(f"{place}.lock")
-    who = ""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with suppress(OSError):
-            who = f" ({owner.read_text(encoding='utf-8')})"
-        raise ArgumentError(
+    owner = Path(f"{place}.owner")
+
+    def refusal() -> str:
+        who = f" ({owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
+        return (
             f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another {option}."
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        # filelock raises NotImplementedError for ENOSYS. Others, such as a lock of another user, are real errors.
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        print(f"The file system of {str(folder)!r} has no locks. Run one command at a time there.", file=sys.stderr)
-    try:
+        )
+
+    with held(f"{place}.lock", 0, refusal):
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         remove_unfinished(folder)
         yield
         owner.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: str, seconds: float, refusal: Callable[[], str]) -> Iterator[None]:
+    """Hold the lock of a file until the block ends. A file system without locks has none, and a line says so.
+
+    Args:
+        path: Path of the file.
+        seconds: Time to wait for another program that holds it.
+        refusal: Text of the error if the other program holds it longer.
+
+    Raises:
+        ArgumentError: If another program holds the lock.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ArgumentError(refusal()) from None
+    except (NotImplementedError, OSError) as error:
+        # filelock raises NotImplementedError for ENOSYS. Others, such as a lock of another user, are real errors.
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        folder = os.path.dirname(path)
+        print(f"The file system of {folder!r} has no locks. Run one command at a time there.", file=sys.stderr)
+    try:
+        yield
     finally:
         lock.release()
 

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from lightning_ssesam.trainer_calls import of_first_loader
+
 # Seconds between two lines where the output is no terminal.
 _BETWEEN_LINES = 30.0
 
@@ -77,9 +79,7 @@ class EpochReports(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after validation: report."""
-        # With several validation sets, the first one counts.
-        name, metrics = "val/acc_all", trainer.callback_metrics
-        accuracy = float(metrics.get(name, metrics.get(f"{name}/dataloader_idx_0", math.nan)))
+        accuracy = float(of_first_loader(trainer.callback_metrics).get("val/acc_all", math.nan))
         self._best = accuracy if math.isnan(self._best) else max(self._best, accuracy)
         if _listener is not None:
             epochs = trainer.max_epochs or 0

@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +21,7 @@ from lightning_ssesam.metrics import HeadTailAccuracy, _GroupMetric, _predicted
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import ignored_mask
+from lightning_ssesam.trainer_calls import of_first_loader
 
 MEASURING: dict[str, Any] = {
     "logger": False,
@@ -33,22 +33,36 @@ MEASURING: dict[str, Any] = {
 """Arguments of the Trainer that measures the training accuracy: it writes nothing, and leaves nothing out."""
 
 
-def of_first_loader(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return logged values by name. With several loaders, the names are those of the first one."""
-    return {name.removesuffix("/dataloader_idx_0"): value for name, value in metrics.items()}
-
-
 def expected_images(data: LongTailDataModule, split: ClassSplit) -> Run:
     """Return a run without results that has the numbers of images and the groups, as far as they are known."""
-    run = Run("", 0, class_recalls=[math.nan] * split.num_classes, class_names=names_of_classes(data))
-    # Loaders of a user's own may have no labels, or no sets.
+    return Run(
+        "",
+        0,
+        class_recalls=[math.nan] * split.num_classes,
+        groups=_groups_of(split),
+        class_names=names_of_classes(data),
+        val_images=count_images(data, "val"),
+        test_images=count_images(data, "test"),
+    )
+
+
+def count_images(data: LongTailDataModule, stage: Literal["val", "test"]) -> list[int]:
+    """Return the number of images of each class on which a run is validated or tested; nothing if it is not known.
+
+    With several loaders, the first one counts. No image is loaded.
+    """
+    # Loaders of a user's own may need their Trainer, and their data sets may have no labels.
     with suppress(Exception):
-        run.test_images, run.val_images = (
-            labels_of(data._set(name)).bincount(minlength=split.num_classes).tolist()
-            for name in ("test", "test" if data.val_is_test else "val")
-        )
-        run.groups = {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
-    return run
+        data.setup("fit")
+        loaders = data.val_dataloader() if stage == "val" else data.test_dataloader()
+        labels = labels_of((loaders[0] if isinstance(loaders, list) else loaders).dataset)
+        known = labels[(labels >= 0) & (labels < data.num_classes)]
+        return known.bincount(minlength=data.num_classes).tolist()
+    return []
+
+
+def _groups_of(split: ClassSplit) -> dict[str, str]:
+    return {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
 
 
 def names_of_classes(data: LongTailDataModule) -> list[str]:
@@ -93,7 +107,7 @@ class Recorder(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
         split = _accuracy_of(pl_module, "val").split
-        self.run.groups = {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
+        self.run.groups = _groups_of(split)
         self.run.val_images = [0] * split.num_classes if self._validated is None else self._validated.tolist()
         self.train_loader, self.train_batches = trainer.train_dataloader, trainer.num_training_batches
 

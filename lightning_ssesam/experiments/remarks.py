@@ -8,12 +8,14 @@ from functools import partial
 import numpy as np
 
 from lightning_ssesam.experiments.intervals import FEW_IMAGES, classes_of
-from lightning_ssesam.experiments.runs import GROUPS, Run, by_method
+from lightning_ssesam.experiments.runs import GROUPS, Run, by_method, number_of_seeds
 
 FITTED = 0.8
 """Training accuracy below which a method is said not to be trained yet: the mean over classes, so that a tail that is
 not learned shows. It is not 1, because wrong labels and random crops can keep a good training from 1: a fifth of wrong
 labels, as web searches give, leaves 0.8."""
+
+ONE_SEED = "A single seed has no interval: it cannot tell a difference from chance."
 
 # More classes than this are counted, not named.
 _MAX_NAMES = 8
@@ -78,9 +80,7 @@ def _not_fitted(runs: Sequence[Run]) -> list[str]:
 
 
 def _one_seed(runs: Sequence[Run]) -> list[str]:
-    if len({run.seed for run in runs}) > 1 or len({run.method for run in runs}) == 1:
-        return []
-    return ["A single seed has no interval: it cannot tell a difference from chance."]
+    return [ONE_SEED] if number_of_seeds(runs) == 1 and len(by_method(runs)) > 1 else []
 
 
 def about_images(runs: Sequence[Run]) -> list[str]:

@@ -16,8 +16,8 @@ from lightning_ssesam.experiments import class_table, tables
 from lightning_ssesam.experiments.figures import FIGURES
 from lightning_ssesam.experiments.files import replaced, write_text
 from lightning_ssesam.experiments.intervals import FEW_IMAGES
-from lightning_ssesam.experiments.remarks import FITTED, describe_images, divergence, remarks
-from lightning_ssesam.experiments.runs import GROUPS, Comparison, by_method
+from lightning_ssesam.experiments.remarks import FITTED, ONE_SEED, describe_images, divergence, remarks
+from lightning_ssesam.experiments.runs import GROUPS, Comparison, by_method, number_of_seeds
 
 # The table of classes in the report leaves out the middle of more classes than this.
 _MAX_CLASSES = 200
@@ -55,7 +55,8 @@ def _render(comparison: Comparison, pictures: Sequence[Path]) -> str:
         groups=GROUPS,
         columns=columns,
         seeds=tables.seeds_of(runs),
-        has_intervals=len({run.seed for run in runs}) > 1,
+        has_intervals=number_of_seeds(runs) > 1,
+        one_seed=ONE_SEED,
         summary={
             method: {
                 "last": {column: tables.cell(method_runs, column) for column in columns},

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from filelock import FileLock, Timeout
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.files import locked
+from lightning_ssesam.experiments.files import held, locked
 
 _CONFIG, _METRICS = "config.yaml", "metrics.csv"
 # A warning of CSVLogger that is wrong here.
@@ -69,7 +68,9 @@ def folder_of_run(trainer: pl.Trainer, command: str, options: Mapping[str, Any])
         return
     assert isinstance(logger, CSVLogger | TensorBoardLogger)
     _make(logger.root_dir)
-    with _numbering(logger.root_dir):
+    lock = os.path.join(logger.root_dir, ".lock")
+    # To choose the number of a folder, and to make it, takes a moment.
+    with held(lock, _PATIENCE, lambda: f"Another command has kept {lock!r} for {_PATIENCE} s. End it first."):
         checkpoint = _checkpoint_to_load(trainer, command, options)
         os.makedirs(logger.log_dir, exist_ok=True)
     is_alone = locked(Path(logger.log_dir), "version of the logger", beside=True) if command == "fit" else nullcontext()
@@ -84,24 +85,6 @@ def _make(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"Cannot make the folder {folder!r} of the run: {error.strerror}.") from error
-
-
-@contextmanager
-def _numbering(folder: str) -> Iterator[None]:
-    """Let one command at a time choose the number of its folder. It takes a moment."""
-    lock = FileLock(os.path.join(folder, ".lock"), timeout=_PATIENCE)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ArgumentError(f"Another command has kept {lock.lock_file!r} for {_PATIENCE} s. End it first.") from None
-    except (OSError, NotImplementedError):
-        # The file system has no locks.
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _checkpoint_to_load(trainer: pl.Trainer, command: str, options: Mapping[str, Any]) -> str | None:

@@ -70,6 +70,11 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return methods
 
 
+def number_of_seeds(runs: Sequence[Run]) -> int:
+    """Return how many seeds the runs were made with."""
+    return len({run.seed for run in runs})
+
+
 class RunStore:
     """A folder with a JSON file for every finished run.
 

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_positive
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
-from lightning_ssesam.experiments.choices import radii_of
+from lightning_ssesam.experiments.choices import learning_rate, radii_of
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.methods import RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress
+from lightning_ssesam.trainer_calls import of_first_loader
 
 if TYPE_CHECKING:
     import optuna
@@ -90,7 +90,7 @@ class Candidate:
 
     def _check_optimizer(self, experiment: Experiment) -> None:
         try:
-            reason = experiment.optimizer(nn.Linear(1, 1).parameters()).defaults.get("lr")
+            reason = learning_rate(experiment)
         except TypeError as error:
             reason = error
         if reason != self.bounds["lr"][0]:
@@ -257,7 +257,7 @@ def value_of(accuracy: Mapping[str, float], metric: str) -> float:
 
 def _accuracies(trainer: pl.Trainer) -> dict[str, float]:
     """Return the accuracies of the last validation. There may be none for several epochs."""
-    metrics = trainer.callback_metrics
+    metrics = of_first_loader(trainer.callback_metrics)
     return {group: metrics[f"val/acc_{group}"].item() for group in GROUPS if f"val/acc_{group}" in metrics}
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
 
-from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.files import set_aside, write_text
 from lightning_ssesam.experiments.intervals import FEW_IMAGES
@@ -95,35 +92,16 @@ class Finding:
         return place
 
 
-def validation_counts(data: LongTailDataModule) -> list[int] | None:
-    """Return the number of validation images of each class, or None if the data do not say it."""
-    try:
-        data.setup("fit")
-        loaders = data.val_dataloader()
-    except (NotImplementedError, AttributeError, TypeError, RuntimeError):
-        # Some modules need their Trainer.
-        return None
-    try:
-        sets = [loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])]
-        labels = torch.cat([labels_of(dataset) for dataset in sets])
-    except (ArgumentError, AttributeError, TypeError, RuntimeError):
-        return None
-    known = labels[(labels >= 0) & (labels < data.num_classes)]
-    return torch.bincount(known, minlength=data.num_classes).tolist()
-
-
-def describe_validation(
-    counts: Sequence[int] | None, split: ClassSplit, metric: str, names: Sequence[str] = ()
-) -> list[str]:
+def describe_validation(counts: Sequence[int], split: ClassSplit, metric: str, names: Sequence[str] = ()) -> list[str]:
     """Return how coarse the accuracies are, and a warning if classes have few validation images.
 
     Args:
-        counts: Number of validation images of each class, or None if it is not known.
+        counts: Number of validation images of each class; nothing if it is not known.
         split: Head and tail classes.
         metric: Accuracy that is searched for.
         names: Name of each class, or nothing.
     """
-    if not counts or not any(counts):
+    if not any(counts):
         return []
     is_tail = split.tail.tolist()
     head, tail = ([n for n, is_in in zip(counts, is_tail, strict=True) if is_in == group and n] for group in (0, 1))

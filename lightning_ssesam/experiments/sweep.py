@@ -13,7 +13,7 @@ from lightning_ssesam.experiments.files import locked, make_folder, replaced, se
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import MOST, Recipe
-from lightning_ssesam.experiments.recorder import names_of_classes
+from lightning_ssesam.experiments.recorder import count_images, names_of_classes
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.samples import make_sources
 from lightning_ssesam.experiments.search import (
@@ -31,7 +31,6 @@ from lightning_ssesam.experiments.search_report import (
     describe_validation,
     format_finding,
     refuse_without_best,
-    validation_counts,
     write_best,
     write_trials,
 )
@@ -152,7 +151,7 @@ def _prepare(candidates: Sequence[Candidate], recipe: Recipe, metric: str) -> _P
     for experiment, source in zip(experiments, sources, strict=True):
         settings[experiment.method] = experiment.fingerprint(split, source.contents, source.data)
         experiment.check_network(source.prepared)
-    remarks = describe_validation(validation_counts(first.prepared), split, metric, names_of_classes(first.data))
+    remarks = describe_validation(count_images(first.prepared, "val"), split, metric, names_of_classes(first.data))
     return _Prepared(settings, remarks)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_ssesam.experiments.files import replaced
 from lightning_ssesam.experiments.intervals import Difference, Pair, classes_of
 from lightning_ssesam.experiments.remarks import describe_images, divergence, numbers_of_images, remarks
-from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method
+from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method, number_of_seeds
 
 TRAINING = "training"
 """Column of the accuracy on the training images."""
@@ -33,7 +33,7 @@ def differences(runs: Sequence[Run]) -> dict[str, dict[str, Difference]]:
 
 def seeds_of(runs: Sequence[Run]) -> str:
     """Return the number of seeds of the runs as text."""
-    number = len({run.seed for run in runs})
+    number = number_of_seeds(runs)
     return f"{number} seed{'s' if number > 1 else ''}"
 
 
@@ -70,10 +70,10 @@ def format_table(runs: Sequence[Run]) -> str:
     methods = {name + divergence(method_runs): method_runs for name, method_runs in by_method(runs).items()}
     shown = columns(runs)
     cells = {name: [cell(method_runs, column, 4) for column in shown] for name, method_runs in methods.items()}
-    spread_text = f", mean and standard deviation over {seeds_of(runs)}" if len({run.seed for run in runs}) > 1 else ""
+    spread_text = f", mean and standard deviation over {seeds_of(runs)}" if number_of_seeds(runs) > 1 else ""
     lines = [f"Test accuracy in %{spread_text or ' of one run'}", *_aligned(shown, cells)]
     lines += [note for note in (describe_images(runs), *_notes(runs)) if note]
-    if len(methods) > 1 and len({run.seed for run in runs}) > 1:
+    if len(methods) > 1 and number_of_seeds(runs) > 1:
         lines += ["", f"Difference to {runs[0].method}, {_DIFFERENCE_NOTE}"]
         lines += _aligned(GROUPS, {name: by_group.values() for name, by_group in differences(runs).items()})
     if found := remarks(runs):
