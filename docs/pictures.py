@@ -45,7 +45,7 @@ def draw_objective(ax, title, objective):
         ax.contour(x, y, loss(torch.stack([x, y], -1), group), [0.1, 0.5, 1.2, 2.4, 4], colors=color, linewidths=0.6)
         ax.text(*center, group, color=color, ha="center", va="center")
     step = torch.zeros(2)
-    for weights, rho in objective.terms(TARGETS):
+    for weights, rho, *_ in objective.terms(TARGETS):
         share = (weights[TARGETS == 0].sum(), weights[TARGETS == 1].sum())
         gradient = term_gradient(START, share)
         ascent = rho * gradient / gradient.norm()

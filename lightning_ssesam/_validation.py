@@ -35,7 +35,8 @@ def _check_real(expected: str, is_valid: Callable[[float], bool], name: str, val
 check_radius = partial(_check_real, "a finite number >= 0", lambda x: 0 <= x < math.inf)
 check_positive = partial(_check_real, "a finite number > 0", lambda x: 0 < x < math.inf)
 check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
-check_beta = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1, "beta")
+check_below_one = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1)
+check_beta = partial(check_below_one, "beta")
 
 
 def check_integer(name: str, value: Any, minimum: int | None = None, maximum: float = math.inf) -> int:

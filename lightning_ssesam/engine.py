@@ -2,48 +2,36 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument, check_choice
-from lightning_ssesam.ascent import ascend, gradient_norm
+from lightning_ssesam.after_sum import REUSED, AfterSum, Combine, synchronized
+from lightning_ssesam.ascent_states import AscentStates, keys_of
+from lightning_ssesam.displacement import Ascender
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.forward_state import ForwardState, Moment
-from lightning_ssesam.gradient_sum import GradientSum, Summand, weighted_sum
-from lightning_ssesam.mixing import counts_batch, why_not_apart
-from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, divides_batch, group_terms
+from lightning_ssesam.gradient_sum import GradientSum, Outcome, Summand, make_summands, outcome_of, weighted_sum
+from lightning_ssesam.mixing import MixingMemory
+from lightning_ssesam.norms import gradient_norm
+from lightning_ssesam.plan import (
+    Group,
+    MicroBatch,
+    Plan,
+    SampleLosses,
+    divides_batch,
+    group_terms,
+)
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.weights import Names, Weights
 
 Passes = Literal["auto", "full", "split", "difference"]
 
-_NOT_FINITE = "a loss is infinite or not a number"
-
 __all__ = ["MicroBatch", "NonFiniteError", "Outcome", "SampleLosses", "SharpnessEngine"]
-
-
-class Outcome(NamedTuple):
-    """Results of one step, as detached scalars on the model's device.
-
-    Args:
-        loss: Mean loss of the batch at the unperturbed weights; 0 for an empty batch.
-        gradient_norm: Norm of the final gradient, if asked for.
-        gradient_norms: Norm of each term's gradient at the unperturbed weights. With ``processes="global"`` it is that
-            of all processes together. None if it was not needed, or if the term shares its backward pass.
-        sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
-            None for a term of radius 0.
-        is_difference: Whether the passes were those of ``"difference"``.
-        note: With ``passes="auto"``, why passes are full from this step on, if this step has found that out.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor | None = None
-    gradient_norms: Sequence[Tensor | None] = ()
-    sharpness: Sequence[Tensor | None] = ()
-    is_difference: bool = False
-    note: str | None = None
 
 
 class SharpnessEngine:
@@ -60,6 +48,11 @@ class SharpnessEngine:
 
     Scratch memory is kept from call to call: one copy of the parameters and two of the buffers. It is never saved.
 
+    Attributes:
+        states: What ascents keep from step to step, with ``state_dict()`` and ``load_state_dict(states)``. It is not
+            copied or pickled with the engine.
+        seed: Seed of :class:`~lightning_ssesam.Noise`, an integer; None for ``torch.initial_seed()``.
+
     Example:
         >>> import torch
         >>> from lightning_ssesam import SAM
@@ -74,6 +67,7 @@ class SharpnessEngine:
     """
 
     def __init__(self) -> None:
+        self.begin()
         self.release()
 
     def restored(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +86,16 @@ class SharpnessEngine:
             for name, value in state.items()
         }
 
+    @property
+    def can_reuse(self) -> bool:
+        """Whether a perturbed step has left a difference that ``reuse`` can add."""
+        return REUSED in self.states
+
+    def begin(self) -> None:
+        """Begin a training: forget the states of ascents and the seed of an earlier one."""
+        self.states = AscentStates()
+        self.seed: int | None = None
+
     def release(self) -> None:
         """Free the scratch memory."""
         self._weights = Snapshot()
@@ -100,9 +104,9 @@ class SharpnessEngine:
         self._start: Moment | None = None
         self._state: ForwardState | None = None
         self._modules: list[nn.Module] = []
-        self._mark = 0
-        self._mixes: dict[int, bool] = {}
-        self._note: str | None = None
+        self._mixing = MixingMemory()
+        self._names: Names | None = None
+        self._ascender: Ascender | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return SharpnessEngine().__dict__
@@ -118,6 +122,11 @@ class SharpnessEngine:
         processes: Literal["global", "local"] = "global",
         check_finite: Callable[[bool], bool] | None = None,
         report: bool = False,
+        term_names: Sequence[str] = (),
+        optimizer: Optimizer | None = None,
+        loss_scale: Tensor | float = 1.0,
+        combine: Combine | None = None,
+        reuse: float | None = None,
     ) -> Outcome:
         r"""Run the passes of one step.
 
@@ -147,6 +156,16 @@ class SharpnessEngine:
                 whether they are in every process.
             report: Whether to compute the norm of the final gradient, and that of the terms of radius 0. The latter is
                 left out with ``synchronize`` or ``"difference"``.
+            term_names: Names of the terms, by which :attr:`states` are kept. If there is another number of terms, they
+                are numbered.
+            optimizer: Optimizer whose momentum :class:`~lightning_ssesam.Momentum` takes.
+            loss_scale: Factor of the gradients that ``backward`` accumulates (of a GradScaler), by which they are
+                divided before an ascent sees them. If it is a tensor, gradients that are not finite leave
+                :attr:`states` as they were.
+            combine: Makes the gradient for the optimizer from that at the unperturbed weights and the sum of the terms'
+                gradients, see :meth:`Objective.combine`. Called if a term is perturbed.
+            reuse: Factor alpha of LookSAM, a number >= 0. If a term is perturbed, the part of the sum's gradient that
+                lies across the clean one is kept; if none is, it is added, alpha times as long as the clean one.
 
         Returns:
             The mean loss, gradient norms and sharpness.
@@ -157,116 +176,89 @@ class SharpnessEngine:
         """
         check_choice("passes", passes, get_args(Passes))
         check_choice("processes", processes, ("global", "local"))
-        summands = [Summand(rho, terms) for rho, terms in group_terms(batch)]
-        parameters = list(parameters)
+        groups, shared = group_terms(batch), synchronize if processes == "global" else None
+        keeps_clean = (combine is not None or reuse is not None) and any(group.rho > 0 for group in groups)
+        step = self._begin(batch, groups, list(parameters), modules, backward, passes, shared, keeps_clean)
+        names = self._weights_of(step.params, optimizer)
+        self._ascender = Ascender(self.states, step.params, names, keys_of(batch[0].terms, term_names), loss_scale)
+        if synchronize is not None and processes == "local":
+            self._ascender.refuse_states(groups)
+        gradients = gradients_of(step.params)
+        try:
+            if any(gradient is not None for gradient in gradients):
+                set_gradients(step.params, None)
+            loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
+            if synchronize is not None:
+                synchronize()
+            # Decided by what is the same in every process.
+            is_summed = shared is not None and passes != "difference" and groups[0].rho > 0
+            self._after_sum(step, None if is_summed else synchronize, combine, reuse)
+            norm = gradient_norm(step.params, gradients_of(step.params)) if report or check_finite else None
+            if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
+                raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
+            self.states.commit()
+        except BaseException:
+            self._mixing.forget_note()
+            self._weights.restore()
+            step.start.restore()
+            self._buffers.restore()
+            set_gradients(step.params, gradients)
+            raise
+        finally:
+            self._start = self._ascender = None
+            for kept in (self._weights, self._buffers, self._clean_buffers, self.states):
+                kept.forget()
+        return outcome_of(step, loss, norm)._replace(note=self._mixing.take_note())
+
+    def _begin(
+        self,
+        batch: Sequence[MicroBatch],
+        groups: list[Group],
+        parameters: list[Tensor],
+        modules: nn.Module | Iterable[nn.Module],
+        backward: Callable[..., None],
+        passes: Passes,
+        synchronize: Callable[[], None] | None,
+        keeps_clean: bool,
+    ) -> GradientSum:
+        """Save what the passes of a step may move, and return its sum, which has no gradient yet."""
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
+        summands, ratio = make_summands(batch, groups, passes, keeps_clean)
         modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
         buffers = buffers_of(modules)
         mark = bytes([module.training for module in modules]) + bytes([p.requires_grad for p in parameters])
         state = self._state_of(modules, zlib.crc32(mark + bytes([len(b) % 256 for b in buffers])), params[0].device)
-        is_perturbed = any(summand.rho > 0 for summand in summands)
+        is_perturbed = any(summand.is_perturbed for summand in summands)
         self._start = start = state.everything() if state.is_new and is_perturbed else state.moment()
         self._buffers.save_buffers(buffers)
-        shared = synchronize if processes == "global" else None
-        step = GradientSum(batch, params, buffers, backward, summands, shared, state, start, self._clean_buffers)
-        gradients = gradients_of(params)
-        try:
-            if any(gradient is not None for gradient in gradients):
-                set_gradients(params, None)
-            loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
-            if synchronize is not None:
-                synchronize()
-            norm = gradient_norm(params, gradients_of(params)) if report or check_finite else None
-            if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
-                raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
-        except BaseException:
-            self._forget_note()
-            self._weights.restore()
-            start.restore()
-            self._buffers.restore()
-            set_gradients(params, gradients)
-            raise
-        finally:
-            self._start = None
-            self._weights.forget()
-            self._buffers.forget()
-            self._clean_buffers.forget()
-        note, self._note = self._note, None
-        return _outcome(step, loss, norm)._replace(note=note)
+        step = GradientSum(batch, params, buffers, backward, summands, synchronize, state, start, self._clean_buffers)
+        step.plain_ratio, step.keeps_clean = ratio, keeps_clean
+        return step
 
     def _all_passes(self, step: GradientSum, passes: str, reports_plain: bool) -> Tensor:
         """Leave in ``.grad`` the gradient of a step. Return the mean loss."""
+        if step.summands[0].is_displaced:
+            return self._displaced_passes(step)
         if passes == "difference":
             plan = step.plan(splits=True)
             if divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
         if passes == "auto":
-            passes = self._measured_passes(step)
+            passes = self._mixing.passes(step, self._buffers, self._modules)
         loss = step.clean_passes(step.plan(splits=passes == "split"))
-        if self._mixes.get(self._mark) is False and self._buffers.has_moved():
-            self._mixes[self._mark], self._note = True, "a forward has changed a buffer"
+        self._mixing.look_at(self._buffers)
         self._perturbed_passes(step, reports_plain)
         return loss
-
-    def _measured_passes(self, step: GradientSum) -> Literal["full", "split"]:
-        """Return the passes of ``"auto"``. Where they are not known, forward a part of the batch to find out."""
-        if self._mark not in self._mixes:
-            pairs = zip(step.batch, step.plan(splits=True), strict=True)
-            part, groups = next((pair for pair in pairs if len(pair[1]) > 1), (None, []))
-            if part is None or step.device.type == "meta":
-                # There is nothing to compare.
-                return "split"
-            try:
-                with torch.no_grad():
-                    reason = self._why_full(step, part, groups)
-            finally:
-                step.start.restore()
-                self._buffers.restore()
-                # Autocast keeps the copies of weights that it has made without gradients.
-                torch.clear_autocast_cache()
-            if reason is _NOT_FINITE:
-                # The next batch may tell.
-                return "full"
-            self._mixes[self._mark], self._note = reason is not None, reason
-        return "full" if self._mixes[self._mark] else "split"
-
-    def _why_full(self, step: GradientSum, part: MicroBatch, groups: list[Forward]) -> str | None:
-        """Return why groups of samples cannot be forwarded apart; None if they can."""
-        state = step.state
-        try:
-            losses = part.sample_losses(None, False)
-        except Exception as error:
-            return f"a forward outside of the clean pass fails ({error})"
-        if state.is_new:
-            state.learn(step.start, is_clean=False)
-        if not isinstance(losses, Tensor) or losses.shape != part.terms[0].weights.shape:
-            # The clean pass will say so.
-            return None
-        if self._buffers.differs():
-            return "a forward changes buffers"
-        if state.moves_parameters:
-            return "a forward moves parameters that are not trained"
-        if counts_batch(self._modules):
-            return "an embedding with `scale_grad_by_freq` counts the whole batch"
-        if not bool(losses.isfinite().all()):
-            return _NOT_FINITE
-        return why_not_apart(part, groups, losses, step.start)
-
-    def _forget_note(self) -> None:
-        """Forget what a step has found out that failed: it may come of the fault."""
-        if self._note is not None:
-            self._mixes.pop(self._mark, None)
-        self._note = None
 
     def _state_of(self, modules: list[nn.Module], mark: int, device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""
         if modules != self._modules:
-            self._state, self._modules, self._mixes = None, modules, {}
-        if self._state is None or mark != self._mark:
-            self._state, self._mark = ForwardState(modules, device), mark
+            self._state, self._modules, self._mixing, self._names = None, modules, MixingMemory(), None
+        if self._state is None or mark != self._mixing.mark:
+            self._state, self._mixing.mark = ForwardState(modules, device), mark
         return self._state
 
     def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:
@@ -274,10 +266,14 @@ class SharpnessEngine:
         perturbed = [summand for summand in step.summands if summand.rho > 0]
         for summand in perturbed:
             step.find_norm(summand)
+        if step.plain_ratio is not None:
+            step.summands.insert(0, Summand(0.0, step.plain_terms(), gradient=step.total(perturbed, step.plain_ratio)))
         for summand in step.summands:
             if summand.rho == 0:
                 step.hold(summand)
                 summand.norm = gradient_norm(step.params, gradients_of(step.params)) if reports_plain else None
+        if step.keeps_clean:
+            step.clean = step.total(perturbed, plus=gradients_of(step.params))
         if perturbed:
             end = step.state.moment()
             self._weights.save([local_part(p) for p in step.params])
@@ -290,6 +286,8 @@ class SharpnessEngine:
         terms, whole = step.summands, Summand(0.0, list(range(len(step.batch[0].terms))))
         step.summands, step.is_difference = [whole], True
         loss = step.clean_passes(step.plan(splits=False))
+        if step.keeps_clean:
+            step.clean = step.total([], plus=gradients_of(step.params))
         step.summands = terms
         end = step.state.moment()
         self._weights.save([local_part(p) for p in step.params])
@@ -307,13 +305,52 @@ class SharpnessEngine:
         step.summands = [whole, *(summand for summand in terms if summand.rho > 0)]
         return loss
 
+    def _displaced_passes(self, step: GradientSum) -> Tensor:
+        """Leave in ``.grad`` the gradient of a single term whose ascent needs no gradient. Return the mean loss.
+
+        The only pass is at the ascended weights, so that it counts as the clean one.
+        """
+        assert self._ascender is not None
+        self._weights.save([local_part(p) for p in step.params])
+        self._ascender.ascend(step.summands[0])
+        loss = step.clean_passes(step.plan(splits=False))
+        self._weights.restore()
+        return loss
+
+    def _after_sum(
+        self,
+        step: GradientSum,
+        synchronize: Callable[[], None] | None,
+        combine: Combine | None,
+        reuse: float | None,
+    ) -> None:
+        """Make the gradient for the optimizer from the sum of the terms' gradients."""
+        assert self._ascender is not None
+        if step.clean is not None:
+            after = AfterSum(step.params, synchronized(step.params, step.clean, synchronize))
+            if reuse is not None:
+                self._ascender.keep_difference(after)
+            if combine is not None:
+                after.combine(combine)
+        elif reuse is not None and self.can_reuse:
+            self._ascender.reuse(AfterSum(step.params, [None] * len(step.params)), reuse)
+
+    def _weights_of(self, params: list[Tensor], optimizer: Optimizer | None) -> Callable[[], Weights]:
+        """Return a function that finds the names and roles of parameters, which plain ascents do not need."""
+
+        def find() -> Weights:
+            if self._names is None or not self._names.knows(params):
+                self._names = Names(self._modules)
+            return self._names.weights(params, optimizer, torch.initial_seed() if self.seed is None else self.seed)
+
+        return find
+
     def _ascended_passes(self, step: GradientSum, summand: Summand, end: Moment) -> None:
         """Add to ``.grad`` the gradient of a summand at its ascended weights."""
-        if not summand.passes:
+        if not summand.passes and summand.ascent.is_plain:
             return
-        assert summand.gradient is not None
-        assert summand.norm is not None
-        ascend(step.params, summand.gradient, summand.norm, summand.rho)
+        assert self._ascender is not None
+        self._ascender.ascend(summand)
         # Free the direction, because the passes need its memory.
         summand.gradient = None
         for clean in summand.passes:
@@ -328,15 +365,3 @@ class SharpnessEngine:
             summand.sharpness = summand.sharpness + loss.detach()
             self._clean_buffers.restore()
         self._weights.restore()
-
-
-def _outcome(step: GradientSum, loss: Tensor, norm: Tensor | None) -> Outcome:
-    number_of_terms = len(step.batch[0].terms)
-    norms: list[Tensor | None] = [None] * number_of_terms
-    sharpness: list[Tensor | None] = [None] * number_of_terms
-    for summand in step.summands:
-        if len(summand.terms) == 1:
-            norms[summand.terms[0]] = summand.norm
-        if summand.rho > 0:
-            sharpness[summand.terms[0]] = loss.new_zeros(()) + summand.sharpness
-    return Outcome(loss, norm, norms, sharpness, step.is_difference)

@@ -1,19 +1,44 @@
 """The gradient of a step while it is being summed: its summands, and the clean passes that begin them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ssesam.ascent import gradient_norm
+from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.forward_state import ForwardState, Moment
+from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.objectives import Term
-from lightning_ssesam.plan import Forward, MicroBatch, Plan, SampleLosses, plan_forwards
+from lightning_ssesam.plan import Forward, Group, MicroBatch, Plan, SampleLosses, plain_ratio, plan_forwards
 from lightning_ssesam.snapshots import Buffers, BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
+
+
+class Outcome(NamedTuple):
+    """Results of one step, as detached scalars on the model's device.
+
+    Args:
+        loss: Mean loss of the batch at the unperturbed weights; 0 for an empty batch.
+        gradient_norm: Norm of the final gradient, if asked for.
+        gradient_norms: Norm of each term's gradient at the unperturbed weights. With ``processes="global"`` it is that
+            of all processes together. None if it was not needed, or if the term shares its backward pass.
+        sharpness: Loss of each term at the ascended weights minus its loss at the unperturbed ones, in this process.
+            None for a term of radius 0.
+        is_difference: Whether the passes were those of ``"difference"``.
+        note: With ``passes="auto"``, why passes are full from this step on, if this step has found that out.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor | None = None
+    gradient_norms: Sequence[Tensor | None] = ()
+    sharpness: Sequence[Tensor | None] = ()
+    is_difference: bool = False
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,10 +57,20 @@ class Summand:
 
     rho: float
     terms: list[int]
+    ascent: Ascent = PLAIN
+    # Whether clean passes find its gradient.
+    needs_gradient: bool = True
+    # Whether its clean passes are at the ascended weights, and no others follow.
+    is_displaced: bool = False
     passes: list[CleanPass] = field(default_factory=list)
     gradient: Gradients | None = None
     norm: Tensor | None = None
     sharpness: Tensor | float = 0.0
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether perturbed passes follow its clean ones."""
+        return self.rho > 0 and not self.is_displaced
 
     def weights(self, terms: Sequence[Term]) -> Tensor:
         """Return the sample weights of this summand, given the terms of one part of the batch."""
@@ -70,22 +105,38 @@ class GradientSum:
     start: Moment
     clean_buffers: BufferSnapshot
     is_difference: bool = False
+    plain_ratio: float | None = None
+    keeps_clean: bool = False
+    clean: Gradients | None = None
     _has_begun: bool = False
     _holder: Summand | None = None
 
     @property
     def is_perturbed(self) -> bool:
         """Whether perturbed passes follow."""
-        return self.is_difference or any(summand.rho > 0 for summand in self.summands)
+        return self.is_difference or any(summand.is_perturbed for summand in self.summands)
 
     @property
     def device(self) -> torch.device:
         """The device of the first parameter."""
         return self.params[0].device
 
+    def plain_terms(self) -> list[int]:
+        """Return the numbers of the terms of radius 0."""
+        return [number for number, term in enumerate(self.batch[0].terms) if term.rho == 0]
+
+    def total(self, summands: Sequence[Summand], factor: float = 1.0, plus: Gradients | None = None) -> Gradients:
+        """Return a multiple of the sum of summands' gradients at the unperturbed weights, in new memory."""
+        gradients = [summand.gradient for summand in summands if summand.gradient is not None]
+        if plus is not None:
+            gradients.append(plus)
+        return sum_gradients(gradients, factor) if gradients else [None] * len(self.params)
+
     def plan(self, splits: bool) -> Plan:
         """Return the clean forward passes of every part of the batch."""
-        return [plan_forwards([s.weights(part.terms) for s in self.summands], splits) for part in self.batch]
+        are_perturbed = [summand.is_perturbed for summand in self.summands]
+        weights = ([summand.weights(part.terms) for summand in self.summands] for part in self.batch)
+        return [plan_forwards(weights_of_part, are_perturbed, splits) for weights_of_part in weights]
 
     def hold(self, summand: Summand | None) -> None:
         """Let the parameters' ``.grad`` be the gradient of this summand, and keep that of the one before.
@@ -125,20 +176,23 @@ class GradientSum:
         samples, shares = forward
         met = self.state.moment() if self._has_begun else self.start
         self._has_begun = True
-        losses = part.sample_losses(samples, not repeats)
+        backwards = sum(self.summands[number].needs_gradient for number in shares)
+        with nullcontext() if backwards else torch.no_grad():
+            losses = part.sample_losses(samples, not repeats)
         if self.state.is_new and self.is_perturbed:
             self.state.learn(met, is_clean=True)
         # A backward pass may forward again (activation checkpointing), and move buffers once more.
         checks = not repeats and self.is_perturbed and self.state.backward_moves is not False
         if not repeats and self.is_perturbed and (is_last or checks):
             self.clean_buffers.save_buffers(self.buffers)
-        remaining = len(shares)
         for number, weights in shares.items():
-            summand, remaining = self.summands[number], remaining - 1
+            summand = self.summands[number]
             loss = weighted_sum(losses, weights)
-            self.hold(summand)
-            self.backward(loss, retain_graph=remaining > 0)
-            if summand.rho > 0:
+            if summand.needs_gradient:
+                backwards -= 1
+                self.hold(summand)
+                self.backward(loss, retain_graph=backwards > 0)
+            if summand.is_perturbed:
                 summand.sharpness = summand.sharpness - loss.detach()
                 summand.passes.append(CleanPass(part.sample_losses, samples, weights, met))
         if checks and self.state.backward_moves is None:
@@ -149,6 +203,8 @@ class GradientSum:
 
     def find_norm(self, summand: Summand) -> None:
         """Find the norm of a summand's direction, that of all processes if they share the perturbation."""
+        if not summand.needs_gradient:
+            return
         if self.synchronize is not None:
             self.hold(summand)
             self.synchronize()
@@ -168,8 +224,46 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     return (move(weights, losses.device) * losses).sum()
 
 
+def sum_gradients(gradients: Sequence[Gradients], factor: float = 1.0) -> Gradients:
+    """Return the sum of several gradients times a factor, in new memory."""
+    total: Gradients = []
+    for tensors in zip(*gradients, strict=True):
+        given = [factor * t for t in tensors if t is not None]
+        total.append(sum(given[1:], start=given[0]) if given else None)
+    return total
+
+
 def _owned(gradient: Tensor | None) -> Tensor | None:
     # A view into a larger buffer (DDP's buckets) is overwritten by the next backward pass.
     if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
         return gradient
     return gradient.clone()
+
+
+def make_summands(
+    batch: Sequence[MicroBatch], groups: list[Group], passes: str, keeps_clean: bool
+) -> tuple[list[Summand], float | None]:
+    """Return the summands that need passes, and the ratio by which the plain one follows from the others, if any."""
+    ratio = plain_ratio(batch, groups)
+    wants_all = keeps_clean or passes == "difference"
+    summands = [
+        Summand(group.rho, group.terms, group.ascent, group.ascent.direction.needs_gradient or wants_all)
+        for group in (groups if ratio is None else groups[1:])
+    ]
+    if len(groups) == 1 and groups[0].rho > 0 and not (keeps_clean or groups[0].ascent.direction.needs_gradient):
+        # Nobody needs a pass at the unperturbed weights.
+        summands[0].is_displaced = summands[0].needs_gradient = True
+    return summands, ratio
+
+
+def outcome_of(step: GradientSum, loss: Tensor, norm: Tensor | None) -> Outcome:
+    """Return the results of a step."""
+    number_of_terms = len(step.batch[0].terms)
+    norms: list[Tensor | None] = [None] * number_of_terms
+    sharpness: list[Tensor | None] = [None] * number_of_terms
+    for summand in step.summands:
+        if len(summand.terms) == 1:
+            norms[summand.terms[0]] = summand.norm
+        if summand.is_perturbed:
+            sharpness[summand.terms[0]] = loss.new_zeros(()) + summand.sharpness
+    return Outcome(loss, norm, norms, sharpness, step.is_difference)

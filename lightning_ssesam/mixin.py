@@ -27,7 +27,6 @@ from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.exact_resume import ExactResume
 from lightning_ssesam.lightning_internals import count_step, skips_backward
 from lightning_ssesam.module_checks import check_bases, check_class, check_count, check_step
-from lightning_ssesam.objectives import Objective
 from lightning_ssesam.optimizer_closure import OptimizerClosure
 from lightning_ssesam.passes import Survey, choose_passes, survey
 from lightning_ssesam.processes import Processes
@@ -36,6 +35,7 @@ from lightning_ssesam.step_logs import norms_and_sharpness
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.targets import at_least_one, sum_counted
+from lightning_ssesam.terms import Objective, is_perturbed, unperturbed
 from lightning_ssesam.trainer_calls import (
     accumulates,
     between_forwards,
@@ -43,13 +43,12 @@ from lightning_ssesam.trainer_calls import (
     has_scaler,
     has_several_loaders,
     is_fitting,
+    loss_scale,
     trained_parameters,
     unscaled,
     zero_grad,
 )
 from lightning_ssesam.trainer_support import TrainerSupport
-
-_PROPERTIES = ("in_clean_pass", "skipped_updates")
 
 
 class SharpnessAwareMixin(pl.LightningModule):
@@ -60,8 +59,7 @@ class SharpnessAwareMixin(pl.LightningModule):
     else, Lightning works as under automatic optimization (see ``replace_step`` in ``lightning_internals.py``).
 
     Attributes:
-        objective: The objective: :class:`~lightning_ssesam.ERM`, :class:`~lightning_ssesam.SAM`,
-            :class:`~lightning_ssesam.ImbSAM`, :class:`~lightning_ssesam.SSESAM`, or your own
+        objective: The objective, such as :class:`~lightning_ssesam.SSESAM`, or your own
             :class:`~lightning_ssesam.Objective`.
         step_options: The options of a training step, a :class:`~lightning_ssesam.StepOptions`.
         skipped_updates: Number of updates that ``on_nonfinite="skip"`` has skipped; kept in checkpoints.
@@ -75,10 +73,9 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     objective: Objective
     step_options: StepOptions = StepOptions()
-
     # What `to_torchscript` must leave out.
     __jit_ignored_attributes__ = ["objective", "step_options"]  # noqa: RUF012
-    __jit_unused_properties__ = [*pl.LightningModule.__jit_unused_properties__, *_PROPERTIES]  # noqa: RUF012
+    __jit_unused_properties__ = [*pl.LightningModule.__jit_unused_properties__, "in_clean_pass", "skipped_updates"]  # noqa: RUF012
 
     # Private names have two underscores: Python puts the class's name before them, so that no attribute or method of a
     # user's module takes their place.
@@ -251,18 +248,16 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __find_gradient(self, parts: list[Part], share: float, layers: Survey, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
-        options, processes = self.step_options, Processes(self.trainer.strategy)
+        options, objective, processes = self.step_options, self.objective, Processes(self.trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
-        gather = partial(processes.gather, ignore_index=self.objective.ignore_index) if shares else None
-        terms = terms_of_union(self.objective, [part.targets for part in parts], gather)
-        if (self.trainer.global_step + 1) % options.interval:
-            terms = [[term._replace(rho=0.0) for term in terms_of_part] for terms_of_part in terms]
+        gather = partial(processes.gather, ignore_index=objective.ignore_index) if shares else None
+        terms = terms_of_union(objective, [part.targets for part in parts], gather)
+        perturbs = options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse)
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
-        find_ignored = self.objective.find_ignored
         return self.__step.engine.compute(
             [
-                MicroBatch(self.__losses_of(part, own[0].weights), own, find_ignored(part.targets))
-                for part, own in zip(parts, terms, strict=True)
+                MicroBatch(self.__losses_of(part, own[0].weights), own, objective.find_ignored(part.targets))
+                for part, own in zip(parts, terms if perturbs else map(unperturbed, terms), strict=True)
             ],
             trained,
             layers.modules,
@@ -272,6 +267,11 @@ class SharpnessAwareMixin(pl.LightningModule):
             processes=options.processes,
             check_finite=processes.all_agree if checks else None,
             report=options.log_sharpness,
+            term_names=objective.term_names,
+            optimizer=self.trainer.optimizers[0],
+            loss_scale=loss_scale(self.trainer, share),
+            combine=objective.combine if objective.needs_clean_gradient else None,
+            reuse=options.reuse if is_perturbed(terms[0]) else None,
         )
 
     def __backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:

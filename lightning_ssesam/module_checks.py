@@ -5,11 +5,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.parameter import is_lazy
 
 from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.ascent import Momentum
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions
-from lightning_ssesam.trainer_calls import is_fitting
+from lightning_ssesam.trainer_calls import is_fitting, trained_parameters
+from lightning_ssesam.weights import Names
 
 _HOOKS = ("sample_losses", "sample_targets", "select_samples", "configure_callbacks")
 _OWN = ("in_clean_pass", "measuring", "skipped_updates", "automatic_optimization")
@@ -100,3 +104,24 @@ def check_attributes(module: pl.LightningModule) -> tuple[Objective, StepOptions
     except (RuntimeError, ValueError) as error:
         raise MisconfigurationException(f"`{name}` cannot train as it is. {error}") from error
     return objective, options
+
+
+def check_ascents(module: pl.LightningModule, objective: Objective, options: StepOptions, trainer: pl.Trainer) -> None:
+    """Refuse ascents that cannot work with the module, its optimizer or several processes."""
+    layers = list(module.modules())
+    trained = [p for p in trained_parameters(trainer, module.parameters()) if p.requires_grad]
+    for ascent in objective.ascents():
+        if ascent.is_plain or any(map(is_lazy, trained)):
+            continue
+        try:
+            weights = Names(layers).weights(trained, trainer.optimizers[0])
+            weights.indices(ascent.only)
+            if isinstance(ascent.direction, Momentum):
+                weights.momentum()
+        except ArgumentError as error:
+            raise MisconfigurationException(f"`{type(module).__name__}` cannot train as it is. {error}") from error
+        if ascent.direction.keeps_state and options.processes == "local" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"`processes='local'` cannot work with {ascent.direction!r}, which would remember other gradients in"
+                " each process. Use `processes='global'`."
+            )

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from lightning_ssesam._validation import check_choice, check_flag, check_integer
+from lightning_ssesam._validation import bad_argument, check_choice, check_flag, check_integer, check_radius
 from lightning_ssesam.errors import ArgumentError
 
 
@@ -30,6 +30,10 @@ class StepOptions:
             ``train/full_passes`` logs the share of such updates in an epoch.
         interval: Number of updates from one perturbed update to the next, an integer >= 1. The first perturbed update
             is number ``interval``; the others are plain steps on the sum of the terms. Counted by ``global_step``.
+        reuse: Factor alpha of LookSAM (Liu et al., CVPR 2022, arXiv:2203.02714), a finite number >= 0; None for plain
+            steps between perturbed updates. Each of these steps adds the part of the last perturbed gradient that lies
+            across the clean one, alpha times as long as the clean gradient, tensor by tensor. The first update is a
+            perturbed one. Needs ``interval`` > 1.
         processes: Samples that a perturbation is computed from, if several processes share a batch. ``"global"``
             (default) takes the samples of all processes, as a single process would. ``"local"`` takes those of each
             process, which saves communication (Foret et al., ICLR 2021, section 4.1).
@@ -60,6 +64,7 @@ class StepOptions:
     passes: Literal["auto", "full", "split"] = "auto"
     batch_norm_statistics: Literal["batch", "group"] = "batch"
     interval: int = 1
+    reuse: float | None = None
     processes: Literal["global", "local"] = "global"
     on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore"
     log_sharpness: bool = False
@@ -75,10 +80,25 @@ class StepOptions:
         check_flag("log_sharpness", self.log_sharpness)
         check_flag("exact_resume", self.exact_resume)
         check_flag("log_loss", self.log_loss)
+        if self.reuse is not None:
+            check_radius("reuse", self.reuse)
+            if self.interval == 1:
+                raise bad_argument("interval", "an integer >= 2 with `reuse`, which acts between perturbed updates", 1)
         if self.batch_norm_statistics == "group" and self.passes != "split":
             raise ArgumentError(
                 f"`batch_norm_statistics='group'` requires `passes='split'`, but `passes` is {self.passes!r}."
             )
+
+    def perturbs(self, step_idx: int, can_reuse: bool) -> bool:
+        """Return whether the update after ``step_idx`` others is a perturbed one.
+
+        Args:
+            step_idx: Number of updates so far, an integer >= 0.
+            can_reuse: Whether a perturbed update has left something to reuse.
+        """
+        if self.reuse is None:
+            return (step_idx + 1) % self.interval == 0
+        return step_idx % self.interval == 0 or not can_reuse
 
 
 # So that a checkpoint that holds the options as a hyperparameter loads with ``weights_only=True``.

@@ -53,6 +53,7 @@ class StepState:
     def begin(self) -> None:
         """Called when a fit begins."""
         self.is_fitting, self.has_updated, self.pending, self.logs = True, False, [], StepLogs()
+        self.engine.begin()
 
     def end(self) -> None:
         """Called when a fit has ended, or was interrupted: keep no data of it."""

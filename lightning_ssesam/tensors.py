@@ -41,3 +41,31 @@ def set_gradients(parameters: list[Tensor], gradients: Gradients | None) -> None
     """Set the ``.grad`` of each parameter; None frees them all."""
     for p, gradient in zip(parameters, gradients or [None] * len(parameters), strict=True):
         p.grad = gradient
+
+
+def wrapped(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of this process as a ``DTensor`` that is sharded like the parameter, if that is sharded."""
+    if not is_sharded(parameter) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    shape, stride = parameter.shape, parameter.stride()
+    whole: Tensor = DTensor.from_local(value, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return whole
+
+
+def whole(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the values of all processes. All of them must call it."""
+    gathered = wrapped(value, parameter)
+    return gathered.full_tensor() if is_sharded(gathered) else gathered  # type: ignore[attr-defined]
+
+
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of this process of a whole tensor, for a sharded parameter; the tensor for others."""
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(mesh.device_type), mesh, placements).to_local()

@@ -47,6 +47,13 @@ def has_scaler(trainer: pl.Trainer) -> bool:
     return scaler is not None and scaler.is_enabled()
 
 
+def loss_scale(trainer: pl.Trainer, share: float) -> Tensor | float:
+    """Return the factor of the gradients of an update: that of a GradScaler, and the share of its batches."""
+    if not has_scaler(trainer):
+        return share
+    return share * trainer.precision_plugin.scaler.scale(torch.ones((), device=trainer.strategy.root_device))  # type: ignore[attr-defined,no-any-return]
+
+
 def unscaled(trainer: pl.Trainer, norm: Tensor) -> Tensor:
     """Return a gradient's norm without the factor that a GradScaler has put into it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

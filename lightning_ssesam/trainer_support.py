@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
-from lightning_ssesam.module_checks import check_attributes
+from lightning_ssesam.module_checks import check_ascents, check_attributes
 from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_state import StepState
@@ -72,6 +72,9 @@ class TrainerSupport(Callback):
             return
         objective, options = check_attributes(pl_module)
         Processes.check_supported(trainer.strategy, options.processes)
+        check_ascents(pl_module, objective, options, trainer)
+        if trainer.world_size > 1:
+            self._step.engine.seed = trainer.strategy.broadcast(torch.initial_seed())
         has_switch = any(getattr(callback, "switches_stages", False) for callback in callbacks_of(trainer))
         if objective.num_stages > objective.stage and not has_switch:
             rank_zero_warn(
@@ -177,14 +180,18 @@ class TrainerSupport(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of skipped updates."""
-        return {"skipped_updates": self.module.skipped_updates} if is_fitting(self.module) else {}
+        """Return the number of skipped updates, and what ascents keep from step to step."""
+        if not is_fitting(self.module):
+            return {}
+        ascents = self._step.engine.states.state_dict()
+        return {"skipped_updates": self.module.skipped_updates, **({"ascents": ascents} if ascents else {})}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state that :meth:`state_dict` returned, for a training that goes on with it."""
         if is_fitting(self.module):
             self.module.skipped_updates = int(state_dict["skipped_updates"])
+            self._step.engine.states.load_state_dict(state_dict.get("ascents", {}))
 
     @override
     def on_load_checkpoint(

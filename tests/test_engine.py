@@ -156,7 +156,7 @@ class TestPasses:
         assert self.count(SSESAM(SPLIT), "split", torch.tensor([0, 1, 2, 0])) == (2, 2, 8)
         assert self.count(ImbSAM(SPLIT), "split", torch.tensor([3, 3, 4])) == (2, 2, 6)
 
-    def test_split_is_full_where_terms_share_or_leave_out_samples(self):
+    def test_split_is_full_where_terms_share_most_samples(self):
         mixed = torch.full((6, 5), 0.2)
         mixed[0] = torch.tensor([1.0, 0, 0, 0, 0])
         assert self.count(SSESAM(SPLIT), "split", mixed) == (3, 4, 18)
@@ -166,7 +166,17 @@ class TestPasses:
                 weights = (torch.arange(len(targets)) % 2) / len(targets)
                 return Term(weights, 0.1), Term(0 * weights, 0.2)
 
-        assert self.count(Half(), "split", torch.zeros(6).long()) == (3, 4, 18)
+        # Three samples are forwarded for the logs alone.
+        assert self.count(Half(), "split", torch.zeros(6).long()) == (3, 2, 9)
+
+        class AllAndTail(ImbSAM):
+            def terms(self, targets):
+                _, tail = super().terms(targets)
+                return Term(torch.full((len(targets),), 0.5 / len(targets)), 0.0), tail
+
+        # Two clean forwards, of which the tail's serves both terms; then only the tail is perturbed.
+        assert self.count(AllAndTail(SPLIT), "full", torch.tensor([0, 1, 2, 0, 1, 3])) == (2, 3, 12)
+        assert self.count(AllAndTail(SPLIT), "split", torch.tensor([0, 1, 2, 0, 1, 3])) == (3, 4, 7)
 
 
 class Fault(Exception):

@@ -513,7 +513,7 @@ def naive_step(net, loss, terms, x, y):
         (weights * loss(twin, x, y)).sum().backward()
         return [p.grad for p in params]
 
-    for weights, rho in terms:
+    for weights, rho, *_ in terms:
         g = gradient(weights, clean)
         norm = torch.sqrt(sum((part**2).sum() for part in g))
         if rho > 0 and norm > 0:

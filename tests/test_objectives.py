@@ -32,7 +32,7 @@ SWITCHED_JOINT.stage = 2
 def test_terms(objective, expected, one_hot):
     targets = F.one_hot(TARGETS, 4).float() if one_hot else TARGETS
     terms = objective.terms(targets)
-    assert [rho for _, rho in terms] == [rho for _, rho in expected]
+    assert [rho for _, rho, _ in terms] == [rho for _, rho in expected]
     for term, (weights, _) in zip(terms, expected, strict=True):
         assert isinstance(term, Term)
         # In float32 1/5 would be off by 3e-9.
@@ -41,7 +41,7 @@ def test_terms(objective, expected, one_hot):
 
 def test_probabilities_split_by_mass():
     targets = torch.tensor([[0.5, 0, 0.25, 0.25], [0.9, 0.1, 0, 0]])
-    (head, _), (tail, _) = ImbSAM(SPLIT).terms(targets)
+    (head, *_), (tail, *_) = ImbSAM(SPLIT).terms(targets)
     torch.testing.assert_close(head, torch.tensor([0.25, 0.5], dtype=torch.float64))
     torch.testing.assert_close(tail, torch.tensor([0.25, 0.0], dtype=torch.float64))
 
@@ -49,7 +49,7 @@ def test_probabilities_split_by_mass():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_dense_targets_count_all_elements(dtype):
     targets = torch.tensor([[[0, 2], [1, 3]]], dtype=dtype)
-    (head, _), (tail, _) = SSESAM(SPLIT).terms(targets)
+    (head, *_), (tail, *_) = SSESAM(SPLIT).terms(targets)
     assert head.tolist() == [[[0.25, 0], [0.25, 0]]]
     assert tail.tolist() == [[[0, 0.25], [0, 0.25]]]
     assert ERM().terms(targets)[0].weights.tolist() == [[[0.25, 0.25], [0.25, 0.25]]]
@@ -57,7 +57,7 @@ def test_dense_targets_count_all_elements(dtype):
 
 def test_dense_probabilities():
     targets = F.one_hot(torch.tensor([[[0, 2], [1, 3]]]), 4).movedim(-1, 1).float()
-    (head, _), (tail, _) = SSESAM(SPLIT).terms(targets)
+    (head, *_), (tail, *_) = SSESAM(SPLIT).terms(targets)
     assert tail.tolist() == [[[0, 0.25], [0, 0.25]]]
     assert ERM().terms(targets)[0].weights.shape == head.shape == (1, 2, 2)
 

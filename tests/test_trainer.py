@@ -191,7 +191,7 @@ class TestAccumulation:
             return torch.autograd.grad((weights * losses).sum(), list(net.parameters()))
 
         total = [torch.zeros_like(p) for p in net.parameters()]
-        for weights, rho in terms:
+        for weights, rho, *_ in terms:
             g = gradient(weights)
             norm = torch.sqrt(sum((part**2).sum() for part in g))
             with torch.no_grad():
@@ -907,7 +907,7 @@ class TestLogging:
         def loss(weights):
             return (weights * F.cross_entropy(net(x), y, reduction="none")).sum()
 
-        for name, (weights, rho) in zip(("head", "tail"), SSESAM(SPLIT, 0.3, 0.5).terms(y), strict=True):
+        for name, (weights, rho, _) in zip(("head", "tail"), SSESAM(SPLIT, 0.3, 0.5).terms(y), strict=True):
             gradient = torch.autograd.grad(loss(weights), list(net.parameters()))
             norm = torch.sqrt(sum((g**2).sum() for g in gradient))
             before, clean = loss(weights).item(), clones(net.parameters())

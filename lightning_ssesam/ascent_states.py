@@ -1,0 +1,118 @@
+"""What ascents keep from step to step, and how it goes into checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam.ascent import State
+from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.tensors import Gradients, sharded_like, whole
+from lightning_ssesam.terms import Term
+from lightning_ssesam.weights import Weights
+
+
+def keys_of(terms: Sequence[Term], term_names: Sequence[str]) -> list[str]:
+    """Return the key of each term: its name, or its number if there is another number of names."""
+    return list(term_names) if len(term_names) == len(terms) else [str(number) for number in range(len(terms))]
+
+
+class AscentStates:
+    """The states of ascents, by the key of their term. What a step changes counts when it is committed.
+
+    In a checkpoint, a list with a tensor for each parameter is a mapping by the parameters' names, so that a model may
+    freeze or thaw parameters between steps.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[Weights | None, State]] = {}
+        self._pending: dict[str, tuple[Weights | None, State]] = {}
+
+    def get(self, key: str, weights: Weights) -> State:
+        """Return the state of a term, with lists in the order of the parameters; empty if there is none."""
+        owner, state = self._states.get(key, (None, {}))
+        if owner is not None and owner.names == weights.names:
+            return state
+        return {
+            name: value if owner is None and not isinstance(value, Mapping) else _aligned(value, owner, weights)
+            for name, value in state.items()
+        }
+
+    def put(self, key: str, weights: Weights, state: State, is_good: Tensor | None = None) -> None:
+        """Keep a state for when the step is done.
+
+        Args:
+            key: Key of the term.
+            weights: The parameters that its lists belong to.
+            state: The state.
+            is_good: Whether it counts, a scalar on the device; None if it does. If not, the state before stays.
+        """
+        if is_good is not None:
+            state = _where(is_good, state, self.get(key, weights))
+        if state:
+            self._pending[key] = weights, state
+
+    def commit(self) -> None:
+        """Let what the step has changed count."""
+        self._states.update(self._pending)
+        self._pending = {}
+
+    def forget(self) -> None:
+        """Forget what the step has changed and not committed."""
+        self._pending = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._states
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all states: tensors, numbers, and mappings from the names of parameters to whole tensors.
+
+        All processes must call it if parameters are sharded.
+        """
+        return {
+            key: {name: value if weights is None else _by_name(value, weights) for name, value in state.items()}
+            for key, (weights, state) in self._states.items()
+        }
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+            raise ArgumentError(f"Expected the states of ascents to be a mapping of mappings, but got {states!r:.80}.")
+        self._states, self._pending = {key: (None, dict(state)) for key, state in states.items()}, {}
+
+
+def _by_name(value: Any, weights: Weights) -> Any:
+    if not isinstance(value, list):
+        return value
+    named = zip(weights.names, value, weights.parameters, strict=True)
+    return {name: whole(t, p) for name, t, p in named if t is not None}
+
+
+def _aligned(value: Any, owner: Weights | None, weights: Weights) -> Any:
+    """Return a list in the order of the parameters, given one of other parameters or a mapping of a checkpoint."""
+    if owner is not None:
+        if not isinstance(value, list):
+            return value
+        value = dict(zip(owner.names, value, strict=True))
+    aligned: Gradients = []
+    for name, p, own in zip(weights.names, weights.parameters, weights.values, strict=True):
+        tensor = value.get(name)
+        if tensor is not None and owner is None:
+            tensor = sharded_like(tensor, p) if tensor.shape == p.shape else None
+        is_same = tensor is not None and tensor.shape == own.shape
+        aligned.append(tensor.to(own.device) if is_same else None)
+    return aligned
+
+
+def _where(is_good: Tensor, new: State, old: State) -> State:
+    """Return the new state or the old one, in which what is not there counts as 0. Does not wait for the device."""
+
+    def choose(new: Any, old: Any) -> Any:
+        if isinstance(new, list):
+            return [choose(a, b) for a, b in zip(new, old or [None] * len(new), strict=True)]
+        if not isinstance(new, Tensor):
+            return new
+        return torch.where(is_good, new, torch.zeros_like(new) if old is None else old)
+
+    return {name: choose(value, old.get(name)) for name, value in new.items()}

@@ -1,0 +1,107 @@
+r"""Norms of gradients, and SAM's step along one: :math:`w + \rho \, g / \|g\|` (Foret et al., ICLR 2021, eq. 2).
+
+Functions of plain tensors, which may be sharded.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ssesam.tensors import dense, is_sharded, local_part, wrapped
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> Tensor:
+    """Return the Euclidean norm of a gradient over all parameters together.
+
+    Args:
+        parameters: The parameters, dense or sharded.
+        gradient: The gradient of each parameter, or None.
+
+    Returns:
+        A scalar on the parameters' device: float64 if any parameter is float64 or complex128, else float32. It is 0 if
+        every gradient is None.
+
+    Example:
+        >>> gradient_norm([torch.zeros(2), torch.zeros(1)], [torch.tensor([3.0, 0.0]), torch.tensor([4.0])])
+        tensor(5.)
+    """
+    dtype = _norm_dtype(parameters)
+    tensors = [_as_real(g) for g in gradient if g is not None]
+    if not tensors:
+        return torch.zeros((), dtype=dtype, device=parameters[0].device)
+    norms: list[Tensor] = []
+    if whole := [t for t in tensors if not is_sharded(t)]:
+        norms += torch._foreach_norm(whole, 2, dtype)
+    if sharded := [t.to(dtype) for t in tensors if is_sharded(t)]:
+        # One communication for all of them. Sharded tensors know no norm in another dtype than their own.
+        norm_of_sharded: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sharded, 2)))
+        norms.append(norm_of_sharded.full_tensor())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+@torch.no_grad()
+def tensor_norms(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> Tensor:
+    """Return the Euclidean norm of each tensor of a gradient, ``(P,)``, in the dtype of :func:`gradient_norm`."""
+    dtype = _norm_dtype(parameters)
+    zero = torch.zeros((), dtype=dtype, device=parameters[0].device)
+    return torch.stack(
+        [zero if g is None else gradient_norm([p], [g]).to(dtype) for p, g in zip(parameters, gradient, strict=True)]
+    )
+
+
+@torch.no_grad()
+def inner_products(parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of each pair of tensors, ``(P,)``, in the dtype of :func:`gradient_norm`.
+
+    Args:
+        parameters: The parameters, dense or sharded.
+        first: A tensor for each parameter: the part that this process holds.
+        second: The same.
+    """
+    dtype = _norm_dtype(parameters)
+    products = []
+    for p, a, b in zip(parameters, first, second, strict=True):
+        product = torch.view_as_real(a * b.conj())[..., 0] if a.is_complex() else a.to(dtype) * b.to(dtype)
+        products.append(wrapped(product.to(dtype), p).sum())
+    return torch.stack([t.full_tensor() if is_sharded(t) else t for t in products])  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def ascend(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], norm: Tensor, rho: float) -> None:
+    r"""Move the parameters in place by :math:`\rho \, g / \|g\|`. Overwrites the gradient.
+
+    Args:
+        parameters: The parameters, dense or sharded.
+        gradient: The gradient g of each parameter. Parameters with None stay where they are.
+        norm: The norm of g, a scalar. Nothing moves where it is 0.
+        rho: Length of the step.
+
+    Example:
+        >>> weights = torch.zeros(2)
+        >>> ascend([weights], [torch.tensor([3.0, 4.0])], torch.tensor(5.0), rho=0.1)
+        >>> weights
+        tensor([0.0600, 0.0800])
+    """
+    pairs = [(local_part(p), dense(local_part(g))) for p, g in zip(parameters, gradient, strict=True) if g is not None]
+    if not pairs:
+        return
+    moved, direction = [p for p, _ in pairs], [g for _, g in pairs]
+    scale = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
+    torch._foreach_mul_(direction, scale)
+    torch._foreach_add_(moved, direction)
+    # Autocast keeps low-precision copies of the weights it has met.
+    torch.clear_autocast_cache()
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    tensor = dense(tensor)
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _norm_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    is_double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
+    return torch.float64 if is_double else torch.float32
