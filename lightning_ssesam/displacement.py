@@ -1,6 +1,8 @@
 """How an ascent moves the weights."""
 
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -35,9 +37,8 @@ def displace(ascent: Ascent, rho: float, weights: Weights, gradient: Gradients, 
     if any(d is not None for d in scaled):
         lengths = _lengths(ascent, rho, weights, scaled)
         moves = [d if t is None or d is None else t * d for t, d in zip(factors, scaled, strict=True)]
-        for p, move, length in zip(weights.values, moves, lengths, strict=True):
-            if move is not None:
-                p.add_((move * length).to(p.dtype))
+        moved = [(p, e * r) for p, e, r in zip(weights.values, moves, lengths, strict=True) if e is not None]
+        torch._foreach_add_([p for p, _ in moved], [e.to(p.dtype) for p, e in moved])
         # Autocast keeps low-precision copies of the weights it has met.
         torch.clear_autocast_cache()
     return new_state
@@ -102,6 +103,8 @@ class Ascender:
             return
         indices = self.weights.indices(ascent.only)
         moving, key = self.weights.at(indices), self._keys[summand.terms[0]]
+        # Terms draw other numbers than each other.
+        moving = replace(moving, seed=moving.seed + zlib.crc32(key.encode()))
         local = [None if (g := gradient[i]) is None else self._unscaled(dense(local_part(g))) for i in indices]
         state = displace(ascent, summand.rho, moving, local, self._states.get(key, moving))
         self._states.put(key, moving, state, None if norm is None else self._if_finite(norm))

@@ -99,13 +99,14 @@ class Names:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._named: dict[int, str] = {}
+        # With the parameters, so that no new one takes the identity of one that is gone.
+        self._named: dict[int, tuple[Tensor, str]] = {}
         self._norms: set[int] = set()
         model = modules[0] if modules else nn.Module()
         for path, layer in model.named_modules():
             own = {name: p for name, p in layer._parameters.items() if p is not None}
             for name, p in own.items():
-                self._named.setdefault(id(p), _plain_name(f"{path}.{name}" if path else name))
+                self._named.setdefault(id(p), (p, _plain_name(f"{path}.{name}" if path else name)))
             if _is_norm(layer, own.values()):
                 self._norms |= {id(p) for p in own.values()}
         self.classifier = _find_classifier(model)
@@ -116,7 +117,8 @@ class Names:
 
     def weights(self, parameters: list[Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> Weights:
         """Return parameters with their names. One that is not in the model is named by its number."""
-        names = tuple(self._named.get(id(p), f"parameters.{number}") for number, p in enumerate(parameters))
+        unnamed = {id(p): (p, f"parameters.{number}") for number, p in enumerate(parameters)}
+        names = tuple((self._named.get(id(p)) or unnamed[id(p)])[1] for p in parameters)
         sharded = next((p for p in parameters if is_sharded(p)), None)
         return Weights(
             names,
