@@ -20,7 +20,7 @@ from lightning_ssesam.terms import InnerProducts, Objective, Term, filled
 
 
 class ASAM(SAM):
-    r"""Adaptive SAM (Kwon et al., ICML 2021, arXiv:2102.11600, eq. 3 and algorithm 1).
+    r"""Adaptive SAM (Kwon et al., ICML 2021, arXiv:2102.11600, algorithm 1).
 
     Term :math:`(1/N, \rho)` with :math:`T = |w| + \eta` on weights, and 1 on biases. Two passes. The authors use rho
     0.5 on CIFAR-10 and 1.0 on CIFAR-100, with eta 0.01.
