@@ -138,9 +138,9 @@ class Staged(Objective):
     def radius_values(self) -> dict[str, float]:
         """The radii of all objectives by name. If several have one of a name, the current objective's counts first."""
         found: dict[str, float] = {}
-        for objective in (*self.objectives[::-1], self.current):
-            found |= objective.radius_values
-        return found
+        for objective in self.objectives:
+            found = {**found, **objective.radius_values, **found}
+        return {**found, **self.current.radius_values}
 
     @override
     def set_radius(self, name: str, value: float) -> None:

@@ -20,9 +20,11 @@ from helpers import (
     fit,
     mlp,
     naive_gradient,
+    trainer,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ssesam import (
     ERM,
@@ -38,7 +40,7 @@ from lightning_ssesam import (
 )
 from lightning_ssesam.errors import ArgumentError
 
-pytestmark = STRICT
+pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
 
 
 class TwoRadii(ImbSAM):
@@ -290,7 +292,7 @@ def test_copies_and_checkpoints():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("stop_at", [2, 3, 7])
 def test_resumes_in_its_stage(stop_at, tmp_path):
-    data, switch = batches(5, 12), {"at": [0.25, 0.6]}
+    data = batches(5, 12)
 
     def new():
         torch.manual_seed(1)
@@ -298,15 +300,19 @@ def test_resumes_in_its_stage(stop_at, tmp_path):
         model.save_hyperparameters({"objective": model.objective})
         return model
 
+    def run(model, ckpt_path=None, callbacks=(), **options):
+        loader = StatefulDataLoader(data, batch_size=None)
+        run = trainer(max_epochs=2, callbacks=[StageSwitch(at=[0.25, 0.6]), *callbacks], **options)
+        run.fit(model, loader, ckpt_path=ckpt_path)
+
     whole, resumed = new(), new()
-    fit(whole, data, max_epochs=2, callbacks=[StageSwitch(**switch)])
+    run(whole)
     every_step = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1, enable_version_counter=False)
-    callbacks = [StageSwitch(**switch), every_step, KillAt(stop_at)]
     with pytest.raises(Killed):
-        fit(new(), data, max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+        run(new(), callbacks=[every_step, KillAt(stop_at)], enable_checkpointing=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert isinstance(saved["hyper_parameters"]["objective"], Staged)
-    fit(resumed, data, max_epochs=2, callbacks=[StageSwitch(**switch)], ckpt_path=tmp_path / "last.ckpt")
+    run(resumed, tmp_path / "last.ckpt")
     assert_same_bits(resumed.parameters(), whole.parameters())
     assert resumed.objective.stage == 3
 
@@ -327,6 +333,22 @@ def test_accumulation_and_batch_norm(accumulate, passes):
                 fit(model, data, accumulate_grad_batches=accumulate, callbacks=[switch])
         weights.append([*model.parameters(), *model.buffers()])
     assert_same_bits(*weights)
+
+
+def test_sam_in_the_last_fifth_costs_1_2_plain_steps():
+    class Counting(Model):
+        forwards = backwards = 0
+
+        def sample_losses(self, batch):
+            self.forwards += 1
+            return super().sample_losses(batch)
+
+        def on_after_backward(self):
+            self.backwards += 1
+
+    model = Counting(objective=Staged([ERM(), SAM(0.1)]))
+    fit(model, batches(10, 6), callbacks=[StageSwitch(at=0.8)])
+    assert (model.forwards, model.backwards) == (12, 12)
 
 
 def test_missing_switch_and_split_are_said_before_training():

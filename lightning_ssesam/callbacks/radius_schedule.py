@@ -18,6 +18,7 @@ from lightning_ssesam._validation import (
     check_share,
 )
 from lightning_ssesam.callbacks.needs import objective_of, steps_of_training
+from lightning_ssesam.objectives import Objective
 from lightning_ssesam.trainer_calls import callbacks_of
 
 _POINTS = (0.5, 0.75)
@@ -99,6 +100,14 @@ class RadiusSchedule(Callback):
         # The end exactly: a sum would be off by rounding.
         return self.end if share == 1 else self.start + (self.end - self.start) * share
 
+    def misfit(self, objective: Objective) -> str:
+        """Return what is wrong if an objective has no radius of this name, else an empty text."""
+        if self.name in objective.radius_values:
+            return ""
+        names = ", ".join(objective.radius_values)
+        has = f"whose radii are {names}: name one of them" if names else "which has no radius: leave it away"
+        return f"RadiusSchedule(name={self.name!r}) cannot move a radius of {type(objective).__name__}, {has}."
+
     @property
     @override
     def state_key(self) -> str:
@@ -114,13 +123,8 @@ class RadiusSchedule(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the module is set up: refuse a radius that the objective does not have, or that moves twice."""
-        objective = objective_of(pl_module, "RadiusSchedule")
-        if self.name not in objective.radius_values:
-            names = ", ".join(objective.radius_values)
-            has = f"whose radii are {names}: name one of them" if names else "which has no radius: leave it away"
-            raise MisconfigurationException(
-                f"RadiusSchedule(name={self.name!r}) cannot move a radius of {type(objective).__name__}, {has}."
-            )
+        if misfit := self.misfit(objective_of(pl_module, "RadiusSchedule")):
+            raise MisconfigurationException(misfit)
         schedules = [callback for callback in callbacks_of(trainer) if isinstance(callback, RadiusSchedule)]
         if sum(schedule.name == self.name for schedule in schedules) > 1:
             raise MisconfigurationException(

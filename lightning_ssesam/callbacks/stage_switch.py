@@ -57,11 +57,9 @@ class StageSwitch(Switch):
         if needed in (0, points):
             return ""
         given = next(f"{name}={getattr(self, name)}" for name in ("at", "epoch", "step") if getattr(self, name))
-        name = type(self).__name__
-        return (
-            f"{name}({given}) has {_points(points)}, but {type(objective).__name__} has {objective.num_stages} stages and"
-            f" needs {_points(needed)}, such as {self.example(objective.num_stages)}."
-        )
+        has = f"{type(self).__name__}({given}) has {_points(points)}"
+        needs = f"needs {_points(needed)}, such as {self.example(objective.num_stages)}"
+        return f"{has}, but {type(objective).__name__} has {objective.num_stages} stages and {needs}."
 
     @classmethod
     def example(cls, num_stages: int) -> str:

@@ -41,7 +41,7 @@ from lightning_ssesam.experiments.recorder import (
 )
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 from lightning_ssesam.experiments.sources import sources_of
-from lightning_ssesam.experiments.switches import needs_switch, switch_problem
+from lightning_ssesam.experiments.switches import needs_switch, problem_of
 from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
@@ -132,7 +132,7 @@ class Experiment(Recipe):
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
-        if problem := switch_problem(model.objective, self.callbacks):
+        if problem := problem_of(model.objective, self.callbacks):
             raise ArgumentError(f"The method {self.method!r} cannot be trained. {problem}")
         self.optimizer(model.parameters())
         return model

@@ -13,9 +13,10 @@ def needs_switch(objective: Objective, callbacks: Iterable[Callback]) -> bool:
     return objective.num_stages == 2 and not any(isinstance(callback, StageSwitch) for callback in callbacks)
 
 
-def switch_problem(objective: Objective, callbacks: Sequence[Callback]) -> str:
-    """Return what is wrong if the callbacks do not lead through all stages of an objective, else an empty text."""
-    misfits = [callback.misfit(objective) for callback in callbacks if isinstance(callback, StageSwitch)]
+def problem_of(objective: Objective, callbacks: Sequence[Callback]) -> str:
+    """Return what is wrong if the callbacks do not fit the stages and the radii of an objective, else an empty text."""
+    changing = [callback for callback in callbacks if isinstance(callback, StageSwitch | RadiusSchedule)]
+    misfits = [callback.misfit(objective) for callback in changing]
     if problem := next(filter(None, misfits), ""):
         return problem
     if objective.num_stages <= 2 or any(getattr(callback, "switches_stages", False) for callback in callbacks):

@@ -25,7 +25,7 @@ from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
 from lightning_ssesam.experiments.network_check import check_network
 from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
-from lightning_ssesam.experiments.switches import needs_switch, switch_problem
+from lightning_ssesam.experiments.switches import needs_switch, problem_of
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,
     defaults,
@@ -164,7 +164,7 @@ class TrainingCLI(LightningCLI):
 
     def _check_training(self) -> None:
         """Refuse what would fail within the training, where every error is taken for one of the user's code."""
-        if problem := switch_problem(self.model.objective, callbacks_of(self.trainer)):
+        if problem := problem_of(self.model.objective, callbacks_of(self.trainer)):
             raise ArgumentError(f"`--trainer.callbacks`: {problem}")
         for name in ("check_val_every_n_epoch", "accumulate_grad_batches"):
             if (number := getattr(self.trainer, name)) is not None:
