@@ -2,9 +2,11 @@
 
 import math
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_ssesam.objectives import Objective
 
@@ -21,6 +23,11 @@ def objective_of(pl_module: LightningModule, who: str) -> Objective:
     if not isinstance(objective, Objective):
         raise unfit(pl_module, "objective", f"{who} needs a module with an `objective`, such as `SSESAM(split)`")
     return objective
+
+
+def on_device(pl_module: LightningModule, value: float) -> Tensor:
+    """Return a number as a scalar on the module's device, to be logged. It is made there: a copy would wait."""
+    return torch.full((), value, device=pl_module.device)
 
 
 def steps_of_training(trainer: Trainer, who: str, way_out: str, if_earlier: str) -> int:

@@ -17,7 +17,7 @@ from lightning_ssesam._validation import (
     check_radius,
     check_share,
 )
-from lightning_ssesam.callbacks.needs import objective_of, steps_of_training
+from lightning_ssesam.callbacks.needs import objective_of, on_device, steps_of_training
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.trainer_calls import callbacks_of
 
@@ -142,7 +142,8 @@ class RadiusSchedule(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before every batch: set the radius, and log it."""
-        self.log(f"radius/{self.name}", self._set(trainer, pl_module), on_step=True, on_epoch=False)
+        value = on_device(pl_module, self._set(trainer, pl_module))
+        self.log(f"radius/{self.name}", value, on_step=True, on_epoch=False)
 
     def _set(self, trainer: Trainer, pl_module: LightningModule) -> float:
         """Set the radius of the next step, and return it."""

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_ssesam.callbacks.needs import objective_of
+from lightning_ssesam.callbacks.needs import objective_of, on_device
 from lightning_ssesam.callbacks.switch import Switch
 from lightning_ssesam.objectives import Objective
 
@@ -81,7 +81,8 @@ class StageSwitch(Switch):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before every batch: switch if its point is reached, and log the stage."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.log("stage", float(self._objective(pl_module).stage), on_step=True, on_epoch=False)
+        stage = float(self._objective(pl_module).stage)
+        self.log("stage", on_device(pl_module, stage), on_step=True, on_epoch=False)
 
     @override
     def _begins(self) -> str:
