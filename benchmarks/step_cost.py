@@ -13,6 +13,7 @@ Composer (``pip install mosaicml``). Composer needs an older torch, so install i
     python benchmarks/step_cost.py --json table.json        # machine-readable
     python benchmarks/step_cost.py --scaling                # over batch size, width, tail share, number of classes
     python benchmarks/step_cost.py --host                   # hardly any arithmetic: the time of the host
+    python benchmarks/step_cost.py --late --network small   # whole trainings, with SAM in their last fifth
     python benchmarks/step_cost.py --network resnet50 --precision bf16-mixed --image-size 224   # on a GPU
     python benchmarks/step_cost.py --network small --compiled
 
@@ -44,12 +45,23 @@ import torchvision
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, StepOptions
+from lightning_ssesam import (
+    ERM,
+    SAM,
+    SSESAM,
+    ClassSplit,
+    ImbSAM,
+    SharpnessAwareMixin,
+    Staged,
+    StageSwitch,
+    StepOptions,
+)
 from lightning_ssesam.models import CIFARResNet, SmallConvNet
 
 INTERVAL = 5
 NETWORKS = ("small", "cifar_resnet32", "vit_b_16")
 PLAIN = "plain SGD"
+LATE_STEPS = 50
 
 
 def make_network(options, norm):
@@ -280,15 +292,15 @@ class Turns:
 class Contender:
     """A Trainer in a thread, which makes one step for each call of :meth:`step`."""
 
-    def __init__(self, options, module, batch):
+    def __init__(self, options, module, batch, callbacks=()):
         self.turns, self.error = Turns(batch), None
-        self.thread = threading.Thread(target=self._run, args=(options, module), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(options, module, [*callbacks]), daemon=True)
         self.thread.start()
         self._wait()
 
-    def _run(self, options, module):
+    def _run(self, options, module, callbacks):
         try:
-            make_trainer(options, max_epochs=1).fit(module, self.turns)
+            make_trainer(options, max_epochs=1, callbacks=callbacks).fit(module, self.turns)
         except BaseException as error:
             self.error = error
         self.turns.done.release()
@@ -354,15 +366,9 @@ def passes_and_memory(options, make, batch):
     return {"forwards": counts.forwards / steps, "backwards": counts.backwards / steps, "peak": peak, "weights": size}
 
 
-def measure(options, norm):
-    """Return a row of results for every contender."""
-    batch, rows = make_batch(options), contenders(options, norm)
-    results = [{"name": name, "norm": norm, "floor": floor} for name, floor, _ in rows]
-    if not options.no_memory:
-        for result, (_, _, make) in zip(results, rows, strict=True):
-            result |= passes_and_memory(options, make, batch)
-    racing = [Contender(options, make(), batch) for _, _, make in rows]
-    seconds = [[0.0] * len(racing) for _ in range(options.warm_up + options.rounds)]
+def race(racing, rounds):
+    """Let the contenders make one step in each round, in random order, and end. Return the seconds by round."""
+    seconds = [[0.0] * len(racing) for _ in range(rounds)]
     shuffle = random.Random(0).shuffle
     for round_seconds in seconds:
         order = list(range(len(racing)))
@@ -371,7 +377,42 @@ def measure(options, norm):
             round_seconds[number] = racing[number].step()
     for contender in racing:
         contender.end()
-    seconds = seconds[options.warm_up :]
+    return seconds
+
+
+def measure_late(options, norm):
+    """Return rows of results of whole trainings: plain ones, SAM, and SAM in the last fifth."""
+    batch, net = make_batch(options), partial(make_network, options, norm)
+    makers = {
+        (PLAIN, 1.0): lambda: Plain(net()),
+        (f"{PLAIN} again", 1.0): lambda: Plain(net()),
+        ("SAM", 2.0): lambda: Ours(net(), SAM()),
+        ("SAM in the last fifth", 1.2): lambda: Ours(net(), Staged([ERM(), SAM()])),
+    }
+    means = []
+    for number in range(1 + options.rounds):
+        switch = StageSwitch(step=options.warm_up + LATE_STEPS * 4 // 5)
+        callbacks = [[], [], [], [switch]]
+        racing = [Contender(options, make(), batch, c) for make, c in zip(makers.values(), callbacks, strict=True)]
+        seconds = race(racing, options.warm_up + LATE_STEPS)[options.warm_up :]
+        # The first training is a warm-up, too.
+        means += [[statistics.mean(steps) for steps in zip(*seconds, strict=True)]] if number else []
+    units = [statistics.mean(of_training[:2]) for of_training in means]
+    return [
+        {"name": name, "norm": norm, "floor": floor, **compare([times[place] for times in means], units)}
+        for place, (name, floor) in enumerate(makers)
+    ]
+
+
+def measure(options, norm):
+    """Return a row of results for every contender."""
+    batch, rows = make_batch(options), contenders(options, norm)
+    results = [{"name": name, "norm": norm, "floor": floor} for name, floor, _ in rows]
+    if not options.no_memory:
+        for result, (_, _, make) in zip(results, rows, strict=True):
+            result |= passes_and_memory(options, make, batch)
+    racing = [Contender(options, make(), batch) for _, _, make in rows]
+    seconds = race(racing, options.warm_up + options.rounds)[options.warm_up :]
     units = [statistics.mean(round_seconds[:2]) for round_seconds in seconds]
     for number, result in enumerate(results):
         times = [round_seconds[number] for round_seconds in seconds]
@@ -482,6 +523,7 @@ def parse_arguments():
     parser.add_argument("--no-memory", action="store_true", help="leave out the counts of passes and the memory")
     parser.add_argument("--scaling", action="store_true", help="measure a small network over several settings")
     parser.add_argument("--host", action="store_true", help="measure the time of the host, with " + str(HOST))
+    parser.add_argument("--late", action="store_true", help=f"measure trainings of {LATE_STEPS} steps, each a round")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.set_defaults(**(HOST if "--host" in sys.argv else {}))
     options = parser.parse_args()
@@ -527,13 +569,13 @@ def main():
     if options.scaling:
         results = scaling(options)
     else:
-        options.peers = peers()
+        options.peers = [] if options.late else peers()
         norms = ["group", "batch"] if options.norm == "both" else [options.norm]
         if options.network == "vit_b_16":
             norms = ["group"]  # Its layer norm does not mix samples, like group norm.
         results = []
         for norm in norms:
-            rows = measure(options, norm)
+            rows = measure_late(options, norm) if options.late else measure(options, norm)
             print_table(rows)
             results += rows
     if options.json:

@@ -15,7 +15,7 @@ from lightning_ssesam.ascent import (
     Radius,
     Scale,
 )
-from lightning_ssesam.callbacks import CurvatureMonitor, DeferredReweighting, StageSwitch
+from lightning_ssesam.callbacks import CurvatureMonitor, DeferredReweighting, RadiusSchedule, StageSwitch
 from lightning_ssesam.class_objectives import CCSAM, FocalSAM
 from lightning_ssesam.data import DigitsLT
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
@@ -23,6 +23,7 @@ from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective, Term
 from lightning_ssesam.split import ClassSplit
+from lightning_ssesam.staged import Staged
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.variants import (
     ASAM,
@@ -69,10 +70,12 @@ __all__ = [
     "Objective",
     "PACBayesRadius",
     "Radius",
+    "RadiusSchedule",
     "RandomSAM",
     "Scale",
     "SharpnessAwareMixin",
     "StageSwitch",
+    "Staged",
     "StepOptions",
     "Term",
 ]

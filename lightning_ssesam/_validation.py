@@ -1,14 +1,16 @@
 """Checks of arguments, and the one form of their error messages."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from lightning_ssesam.errors import ArgumentError
 
 Choice = TypeVar("Choice", bound=str)
+Number = TypeVar("Number", int, float)
 
 
 def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | None = None) -> ArgumentError:
@@ -35,6 +37,7 @@ def _check_real(expected: str, is_valid: Callable[[float], bool], name: str, val
 check_radius = partial(_check_real, "a finite number >= 0", lambda x: 0 <= x < math.inf)
 check_positive = partial(_check_real, "a finite number > 0", lambda x: 0 < x < math.inf)
 check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
+check_share = partial(_check_real, "a number in [0, 1]", lambda x: 0 <= x <= 1)
 check_below_one = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1)
 check_beta = partial(check_below_one, "beta")
 
@@ -65,3 +68,22 @@ def check_choice(name: str, value: Choice, choices: Collection[str]) -> Choice:
     if not isinstance(value, str) or value not in choices:
         raise bad_argument(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
     return value
+
+
+def check_increasing(name: str, values: Any, check: Callable[[str, Any], Number], expected: str) -> list[Number]:
+    """Return ``values`` as a list if they are a strictly increasing sequence of what ``check`` takes, at least one.
+
+    Args:
+        name: Name of the argument.
+        values: The values.
+        check: Returns a value that is valid, or raises ``ArgumentError``.
+        expected: What the values must be, in the plural, for the message.
+    """
+    try:
+        if isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0:
+            checked = [check(name, value) for value in values]
+            if all(low < high for low, high in pairwise(checked)):
+                return checked
+    except ArgumentError:
+        pass
+    raise bad_argument(name, f"a strictly increasing list of {expected}", values)

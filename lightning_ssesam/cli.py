@@ -168,12 +168,16 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
     """
     from lightning_ssesam.experiments.command_parser import instantiate
     from lightning_ssesam.experiments.lifetimes import ended_in_order
+    from lightning_ssesam.experiments.training_options import value_of
     from lightning_ssesam.experiments.trust import check_functions
 
     parser = _function_parser(function, name, **defaults)
     options = _with_methods_of_file(options)
     parser.set_defaults(dict.fromkeys(_names_given(options) & {"data", "backbone", "optimizer"}))
     chosen = parser.parse_args(options)
+    if isinstance(chosen.methods, str) and isinstance(given := value_of(chosen.methods), dict):
+        # As a text it would pass, and what is wrong with it would not be said.
+        parser.parse_object({"methods": given})
     check_functions(chosen.as_dict())
     arguments = {**vars(instantiate(parser, chosen)), "config": parser.dump(chosen)}
     with ended_in_order():

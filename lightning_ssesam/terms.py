@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam._validation import bad_argument, check_integer, check_radius
 from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import IGNORE_INDEX, at_least_one, find_ignored
@@ -81,6 +82,9 @@ class Objective(ABC):
     ignore_index: int = IGNORE_INDEX
     """Target that does not count. :meth:`find_ignored` finds its positions."""
 
+    radius_names: tuple[str, ...] = ("rho", "head_rho", "tail_rho")
+    """Names of the attributes that are radii. An objective has those of them that exist."""
+
     ascent: Ascent = PLAIN
     """The ascent that the objective was built with. :meth:`make_ascent` returns the one that its terms have."""
 
@@ -133,6 +137,27 @@ class Objective(ABC):
     def _check_split(self, split: ClassSplit) -> None:
         """Raise ``ArgumentError`` if the objective cannot use ``split``. By default it can use any."""
         return
+
+    @property
+    def radius_values(self) -> dict[str, float]:
+        """The radii by name: the attributes among :attr:`radius_names` that are numbers."""
+        found = {name: getattr(self, name, None) for name in self.radius_names}
+        return {name: float(value) for name, value in found.items() if isinstance(value, Real)}
+
+    def set_radius(self, name: str, value: float) -> None:
+        """Set a radius, from the next step on.
+
+        Args:
+            name: Name of a radius that the objective has, such as ``"rho"``.
+            value: Radius, a finite number >= 0.
+
+        Raises:
+            ArgumentError: If the objective has no such radius, or the value is out of range.
+        """
+        if name not in self.radius_values:
+            expected = f"a radius of {type(self).__name__} ({', '.join(self.radius_values) or 'it has none'})"
+            raise bad_argument("name", expected, name)
+        setattr(self, name, check_radius(name, value))
 
     def check_ready(self) -> None:
         """Raise ``RuntimeError`` if :meth:`terms` needs a split and there is none yet."""

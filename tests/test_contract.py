@@ -27,6 +27,7 @@ from lightning_ssesam import (
     DeferredReweighting,
     DigitsLT,
     LongTailClassifier,
+    RadiusSchedule,
     StageSwitch,
     StepOptions,
 )
@@ -103,7 +104,8 @@ def test_callback_states_and_logged_names():
         ),
     )
     monitor = CurvatureMonitor(every_n_epochs=2, samples=2, max_iterations=2)
-    callbacks = [StageSwitch(at=0.5), DeferredReweighting(at=0.5), monitor, ModelCheckpoint(save_last=True)]
+    switches = [StageSwitch(at=0.5), DeferredReweighting(at=0.5), RadiusSchedule("tail_rho", 0.1, 0.2)]
+    callbacks = [*switches, monitor, ModelCheckpoint(save_last=True)]
     run = trainer(max_epochs=2, limit_train_batches=2, callbacks=callbacks, enable_checkpointing=True)
     logged = set()
     for name in ("fit", "validate", "test"):

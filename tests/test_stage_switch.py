@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ssesam import SAM, SSESAM, StageSwitch
+from lightning_ssesam import ERM, SAM, SSESAM, Staged, StageSwitch
 from lightning_ssesam.callbacks import DeferredReweighting, Switch
 
 pytestmark = STRICT
@@ -249,8 +249,221 @@ def test_module_without_objective():
         ({"step": True}, "`step` to be an integer >= 1, but got True"),
         ({"at": 0.5, "epoch": 3}, "at most one of the arguments `at`, `epoch` and `step`, but got at=0.5, epoch=3"),
         ({"epoch": 3, "step": 3}, "at most one of the arguments"),
+        ({"at": []}, r"`at` to be a strictly increasing list of numbers strictly between 0 and 1, but got \[\]"),
+        ({"at": [0.8, 0.5]}, r"`at` to be a strictly increasing list of numbers .*, but got \[0.8, 0.5\]"),
+        ({"at": [0.5, 0.5]}, r"`at` to be a strictly increasing list"),
+        ({"at": [0.5, 1]}, r"`at` to be a strictly increasing list"),
+        ({"at": [0.5, None]}, r"`at` to be a strictly increasing list"),
+        ({"at": {0.5: 0.8}}, "`at` to be a number strictly between 0 and 1"),
+        ({"epoch": [2, 1]}, r"`epoch` to be a strictly increasing list of integers >= 1, but got \[2, 1\]"),
+        ({"epoch": (0, 1)}, r"`epoch` to be a strictly increasing list of integers >= 1, but got \(0, 1\)"),
+        ({"step": [3, 7.5]}, r"`step` to be a strictly increasing list of integers >= 1, but got \[3, 7.5\]"),
+        ({"epoch": [1, 2], "step": [3, 4]}, "at most one of the arguments"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         StageSwitch(**arguments)
+
+
+# Several points.
+
+
+class Three(ERM):
+    """An objective of somebody's own with three stages."""
+
+    num_stages = 3
+
+
+def three():
+    return Staged([ERM(), SSESAM(SPLIT)])
+
+
+@pytest.mark.parametrize("objective", [three, Three])
+@pytest.mark.parametrize(
+    ("switch", "options", "expected"),
+    [
+        ({"at": [0.5, 0.8]}, {"max_epochs": 2}, [1] * 5 + [2] * 3 + [3] * 2),
+        ({"at": (0.3, 0.55)}, {"max_epochs": 2}, [1] * 3 + [2] * 3 + [3] * 4),
+        ({"epoch": [1, 2]}, {"max_epochs": 3}, [1] * 5 + [2] * 5 + [3] * 5),
+        ({"step": [2, 3]}, {"max_epochs": 1}, [1] * 2 + [2] + [3] * 2),
+        # Both points are one step.
+        ({"at": [0.5, 0.51]}, {"max_epochs": 1}, [1] * 3 + [3] * 2),
+        ({"at": [0.1, 0.2, 0.3][:2]}, {"max_steps": 3}, [1] + [3] * 2),
+        ({"at": [0.2, 0.9]}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [1] * 4 + [2] * 6),
+    ],
+)
+def test_switches_at_several_points(objective, switch, options, expected):
+    model = Stages(objective())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The training ended at step")
+        fit(model, batches(), callbacks=[StageSwitch(**switch)], **options)
+    assert model.seen == expected
+
+
+def test_each_switch_is_announced_and_logged(tmp_path, caplog):
+    logger, switch = CSVLogger(tmp_path), StageSwitch(at=[0.2, 0.4])
+    with caplog.at_level("INFO"):
+        fit(Stages(three()), batches(), logger=logger, log_every_n_steps=1, callbacks=[switch])
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        assert [float(row["stage"]) for row in csv.DictReader(file)] == [1, 2, 3, 3, 3]
+    said = [record.getMessage() for record in caplog.records if "StageSwitch" in record.getMessage()]
+    assert said == ["StageSwitch: stage 2 from step 1 (epoch 0).", "StageSwitch: stage 3 from step 2 (epoch 0)."]
+    assert switch.state_dict() == {"switched_at": [1, 2]}
+    assert (switch.at, switch.num_points, switch.num_switched) == ([0.2, 0.4], 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("points", "missed"),
+    [
+        ({"step": [2, 9]}, "stage 3, which StageSwitch had set for step 9"),
+        ({"step": [8, 9]}, "stage 2 and stage 3, which StageSwitch had set for step 8 and step 9"),
+        ({"epoch": [1, 4]}, "stage 2 and stage 3, which StageSwitch had set for epoch 1 and epoch 4"),
+        ({"at": [0.5, 0.99]}, "stage 3, which StageSwitch had set for step 5"),
+    ],
+)
+def test_names_the_stages_that_were_missed(points, missed):
+    with pytest.warns(UserWarning, match=f"The training ended at step 5 without {missed}"):
+        fit(Stages(three()), batches(), callbacks=[StageSwitch(**points)])
+
+
+@pytest.mark.parametrize(
+    ("objective", "switch", "message"),
+    [
+        (
+            three,
+            {},
+            r"StageSwitch\(at=0.7\) has 1 point, but Staged has 3 stages and needs 2 points, such as"
+            r" StageSwitch\(at=\[0.33, 0.67\]\)",
+        ),
+        (Three, {"step": 4}, r"StageSwitch\(step=4\) has 1 point, but Three has 3 stages and needs 2 points"),
+        (three, {"epoch": [1, 2, 3]}, r"has 3 points, but Staged has 3 stages and needs 2 points"),
+        (
+            lambda: SSESAM(SPLIT),
+            {"at": [0.5, 0.8]},
+            r"StageSwitch\(at=\[0.5, 0.8\]\) has 2 points, but SSESAM has 2"
+            r" stages and needs 1 point, such as StageSwitch\(at=0.7\)",
+        ),
+    ],
+)
+def test_number_of_points_fits_the_stages(objective, switch, message):
+    model = Stages(objective())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(model, batches(), callbacks=[StageSwitch(**switch)])
+    assert_same_bits(model.parameters(), before)
+
+
+def test_one_point_in_a_list_and_a_single_stage():
+    model = Stages()
+    switch = StageSwitch(at=[0.6])
+    fit(model, batches(), callbacks=[switch])
+    assert model.seen == stages(3, 2)
+    assert switch.state_dict() == {"switched_at": 3}
+    with pytest.warns(UserWarning, match="no effect: Staged has a single stage"):
+        fit(Stages(Staged([ERM()])), batches(), callbacks=[StageSwitch(at=[0.5, 0.8])])
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 7])
+@pytest.mark.parametrize("switch", [{"at": [0.2, 0.4]}, {"epoch": [1, 2]}])
+def test_resume_between_several_switches(switch, stop_at, tmp_path):
+    whole = Stages(three())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The training ended at step")
+        fit(whole, batches(), max_epochs=2, callbacks=[StageSwitch(**switch)])
+        every_step = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1, enable_version_counter=False)
+        callbacks = [StageSwitch(**switch), every_step, KillAt(stop_at)]
+        with pytest.raises(Killed):
+            fit(Stages(three()), batches(), max_epochs=2, callbacks=callbacks, enable_checkpointing=True)
+        resumed = Stages(three())
+        fit(resumed, batches(), max_epochs=2, callbacks=[StageSwitch(**switch)], ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.seen == whole.seen[stop_at:]
+
+
+def test_a_longer_run_stays_in_its_stage_and_finds_the_later_points_anew(tmp_path):
+    switch, stopped = StageSwitch(at=[0.2, 0.8]), Stages(three())
+    with pytest.warns(UserWarning, match="without stage 3"):
+        run = fit(stopped, batches(), max_epochs=2, callbacks=[switch, Stop(7)])
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["StageSwitch"] == {"switched_at": [2]}
+    resumed = Stages(three())
+    fit(resumed, batches(), max_epochs=8, callbacks=[StageSwitch(at=[0.2, 0.8])], ckpt_path=tmp_path / "end.ckpt")
+    # The second point is step 32 of 40 now, and the first one would be step 8. The epoch that was stopped is over.
+    assert resumed.seen == [2] * (32 - 7) + [3] * 5
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    ("saved", "points", "made", "kept"),
+    [
+        (-1, 0.5, 0, -1),
+        (7, 0.5, 1, 7),
+        (-1, [0.5, 0.8], 0, []),
+        (7, [0.5, 0.8], 1, [7]),
+        ([], [0.5, 0.8], 0, []),
+        ([3, 7], [0.5, 0.8], 2, [3, 7]),
+        ([3, 7], 0.5, 1, 3),
+        ([], 0.5, 0, -1),
+    ],
+)
+def test_state_of_another_number_of_points(saved, points, made, kept):
+    switch = StageSwitch(at=points)
+    switch.load_state_dict({"switched_at": saved})
+    assert (switch.num_switched, switch.state_dict()) == (made, {"switched_at": kept})
+    for kind in (DeferredReweighting, StageSwitch):
+        assert kind(epoch=3).state_dict() == {"switched_at": -1}
+
+
+def test_one_switch_with_several_points_serves_several_runs():
+    switch, objective = StageSwitch(at=[0.2, 0.6]), three()
+    models = [Stages(objective) for _ in range(2)]
+    for model, epochs in zip(models, (2, 1), strict=True):
+        fit(model, batches(), max_epochs=epochs, callbacks=[switch])
+    assert [model.seen for model in models] == [[1] * 2 + [2] * 4 + [3] * 4, [1] + [2] * 2 + [3] * 2]
+
+
+def test_own_policy_with_several_points():
+    class Policy(StageSwitch):
+        def should_switch(self, step_idx, epoch_idx):
+            return step_idx >= (1, 4)[self.num_switched]
+
+    model = Stages(three())
+    fit(model, batches(), callbacks=[Policy(step=[1, 4])])
+    assert model.seen == [1, 2, 2, 2, 3]
+
+
+def test_own_switch_with_several_points():
+    class Widths(Switch):
+        takes_several = True
+
+        def apply(self, pl_module, switched):
+            pl_module.width = self.num_switched if switched else 0
+
+    class Widening(Model):
+        def training_step(self, batch, batch_idx):
+            self.seen = [*getattr(self, "seen", []), self.width]
+            return super().training_step(batch, batch_idx)
+
+    model = Widening()
+    fit(model, batches(), callbacks=[Widths(step=[1, 2])])
+    assert model.seen == [0, 1, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"`at` to be a number strictly between 0 and 1, but got \[0.5, 0.8\]"):
+        DeferredReweighting(at=[0.5, 0.8])
+    with pytest.raises(ValueError, match=r"`epoch` to be an integer >= 1, but got \[1, 2\]"):
+        DeferredReweighting(epoch=[1, 2])
+
+
+def test_late_start_without_a_wrong_message(caplog):
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.filterwarnings("error", message=".*(stage|StageSwitch).*")
+        model = Stages(Staged([ERM(), SAM(0.1)]))
+        fit(model, batches(), max_epochs=2, callbacks=[StageSwitch(at=0.8)])
+    assert model.seen == stages(8, 2)
+    assert not [record for record in caplog.records if "stage" in record.getMessage().lower()]

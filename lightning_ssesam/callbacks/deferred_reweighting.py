@@ -8,7 +8,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ssesam._validation import check_beta
-from lightning_ssesam.callbacks.switch import Switch, unfit
+from lightning_ssesam.callbacks.needs import unfit
+from lightning_ssesam.callbacks.switch import Switch
 from lightning_ssesam.losses import class_balanced_weights
 from lightning_ssesam.split import ClassSplit
 

@@ -11,9 +11,7 @@ from lightning_ssesam.callbacks import DeferredReweighting, StageSwitch
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.methods import RADII, WithSampler
-from lightning_ssesam.objectives import Objective
-
-_ARGUMENTS = ("rho", "head_rho", "tail_rho")
+from lightning_ssesam.experiments.switches import fixed_radii
 
 
 class Choice(NamedTuple):
@@ -36,12 +34,6 @@ class Choice(NamedTuple):
         default = "the published value" if self.name == "gamma" else "chosen on 8x8 digits"
         texts = {"searched": "searched on validation data", "default": f"a default, {default}", "given": "given"}
         return f"{self.name} = {self.value:.4g} ({texts[self.origin]})"
-
-
-def radii_of(objective: Objective) -> dict[str, float]:
-    """Return the radii of an objective: its attributes among ``rho``, ``head_rho`` and ``tail_rho``."""
-    found = {name: getattr(objective, name, None) for name in _ARGUMENTS}
-    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def find_choices(
@@ -87,13 +79,21 @@ def _values_of(experiment: Experiment, options: Mapping[str, float], is_shipped:
     if is_shipped:
         values = {option: options[option] for option in RADII[experiment.method]}
     else:
-        values = {f"{experiment.method}.{name}": radius for name, radius in radii_of(objective).items()}
+        radii = fixed_radii(objective, experiment.callbacks)
+        values = {f"{experiment.method}.{name}": radius for name, radius in radii.items()}
     if experiment.is_switched_at_gamma(objective):
         values["gamma"] = options["gamma"]
     elif objective.num_stages > 1:
-        shares = [callback.at for callback in experiment.callbacks if isinstance(callback, StageSwitch)]
-        values |= {f"{experiment.method}.gamma": share for share in shares if share is not None}
+        for callback in experiment.callbacks:
+            values |= _shares_of(experiment.method, callback.at) if isinstance(callback, StageSwitch) else {}
     return values
+
+
+def _shares_of(method: str, at: float | Sequence[float] | None) -> dict[str, float]:
+    """Return the shares of the training after which a StageSwitch switches a method, by name."""
+    if isinstance(at, Sequence):
+        return {f"{method}.gamma_{number}": share for number, share in enumerate(at, 1)}
+    return {} if at is None else {f"{method}.gamma": at}
 
 
 def learning_rate(experiment: Experiment) -> Any:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.class_names import known_classes
 from lightning_ssesam.experiments.completion import options_in
-from lightning_ssesam.experiments.parser_messages import cut, shorten
+from lightning_ssesam.experiments.parser_messages import cut, reason_in_unions, shorten
 from lightning_ssesam.experiments.refusals import place_in_user_code, refuse
 
 _MOST_NODES = 100_000
@@ -63,7 +63,13 @@ def link_data_to_model(parser: LightningArgumentParser) -> None:
 def instantiate(parser: ArgumentParser, chosen: Namespace) -> Namespace:
     """Return the objects that the options of a parser describe."""
     # Newer versions of jsonargparse warn about the name `instantiate_classes`, older ones have no other.
-    made: Namespace = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(chosen)
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    try:
+        made: Namespace = make(chosen)
+    except ValueError as error:
+        if reason := reason_in_unions(str(error)):
+            raise ArgumentError(reason) from error
+        raise
     return made
 
 
@@ -101,6 +107,9 @@ class CommandParser(LightningArgumentParser):
         except ArgumentError:
             raise
         except Exception as error:
+            if isinstance(error, argparse.ArgumentError) and not self.exit_on_error:
+                # It is the parser of a class within a class. The parser above says which option it is about.
+                raise
             refuse(_not_imported(error, given))
 
 

@@ -20,6 +20,7 @@ from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.fingerprint import (
     callback_settings,
@@ -40,6 +41,7 @@ from lightning_ssesam.experiments.recorder import (
 )
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 from lightning_ssesam.experiments.sources import sources_of
+from lightning_ssesam.experiments.switches import needs_switch, problem_of
 from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
@@ -55,7 +57,7 @@ class Experiment(Recipe):
         method: Name of the method.
         objective: Makes the objective, without a split.
         callbacks: Callbacks, copied for every run.
-        gamma: Fraction of the training after which an objective with stages is switched, in (0, 1).
+        gamma: Fraction of the training after which an objective with two stages is switched, in (0, 1).
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
     """
 
@@ -96,7 +98,7 @@ class Experiment(Recipe):
             return self.make_model(data).split
 
     def make_callbacks(self, model: LongTailClassifier) -> list[Callback]:
-        """Return the callbacks of one run. An objective with stages gets a :class:`StageSwitch`."""
+        """Return the callbacks of one run. An objective with two stages gets a :class:`StageSwitch`."""
         callbacks = [copy.deepcopy(callback) for callback in self.callbacks]
         if self.is_switched_at_gamma(model.objective):
             callbacks.append(StageSwitch(at=self.gamma))
@@ -104,7 +106,7 @@ class Experiment(Recipe):
 
     def is_switched_at_gamma(self, objective: Objective) -> bool:
         """Return whether stage 2 begins at ``gamma``, because no :class:`StageSwitch` is among the callbacks."""
-        return objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in self.callbacks)
+        return needs_switch(objective, self.callbacks)
 
     def make_trainer(self, callbacks: list[Callback], device: int | None = None) -> pl.Trainer:
         """Return a Trainer without output, on one device: on GPU number ``device`` if it is given."""
@@ -130,6 +132,8 @@ class Experiment(Recipe):
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
+        if problem := problem_of(model.objective, self.callbacks):
+            raise ArgumentError(f"The method {self.method!r} cannot be trained. {problem}")
         self.optimizer(model.parameters())
         return model
 

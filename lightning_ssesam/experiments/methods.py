@@ -50,7 +50,8 @@ class Method:
         optimizer: Optimizer by class path, with its arguments.
         data: Data module by class path, with its arguments. Class counts must be equal.
         sampler: Sampler by class path, such as ClassBalancedSampler; replaces that of the data module.
-        callbacks: Further callbacks. An objective with stages gets StageSwitch(at=gamma) if none is among them.
+        callbacks: Further callbacks. An objective with two stages gets StageSwitch(at=gamma) if none is
+            among them; one with more needs a StageSwitch.
         model: Further arguments of LongTailClassifier, such as step_options.
     """
 

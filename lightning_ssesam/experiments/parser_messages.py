@@ -18,6 +18,15 @@ _IMPORT = re.compile(r"No module named '[^']+'|module '[^']+' has no attribute '
 _WRONG_KIND = re.compile(
     r"Expected '[^']+' to be [^\n]*?(?=\.+(?:\s|$))|[^\n.]*does not correspond to a subclass of \S+"
 )
+_WRONG_BASE = re.compile(r"Import path does not correspond to a subclass of (\w+)")
+_NO_CLASS = ("dot import path", "Not a valid subclass", "Unexpected import path")
+_PATH = re.compile(r"dot import path string: (.*)")
+# The class that the rest of the message is about.
+_OWNER = re.compile(
+    r"given class_path '([^']+)':\s+(?:Option '[\w.]+' is not accepted|the following arguments are required)"
+)
+_PARTS = re.compile(r"Subtypes: \[<class 'lightning_ssesam\.[\w.]*?(\w+)'>, <class 'NoneType'>\]")
+_REASON = re.compile(r"^( *)- (?!Expected an? <|Does not validate|Problem with)(.+)$", re.MULTILINE)
 _TYPE = re.compile(
     r"Expected (?:an? )?(<class '[^']+'>|typing\.\w+\[[^\n]*?\](?=\. |\.?$)|tuple with \d+ elements)", re.MULTILINE
 )
@@ -48,6 +57,12 @@ def shorten(message: str, options: Collection[str]) -> str:
     return f"`--{option}`: {rest}" if option else rest
 
 
+def reason_in_unions(message: str) -> str:
+    """Return what a class says about its arguments, from a message that lists several types; else an empty text."""
+    reasons = _REASON.findall(message) if message.startswith("Does not validate against any of the Union") else []
+    return max(reasons, key=lambda found: len(found[0]), default=("", ""))[1]
+
+
 def cut(text: str, length: int = _SHOWN) -> str:
     """Return a text with at most so many characters. Dots mark what is missing."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
@@ -73,21 +88,24 @@ def _missing(names: list[str]) -> str:
 def _bad_class(message: str, option: str) -> str | None:
     """Return the line for a class that cannot be used, or for arguments of a class. None for other messages."""
     outer = _KEY.findall(message)[0]
-    classes = _CLASS.findall(message)
+    classes = [*_CLASS.findall(message), *_OWNER.findall(message)]
     value = cut(_value_of(message) or "")
-    if "dot import path" in message and takes_class(option):
-        names = known_classes(option)
-        known = f"one of {', '.join(names)}, or " if 0 < len(names) < 8 else ""
-        guess = guess_class(option, value)
-        return f"Expected `--{option}` to be {known}the path of a class, but got {value!r}.{guess}"
+    if takes_class(option) and any(text in message for text in _NO_CLASS):
+        value = cut([value, *_PATH.findall(message)][-1])
+        return f"Expected `--{option}` to be {_known(option)}the path of a class, but got {value!r}." + (
+            guess_class(option, value)
+        )
+    if found := _WRONG_BASE.search(message):
+        return f"Expected `--{option}` to be {_known(option)}the path of a {found[1]}, but got {value!r}."
     if found := _IMPORT.search(message):
         path = value or classes[-1]
-        return f"Expected `--{option}` to be a class that can be imported, but got {path!r}: {cut(found[0])}." + (
+        kind = "a class" if takes_class(option) else "a class or a function"
+        return f"Expected `--{option}` to be {kind} that can be imported, but got {path!r}: {cut(found[0])}." + (
             guess_class(option, path)
         )
     if "Unexpected import object" in message:
         return f"Expected `--{option}` to be a class or a function, but got {value!r}."
-    if found := _WRONG_KIND.search(message):
+    if not (owned := _OWNER.search(message)) and (found := _WRONG_KIND.search(message)):
         return f"`--{option}`: {cut(_plain(found[0]))}."
     if "fail_untyped" in message:
         return f"`--{option}`: {cut(_plain(message.splitlines()[-1].rpartition('. ')[2]))} Give it a type in the code."
@@ -96,8 +114,16 @@ def _bad_class(message: str, option: str) -> str | None:
         return f"{name} has no argument `--{option}.{found[1]}`." + _guess_argument(option, classes[-1], found[1])
     if (found := _MISSING.search(message)) and name:
         needed = " and ".join(f"`--{option}.{argument}`" for argument in found[1].split(", "))
-        return f"`--{outer} {name}` needs {needed}."
+        return f"`--{option if owned else outer} {name}` needs {needed}."
     return None
+
+
+def _known(option: str) -> str:
+    """Return the names of the classes that an option takes, if they are few, as the beginning of a list."""
+    names = known_classes(option)
+    if len(names) == 1:
+        return f"{names[0]} or "
+    return f"one of {', '.join(names)}, or " if 0 < len(names) < 8 else ""
 
 
 def _bad_value(innermost: str, option: str) -> str | None:
@@ -107,6 +133,10 @@ def _bad_value(innermost: str, option: str) -> str | None:
     types = list(dict.fromkeys(map(_plain, kinds)))
     if not types:
         return None
+    if any(text in innermost for text in ("expects a function", "dot import path", "Unexpected import path")):
+        types.append("the path of a function")
+    if types[0] == "null" and (found := _PARTS.search(innermost)):
+        types = [f"arguments of {found[1]}", "null"]
     # What stands for "not given" is named last.
     types.sort(key=lambda kind: kind == "null")
     value = _value_of(innermost)

@@ -15,12 +15,13 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_fraction, check_positive
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
-from lightning_ssesam.experiments.choices import learning_rate, radii_of
+from lightning_ssesam.experiments.choices import learning_rate
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.methods import RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress
+from lightning_ssesam.experiments.switches import fixed_radii, needs_switch
 from lightning_ssesam.trainer_calls import of_first_loader
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Candidate:
         """Raise ``ArgumentError`` if the objective or the optimizer does not take the values."""
         experiment = self.experiment(recipe, self.lowest)
         try:
-            found = radii_of(experiment.objective())
+            found = experiment.objective().radius_values
             reason = ""
         except TypeError as error:
             found, reason = {}, f" ({error})"
@@ -107,10 +108,11 @@ def find_candidates(methods: Mapping[str, Method], bounds: Bounds, is_shipped: b
     candidates = []
     for name, method in methods.items():
         objective = method.objective()
-        radii = RADII[name] if is_shipped else {radius: radius for radius in radii_of(objective)}
         shared = bounds | {"rho": bounds["imbsam_rho" if objective.needs_split else "sam_rho"]}
+        own = fixed_radii(objective, method.callbacks).keys() & shared.keys()
+        radii = RADII[name] if is_shipped else {radius: radius for radius in objective.radius_names if radius in own}
         limits = {radius: shared[radius] for radius in radii}
-        if objective.num_stages > 1 and not any(isinstance(callback, StageSwitch) for callback in method.callbacks):
+        if needs_switch(objective, method.callbacks):
             limits["gamma"] = bounds["gamma"]
         if "lr" in bounds:
             limits["lr"] = bounds["lr"]

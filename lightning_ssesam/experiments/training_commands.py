@@ -19,11 +19,13 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.command_parser import CommandParser, link_data_to_model
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
 from lightning_ssesam.experiments.network_check import check_network
 from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
+from lightning_ssesam.experiments.switches import needs_switch, problem_of
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,
     defaults,
@@ -140,12 +142,11 @@ class TrainingCLI(LightningCLI):
         options: Namespace = self.config_init[self.subcommand]["trainer"]
         given = options.get("callbacks") or []
         callbacks = [*given] if isinstance(given, list) else [given]
-        is_switched = any(isinstance(callback, StageSwitch) for callback in callbacks)
-        needs_switch = self.model.objective.num_stages > 1 and not is_switched
-        if needs_switch:
+        is_added = needs_switch(self.model.objective, callbacks)
+        if is_added:
             options["callbacks"] = [*callbacks, StageSwitch()]
         trainer = super().instantiate_trainer(**kwargs)
-        if needs_switch and self.subcommand == "fit":
+        if is_added and self.subcommand == "fit":
             # When a checkpoint has been loaded.
             callbacks_of(trainer).append(LambdaCallback(on_fit_start=_announce_switch))
         guard_loading(trainer, self._trust)
@@ -163,6 +164,8 @@ class TrainingCLI(LightningCLI):
 
     def _check_training(self) -> None:
         """Refuse what would fail within the training, where every error is taken for one of the user's code."""
+        if problem := problem_of(self.model.objective, callbacks_of(self.trainer)):
+            raise ArgumentError(f"`--trainer.callbacks`: {problem}")
         for name in ("check_val_every_n_epoch", "accumulate_grad_batches"):
             if (number := getattr(self.trainer, name)) is not None:
                 check_integer(name, number, minimum=1)

@@ -1,0 +1,116 @@
+"""Chooses the radii of the shipped configuration ``compare_family``, on validation data with seeds that it does not use.
+
+Run it from the root of the repository:
+
+    python benchmarks/tune_family.py
+    python benchmarks/tune_family.py SAM "late SAM"
+
+Every method gets the same budget: three values of one radius, with four seeds each. Its other arguments stay. Best means
+the highest validation accuracy over all classes after the last epoch. Plain training had its budget before: the learning
+rate of all methods is the best of four for plain training (``tune_digits.py``).
+"""
+
+import logging
+import statistics
+import sys
+import warnings
+from functools import partial
+
+import torch
+
+from lightning_ssesam import (
+    ASAM,
+    CCSAM,
+    ERM,
+    GSAM,
+    LESAM,
+    PGN,
+    SAM,
+    SSESAM,
+    WSAM,
+    Adaptive,
+    Ascent,
+    FocalSAM,
+    Friendly,
+    FriendlySAM,
+    ImbSAM,
+    MomentumSAM,
+    RandomSAM,
+    Staged,
+    StageSwitch,
+)
+from lightning_ssesam.experiments.methods import Method
+from lightning_ssesam.experiments.recipe import Recipe
+
+EPOCHS = 30
+SEEDS = range(100, 104)
+RADII = (0.02, 0.05, 0.1)
+LARGER = (0.05, 0.1, 0.2)
+
+
+def late_sam(rho):
+    """Return SAM that begins in stage 2."""
+    return Staged([ERM(), SAM(rho)])
+
+
+def late_friendly_ssesam(tail_rho):
+    """Return an adaptive, Friendly SSE-SAM that begins in stage 2."""
+    ascent = Ascent(direction=Friendly(), scale=Adaptive())
+    return Staged([ERM(), SSESAM(head_rho=tail_rho / 4, tail_rho=tail_rho, ascent=ascent)])
+
+
+FAMILY = {
+    "SAM": (SAM, "rho", RADII),
+    "late SAM": (late_sam, "rho", LARGER),
+    "ASAM": (ASAM, "rho", (0.2, 0.5, 1.0)),
+    "FriendlySAM": (FriendlySAM, "rho", RADII),
+    "GSAM": (GSAM, "rho", RADII),
+    "WSAM": (WSAM, "rho", RADII),
+    "PGN": (PGN, "rho", RADII),
+    "LESAM": (partial(LESAM, rho_max=0.2), "sigma", RADII),
+    "LookSAM": (SAM, "rho", RADII),
+    "FocalSAM": (FocalSAM, "rho", LARGER),
+    "CCSAM": (CCSAM, "radius", (0.002, 0.01, 0.05)),
+    "MomentumSAM": (MomentumSAM, "rho", (0.05, 0.15, 0.5)),
+    "RandomSAM": (RandomSAM, "rho", (0.3, 1.0, 3.0)),
+    "ImbSAM": (ImbSAM, "rho", LARGER),
+    "SSE-SAM": (SSESAM, "tail_rho", LARGER),
+    "late Friendly adaptive SSE-SAM": (late_friendly_ssesam, "tail_rho", (0.2, 0.5, 1.0)),
+}
+CALLBACKS = {
+    "late SAM": [StageSwitch(at=0.8)],
+    "late Friendly adaptive SSE-SAM": [StageSwitch(at=[0.5, 0.8])],
+}
+MODEL = {"LookSAM": {"step_options": {"interval": 5, "reuse": 0.7}}}
+
+
+def validate(name, objective, seed):
+    """Return the validation accuracies in % over all classes and over the tail, after the last epoch."""
+    recipe = Recipe(epochs=EPOCHS, trainer={"accelerator": "cpu", "check_val_every_n_epoch": EPOCHS})
+    method = Method(objective, callbacks=CALLBACKS.get(name, []), model=MODEL.get(name, {}))
+    trainer, _, _ = method.experiment(name, recipe, StageSwitch.default_at).fit(seed)
+    return [100 * trainer.callback_metrics[f"val/acc_{group}"].item() for group in ("all", "tail")]
+
+
+def main(names):
+    """Print the accuracies with each value, and the best value of each method."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in names or FAMILY:
+        factory, radius, values = FAMILY[name]
+        found = {}
+        for value in values:
+            accuracies, tails = zip(
+                *(validate(name, partial(factory, **{radius: value}), seed) for seed in SEEDS), strict=True
+            )
+            found[value] = statistics.mean(accuracies)
+            label = f"{name}, {radius} {value:g}"
+            spread = statistics.stdev(accuracies)
+            print(f"{label:50} {found[value]:5.1f} ± {spread:.1f}   tail {statistics.mean(tails):5.1f}", flush=True)
+        print(f"{name}: {radius} {max(found, key=found.get):g}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
