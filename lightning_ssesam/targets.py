@@ -82,7 +82,7 @@ def check_class_indices(targets: Tensor, num_classes: int, ignore_index: int = I
 
 
 def check_probabilities(probabilities: Tensor, ignored: Tensor | None) -> None:
-    """Raise ``ArgumentError`` if class probabilities on the CPU, ``(N, ..., C)``, are negative or do not add up to 1."""
+    """Raise ``ArgumentError`` if class probabilities ``(N, ..., C)`` on the CPU do not add up to 1 or are negative."""
     if probabilities.device.type != "cpu" or probabilities.numel() == 0:
         return
     # Probabilities in half precision add up to 1 within a hundredth.
