@@ -165,7 +165,7 @@ class Scale(_Part, ABC):
 
 @dataclass(frozen=True)
 class Adaptive(Scale):
-    r"""The size of the weights: :math:`T = |w| + \eta` (Kwon et al., "ASAM", ICML 2021, arXiv:2102.11600, eq. 3).
+    r"""The size of the weights: :math:`T = |w| + \eta` (Kwon et al., "ASAM", ICML 2021, arXiv:2102.11600).
 
     A parameter that is exactly 0 does not move if eta is 0.
 

@@ -41,9 +41,8 @@ def displace(ascent: Ascent, rho: float, weights: Weights, gradient: Gradients, 
     if any(d is not None for d in scaled):
         lengths = _lengths(ascent, rho, weights, scaled)
         moves = [d if t is None or d is None else t * d for t, d in zip(factors, scaled, strict=True)]
-        for p, move, length in zip(weights.values, moves, lengths, strict=True):
-            if move is not None:
-                p.add_((move * length).to(p.dtype))
+        moved = [(p, e * r) for p, e, r in zip(weights.values, moves, lengths, strict=True) if e is not None]
+        torch._foreach_add_([p for p, _ in moved], [e.to(p.dtype) for p, e in moved])
     return new_state
 
 

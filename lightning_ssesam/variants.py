@@ -20,7 +20,7 @@ from lightning_ssesam.terms import InnerProducts, Objective, Term, filled
 
 
 class ASAM(SAM):
-    r"""Adaptive SAM (Kwon et al., ICML 2021, arXiv:2102.11600, eq. 3 and algorithm 1).
+    r"""Adaptive SAM (Kwon et al., ICML 2021, arXiv:2102.11600, algorithm 1).
 
     Term :math:`(1/N, \rho)` with :math:`T = |w| + \eta` on weights, and 1 on biases. Two passes. The authors use rho
     0.5 on CIFAR-10 and 1.0 on CIFAR-100, with eta 0.01.
@@ -260,8 +260,8 @@ class RandomSAM(SAM):
     r"""A step in a random direction before the gradient is taken: :math:`w + \rho \, z / \|z\|`, z normal.
 
     Term :math:`(1/N, \rho)`. One pass, at the perturbed weights, as for :class:`MomentumSAM`. It is the control for the
-    others: what noise of the same length does. Gaussian neighborhood minimization (Li et al., "GNM-PT", NeurIPS 2024)
-    does not normalise: its radius is about :math:`\rho \sqrt P / 3` with P parameters.
+    others: what noise of the same length does. Gaussian neighborhood minimization (Li et al., NeurIPS 2024,
+    arXiv:2410.21042) does not normalise: its radius is about :math:`\rho \sqrt P / 3` with P parameters.
 
     Args:
         rho: Radius of the perturbation, a finite number >= 0.
