@@ -27,18 +27,18 @@ def bad_argument(name: str, expected: str, got: Any = None, *, got_text: str | N
     )
 
 
-def _check_real(expected: str, is_valid: Callable[[float], bool], name: str, value: Any) -> float:
+def check_real(expected: str, is_valid: Callable[[float], bool], name: str, value: Any) -> float:
     """Return ``value`` as a float if it is a valid number, else raise ``ArgumentError``."""
     if not isinstance(value, Real) or isinstance(value, bool) or not is_valid(float(value)):
         raise bad_argument(name, expected, value)
     return float(value)
 
 
-check_radius = partial(_check_real, "a finite number >= 0", lambda x: 0 <= x < math.inf)
-check_positive = partial(_check_real, "a finite number > 0", lambda x: 0 < x < math.inf)
-check_fraction = partial(_check_real, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
-check_share = partial(_check_real, "a number in [0, 1]", lambda x: 0 <= x <= 1)
-check_below_one = partial(_check_real, "a number in [0, 1)", lambda x: 0 <= x < 1)
+check_radius = partial(check_real, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+check_positive = partial(check_real, "a finite number > 0", lambda x: 0 < x < math.inf)
+check_fraction = partial(check_real, "a number strictly between 0 and 1", lambda x: 0 < x < 1)
+check_share = partial(check_real, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+check_below_one = partial(check_real, "a number in [0, 1)", lambda x: 0 <= x < 1)
 check_beta = partial(check_below_one, "beta")
 
 

@@ -24,7 +24,7 @@ _SMALL = 1e-8
 
 
 @torch.no_grad()
-def synchronized(parameters: list[Tensor], gradient: Gradients, synchronize: Callable[[], None] | None) -> Gradients:
+def synchronized(parameters: list[Tensor], synchronize: Callable[[], None] | None, gradient: Gradients) -> Gradients:
     """Return a gradient summed (or averaged) over the processes. Leaves ``.grad`` as it is."""
     if synchronize is None:
         return gradient
@@ -64,12 +64,22 @@ class AfterSum:
         return inner_products(self.parameters, first, second)
 
     @torch.no_grad()
-    def combine(self, function: Combine) -> None:
-        """Let a function make the gradient for the optimizer."""
+    def combine(self, function: Combine, factor: Tensor | float | None = None) -> None:
+        """Let a function make the gradient for the optimizer.
+
+        Args:
+            function: Gets both gradients, divided by the factor.
+            factor: Factor of the gradients; None for 1.
+        """
+        if factor is not None:
+            for tensor in (*self.clean, *self.gradient):
+                tensor.div_(factor)
         combined = function(self.clean, self.gradient, self.inner)
         for old, new in zip(self.gradient, combined, strict=True):
             if old is not new:
                 old.copy_(new)
+            if factor is not None:
+                old.mul_(factor)
 
     @torch.no_grad()
     def difference(self) -> list[Tensor]:

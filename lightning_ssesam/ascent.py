@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_below_one, check_choice, check_positive, check_radius
+from lightning_ssesam._validation import (
+    bad_argument,
+    check_below_one,
+    check_choice,
+    check_flag,
+    check_positive,
+    check_radius,
+    check_real,
+)
 from lightning_ssesam.tensors import Gradients
 from lightning_ssesam.weights import SELECTIONS, Weights
 
@@ -70,7 +78,8 @@ class Friendly(Direction):
     r"""The part of the gradient that is new: :math:`d = g - \sigma m`.
 
     m is the running mean of the gradients of the earlier steps, :math:`m \leftarrow \lambda m + (1 - \lambda) g`, and
-    begins with the first one (Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024, arXiv:2403.12350).
+    begins with the first one (Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024, arXiv:2403.12350). A
+    parameter that was frozen begins anew.
 
     Args:
         sigma: Share of the mean that is subtracted, a finite number >= 0.
@@ -88,15 +97,17 @@ class Friendly(Direction):
     @override
     def find(self, gradient: Gradients, weights: Weights, state: State) -> tuple[Gradients, State]:
         steps = state.get("steps", torch.zeros((), device=weights.device))
-        new_share = torch.where(steps == 0, 1.0, 1 - self.decay)
         direction: Gradients = []
         means = []
         for p, g, mean in zip(weights.values, gradient, state.get("mean", [None] * len(gradient)), strict=True):
             at_least_single = torch.promote_types(p.dtype, torch.float32)
             new = torch.zeros_like(p, dtype=at_least_single) if g is None else g.to(at_least_single)
-            old = torch.zeros_like(new) if mean is None else mean
-            direction.append(new - self.sigma * old)
-            means.append(old + new_share * (new - old))
+            if mean is None:
+                direction.append(new)
+                means.append(new.clone())
+            else:
+                direction.append(new - self.sigma * mean)
+                means.append(torch.where(steps == 0, new, mean + (1 - self.decay) * (new - mean)))
         return direction, {"mean": means, "steps": steps + 1}
 
 
@@ -124,7 +135,7 @@ class Noise(Direction):
     """Normally distributed noise, drawn anew in every step, so that the step makes one pass only.
 
     It has a generator of its own, so that the samples, their order and dropout are those of a training without it. The
-    seed is ``torch.initial_seed()`` at the first step, the same for all processes.
+    seed is ``torch.initial_seed()`` at the first step, the same for all processes. Each term draws noise of its own.
     """
 
     needs_gradient: ClassVar[bool] = False
@@ -132,11 +143,14 @@ class Noise(Direction):
     @override
     def find(self, gradient: Gradients, weights: Weights, state: State) -> tuple[Gradients, State]:
         seed, draws = state.get("seed", weights.seed), state.get("draws", 0)
-        # Each shard of a sharded parameter gets noise of its own.
-        mixed = (seed + 1_000_003 * draws + 7_919 * weights.shard) % 2**63
-        generator = torch.Generator(weights.device).manual_seed(mixed)
+        # Each shard of a parameter gets noise of its own, and what several processes hold gets the same in all.
+        generators = {
+            shard: torch.Generator(weights.device).manual_seed((seed + 1_000_003 * draws + 7_919 * shard) % 2**63)
+            for shard in set(weights.shards)
+        }
         noise: Gradients = [
-            torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) for p in weights.values
+            torch.randn(p.shape, generator=generators[shard], device=p.device, dtype=p.dtype)
+            for p, shard in zip(weights.values, weights.shards, strict=True)
         ]
         return noise, {"seed": seed, "draws": draws + 1}
 
@@ -171,7 +185,13 @@ class Adaptive(Scale):
     @override
     def factors(self, weights: Weights) -> Sequence[Tensor | None]:
         plain = weights.are_biases if self.biases == "plain" else [False] * len(weights.values)
-        return [None if is_plain else p.abs() + self.eta for p, is_plain in zip(weights.values, plain, strict=True)]
+        sizes = [p.abs() for p in weights.values]
+        # In half precision, T d would lose digits or become 0.
+        at_least_single = [torch.promote_types(size.dtype, torch.float32) for size in sizes]
+        return [
+            None if is_plain else size.to(dtype) + self.eta
+            for size, dtype, is_plain in zip(sizes, at_least_single, plain, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +261,7 @@ class PACBayesRadius(Radius):
 
     Args:
         factor: C, a finite number > 0.
-        samples: n, the number of training samples, a number > 1.
+        samples: n, the number of training samples, a finite number > 1.
         rho_min: Lower limit, a finite number >= 0.
         rho_max: Upper limit, a number >= ``rho_min``; infinite for none.
         per_tensor: Whether each parameter tensor has a radius and a norm of its own, as in CC-SAM.
@@ -259,10 +279,11 @@ class PACBayesRadius(Radius):
     def __post_init__(self) -> None:
         check_positive("factor", self.factor)
         check_radius("rho_min", self.rho_min)
-        if not self.samples > 1:
-            raise bad_argument("samples", "a number > 1", self.samples)
-        if not self.rho_max >= self.rho_min:
-            raise bad_argument("rho_max", f"a number >= rho_min = {self.rho_min}", self.rho_max)
+        check_real("a finite number > 1", lambda x: 1 < x < math.inf, "samples", self.samples)
+        check_real(f"a number >= rho_min = {self.rho_min}", lambda x: x >= self.rho_min, "rho_max", self.rho_max)
+        check_flag("per_tensor", self.per_tensor)
+        if not isinstance(self.share, Tensor):
+            check_positive("share", self.share)
 
     @override
     def __call__(self, norms: Norms) -> Tensor:

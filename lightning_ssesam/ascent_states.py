@@ -32,31 +32,44 @@ class AscentStates:
     def get(self, key: str, weights: Weights) -> State:
         """Return the state of a term, with lists in the order of the parameters; empty if there is none."""
         owner, state = self._states.get(key, (None, {}))
-        if owner is not None and owner.names == weights.names:
+        # A parameter may have been replaced by one of the same name.
+        if owner is not None and list(map(id, owner.parameters)) == list(map(id, weights.parameters)):
             return state
-        return {
-            name: value if owner is None and not isinstance(value, Mapping) else _aligned(value, owner, weights)
-            for name, value in state.items()
-        }
+        return {name: _aligned(value, owner, weights) for name, value in state.items()}
 
-    def put(self, key: str, weights: Weights, state: State, is_good: Tensor | None = None) -> None:
+    def put(self, key: str, weights: Weights, state: State) -> None:
         """Keep a state for when the step is done.
 
         Args:
             key: Key of the term.
             weights: The parameters that its lists belong to.
             state: The state.
-            is_good: Whether it counts, a scalar on the device; None if it does. If not, the state before stays.
         """
-        if is_good is not None:
-            state = _where(is_good, state, self.get(key, weights))
-        if state:
+        if state or key in self._states:
             self._pending[key] = weights, state
 
-    def commit(self) -> None:
-        """Let what the step has changed count."""
-        self._states.update(self._pending)
+    @property
+    def has_changed(self) -> bool:
+        """Whether the step has changed a state."""
+        return bool(self._pending)
+
+    def commit(self, is_good: Tensor | None = None) -> None:
+        """Let what the step has changed count.
+
+        Args:
+            is_good: Whether it counts, a scalar on the device; None if it does. If not, the states before stay.
+        """
+        for key, (weights, state) in self._pending.items():
+            if is_good is not None and weights is not None:
+                state = _where(is_good, state, self.get(key, weights))
+            self._states[key] = weights, state
         self._pending = {}
+
+    def copy(self) -> "AscentStates":
+        """Return the states as they are now. No step changes them."""
+        copy = AscentStates()
+        copy._states = dict(self._states)
+        return copy
 
     def forget(self) -> None:
         """Forget what the step has changed and not committed."""
@@ -90,10 +103,15 @@ def _by_name(value: Any, weights: Weights) -> Any:
 
 
 def _aligned(value: Any, owner: Weights | None, weights: Weights) -> Any:
-    """Return a list in the order of the parameters, given one of other parameters or a mapping of a checkpoint."""
+    """Return a value of a state, with a list in the order of the parameters.
+
+    The list may be one of other parameters, its owner's, or a mapping of a checkpoint, which has no owner.
+    """
+    if owner is None and isinstance(value, Tensor):
+        return value.to(weights.device)
+    if not isinstance(value, Mapping if owner is None else list):
+        return value
     if owner is not None:
-        if not isinstance(value, list):
-            return value
         value = dict(zip(owner.names, value, strict=True))
     aligned: Gradients = []
     for name, p, own in zip(weights.names, weights.parameters, weights.values, strict=True):

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_positive, check_radius
 from lightning_ssesam.ascent import Ascent, PACBayesRadius
 from lightning_ssesam.split import ClassSplit
-from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored
+from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, check_probabilities, fill_ignored
 from lightning_ssesam.terms import Objective, Term, check_tensor, filled, weight_dtype
 
 
@@ -32,7 +32,9 @@ class _ClassObjective(Objective):
         if targets.ndim < 2 or targets.shape[1] != num_classes:
             expected = f"class indices of an integer dtype, or class probabilities of shape (N, {num_classes})"
             raise bad_argument("targets", expected, got_text=f"shape {tuple(targets.shape)} of {targets.dtype}")
-        return fill_ignored(targets, ignored).movedim(1, -1).to(dtype)
+        masses = fill_ignored(targets, ignored).movedim(1, -1).to(dtype)
+        check_probabilities(masses, ignored)
+        return masses
 
 
 class FocalSAM(_ClassObjective):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
-from lightning_ssesam.after_sum import REUSED, AfterSum
+from lightning_ssesam.after_sum import REUSED, AfterSum, Combine
 from lightning_ssesam.ascent import Ascent, Norms, State
 from lightning_ssesam.ascent_states import AscentStates
 from lightning_ssesam.gradient_sum import Summand
@@ -33,15 +33,26 @@ def displace(ascent: Ascent, rho: float, weights: Weights, gradient: Gradients, 
     """
     direction, new_state = ascent.direction.find(gradient, weights, state)
     factors = [None] * len(direction) if ascent.scale is None else ascent.scale.factors(weights)
+    _check_shapes("direction", direction, weights)
+    _check_shapes("scale", factors, weights)
+    # Autocast keeps low-precision copies of the weights it has met, also for a clean pass without gradients.
+    torch.clear_autocast_cache()
     scaled = [d if t is None or d is None else t * d for t, d in zip(factors, direction, strict=True)]
     if any(d is not None for d in scaled):
         lengths = _lengths(ascent, rho, weights, scaled)
         moves = [d if t is None or d is None else t * d for t, d in zip(factors, scaled, strict=True)]
         moved = [(p, e * r) for p, e, r in zip(weights.values, moves, lengths, strict=True) if e is not None]
         torch._foreach_add_([p for p, _ in moved], [e.to(p.dtype) for p, e in moved])
-        # Autocast keeps low-precision copies of the weights it has met.
-        torch.clear_autocast_cache()
     return new_state
+
+
+def _check_shapes(part: str, tensors: Sequence[Tensor | None], weights: Weights) -> None:
+    """Refuse what a part of an ascent has returned, if it does not fit the parameters."""
+    shapes = [None if t is None else t.shape for t in tensors]
+    pairs = zip(shapes, weights.values, strict=False)
+    if len(shapes) != len(weights.values) or any(shape not in (None, p.shape) for shape, p in pairs):
+        expected = "one that returns a tensor of its shape, or None, for each parameter"
+        raise bad_argument(part, expected, got_text=f"the shapes {[s and tuple(s) for s in shapes]}")
 
 
 def _lengths(ascent: Ascent, rho: float, weights: Weights, scaled: Gradients) -> Sequence[Tensor]:
@@ -54,6 +65,9 @@ def _lengths(ascent: Ascent, rho: float, weights: Weights, scaled: Gradients) ->
     if ascent.radius is not None:
         size = sum(p.numel() for p in parameters)
         radius = ascent.radius(Norms(norm, rho, size, lambda: gradient_norm(parameters, parameters)))
+        if isinstance(radius, Tensor) and radius.shape not in (norm.shape, ()):
+            expected = f"one that returns a tensor of the shape {tuple(norm.shape)} of `norms.direction`"
+            raise bad_argument("radius", expected, got_text=f"the shape {tuple(radius.shape)}")
     length = torch.where(norm > 0, radius / norm, torch.zeros_like(norm))
     return length.unbind() if per_tensor else [length] * len(parameters)
 
@@ -95,38 +109,45 @@ class Ascender:
 
     def ascend(self, summand: Summand) -> None:
         """Move the weights as the ascent of a summand says, given its gradient, which may be overwritten."""
-        ascent, norm = summand.ascent, summand.norm
+        ascent = summand.ascent
         gradient = [None] * len(self._params) if summand.gradient is None else summand.gradient
         if ascent.is_plain:
-            assert norm is not None
-            ascend(self._params, gradient, norm, summand.rho)
+            assert summand.norm is not None
+            ascend(self._params, gradient, summand.norm, summand.rho)
             return
-        indices = self.weights.indices(ascent.only)
-        moving, key = self.weights.at(indices), self._keys[summand.terms[0]]
-        # Terms draw other numbers than each other.
-        moving = replace(moving, seed=moving.seed + zlib.crc32(key.encode()))
+        key, indices = self._keys[summand.terms[0]], self.weights.indices(ascent.only)
+        # What is drawn differs from term to term.
+        moving = replace(self.weights.at(indices), seed=self.weights.seed + zlib.crc32(key.encode()))
         local = [None if (g := gradient[i]) is None else self._unscaled(dense(local_part(g))) for i in indices]
         state = displace(ascent, summand.rho, moving, local, self._states.get(key, moving))
-        self._states.put(key, moving, state, None if norm is None else self._if_finite(norm))
+        self._states.put(key, moving, state)
 
     def keep_difference(self, after: AfterSum) -> None:
         """Keep the part of the sum's gradient across the clean one, for updates that are not perturbed."""
         difference: Gradients = [None] * len(self._params)
         for number, tensor in zip(after.numbers, after.difference(), strict=True):
             difference[number] = self._unscaled(tensor)
-        norm = gradient_norm(
-            self._params, [None if g is None else wrapped(g, p) for g, p in zip(difference, self._params, strict=True)]
-        )
-        self._states.put(REUSED, self.weights, {"difference": difference}, self._if_finite(norm))
+        self._states.put(REUSED, self.weights, {"difference": difference})
 
     def reuse(self, after: AfterSum, alpha: float) -> None:
         """Add the difference that was kept."""
         difference = self._states.get(REUSED, self.weights)["difference"]
         after.reuse([difference[number] for number in after.numbers], alpha)
 
-    def _unscaled(self, gradient: Tensor) -> Tensor:
-        is_scaled = isinstance(self._loss_scale, Tensor) or self._loss_scale != 1
-        return gradient / self._loss_scale if is_scaled else gradient
+    def combine(self, after: AfterSum, function: Combine) -> None:
+        """Let a function make the gradient for the optimizer, of gradients without the factor."""
+        after.combine(function, self._loss_scale if self._is_scaled else None)
 
-    def _if_finite(self, norm: Tensor) -> Tensor | None:
-        return norm.isfinite() if isinstance(self._loss_scale, Tensor) else None
+    def commit(self) -> None:
+        """Let the states of the step count, unless the optimizer gets a gradient that a GradScaler refuses."""
+        is_good = None
+        if self._states.has_changed and isinstance(self._loss_scale, Tensor):
+            is_good = gradient_norm(self._params, [p.grad for p in self._params]).isfinite()
+        self._states.commit(is_good)
+
+    @property
+    def _is_scaled(self) -> bool:
+        return isinstance(self._loss_scale, Tensor) or self._loss_scale != 1
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient / self._loss_scale if self._is_scaled else gradient

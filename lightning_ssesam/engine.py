@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ from lightning_ssesam.plan import (
     group_terms,
 )
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
-from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.tensors import add_to_gradients, gradients_of, is_sharded, local_part, set_gradients
 from lightning_ssesam.weights import Names, Weights
 
 Passes = Literal["auto", "full", "split", "difference"]
@@ -190,13 +191,11 @@ class SharpnessEngine:
             loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
             if synchronize is not None:
                 synchronize()
-            # Decided by what is the same in every process.
-            is_summed = shared is not None and passes != "difference" and groups[0].rho > 0
-            self._after_sum(step, None if is_summed else synchronize, combine, reuse)
+            self._after_sum(step, synchronize, combine, reuse)
             norm = gradient_norm(step.params, gradients_of(step.params)) if report or check_finite else None
             if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
-            self.states.commit()
+            self._ascender.commit()
         except BaseException:
             self._mixing.forget_note()
             self._weights.restore()
@@ -225,7 +224,7 @@ class SharpnessEngine:
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
-        summands, ratio = make_summands(batch, groups, passes, keeps_clean)
+        summands, ratio = make_summands(batch, groups, passes, keeps_clean, any(map(is_sharded, params)))
         modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
         buffers = buffers_of(modules)
         mark = bytes([module.training for module in modules]) + bytes([p.requires_grad for p in parameters])
@@ -243,7 +242,8 @@ class SharpnessEngine:
             return self._displaced_passes(step)
         if passes == "difference":
             plan = step.plan(splits=True)
-            if divides_batch(plan):
+            # Where there is a ratio, samples belong to several terms.
+            if step.plain_ratio is None and divides_batch(plan):
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
         if passes == "auto":
@@ -267,13 +267,18 @@ class SharpnessEngine:
         for summand in perturbed:
             step.find_norm(summand)
         if step.plain_ratio is not None:
-            step.summands.insert(0, Summand(0.0, step.plain_terms(), gradient=step.total(perturbed, step.plain_ratio)))
+            plain = step.total(perturbed, step.plain_ratio)
+            if step.synchronize is None:
+                step.summands.insert(0, Summand(0.0, step.plain_terms(), gradient=plain))
+            else:
+                # It is that of all processes already, and must not be summed again.
+                step.shared = plain
         for summand in step.summands:
             if summand.rho == 0:
                 step.hold(summand)
                 summand.norm = gradient_norm(step.params, gradients_of(step.params)) if reports_plain else None
         if step.keeps_clean:
-            step.clean = step.total(perturbed, plus=gradients_of(step.params))
+            step.keep_clean(perturbed)
         if perturbed:
             end = step.state.moment()
             self._weights.save([local_part(p) for p in step.params])
@@ -287,7 +292,7 @@ class SharpnessEngine:
         step.summands, step.is_difference = [whole], True
         loss = step.clean_passes(step.plan(splits=False))
         if step.keeps_clean:
-            step.clean = step.total([], plus=gradients_of(step.params))
+            step.keep_clean([])
         step.summands = terms
         end = step.state.moment()
         self._weights.save([local_part(p) for p in step.params])
@@ -326,12 +331,14 @@ class SharpnessEngine:
     ) -> None:
         """Make the gradient for the optimizer from the sum of the terms' gradients."""
         assert self._ascender is not None
-        if step.clean is not None:
-            after = AfterSum(step.params, synchronized(step.params, step.clean, synchronize))
+        if step.shared is not None:
+            add_to_gradients(step.params, step.shared)
+        if step.keeps_clean:
+            after = AfterSum(step.params, step.clean_gradient(partial(synchronized, step.params, synchronize)))
             if reuse is not None:
                 self._ascender.keep_difference(after)
             if combine is not None:
-                after.combine(combine)
+                self._ascender.combine(after, combine)
         elif reuse is not None and self.can_reuse:
             self._ascender.reuse(AfterSum(step.params, [None] * len(step.params)), reuse)
 
@@ -340,7 +347,7 @@ class SharpnessEngine:
 
         def find() -> Weights:
             if self._names is None or not self._names.knows(params):
-                self._names = Names(self._modules)
+                self._names = Names(self._modules, params)
             return self._names.weights(params, optimizer, torch.initial_seed() if self.seed is None else self.seed)
 
         return find

@@ -107,7 +107,10 @@ class GradientSum:
     is_difference: bool = False
     plain_ratio: float | None = None
     keeps_clean: bool = False
-    clean: Gradients | None = None
+    # Gradients of all processes together, to be added to the final one: of terms that no pass was made for.
+    shared: Gradients | None = None
+    # At the unperturbed weights: those of all processes together, and those of this process.
+    clean: tuple[Gradients, Gradients] | None = None
     _has_begun: bool = False
     _holder: Summand | None = None
 
@@ -125,12 +128,28 @@ class GradientSum:
         """Return the numbers of the terms of radius 0."""
         return [number for number, term in enumerate(self.batch[0].terms) if term.rho == 0]
 
-    def total(self, summands: Sequence[Summand], factor: float = 1.0, plus: Gradients | None = None) -> Gradients:
+    def total(self, summands: Sequence[Summand], factor: float = 1.0) -> Gradients:
         """Return a multiple of the sum of summands' gradients at the unperturbed weights, in new memory."""
-        gradients = [summand.gradient for summand in summands if summand.gradient is not None]
-        if plus is not None:
-            gradients.append(plus)
-        return sum_gradients(gradients, factor) if gradients else [None] * len(self.params)
+        return sum_gradients([s.gradient for s in summands if s.gradient is not None], factor, len(self.params))
+
+    def keep_clean(self, perturbed: Sequence[Summand]) -> None:
+        """Keep the gradient at the unperturbed weights: that of perturbed summands and what ``.grad`` holds."""
+        found = [self.total(perturbed), *([] if self.shared is None else [self.shared])]
+        here = [gradients_of(self.params)]
+        # The gradients of perturbed summands are synchronized if anything is.
+        if self.synchronize is None:
+            found, here = [], [*found, *here]
+        size = len(self.params)
+        self.clean = sum_gradients(found, 1.0, size), sum_gradients(here, 1.0, size)
+
+    def clean_gradient(self, synchronize: Callable[[Gradients], Gradients]) -> Gradients:
+        """Return the gradient at the unperturbed weights, that of all processes together."""
+        assert self.clean is not None
+        everywhere, here = self.clean
+        # Decided by what is the same in every process.
+        if self.synchronize is None or self.is_difference or (self.plain_terms() and self.plain_ratio is None):
+            here = synchronize(here)
+        return sum_gradients([everywhere, here], 1.0, len(self.params))
 
     def plan(self, splits: bool) -> Plan:
         """Return the clean forward passes of every part of the batch."""
@@ -224,8 +243,10 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
     return (move(weights, losses.device) * losses).sum()
 
 
-def sum_gradients(gradients: Sequence[Gradients], factor: float = 1.0) -> Gradients:
-    """Return the sum of several gradients times a factor, in new memory."""
+def sum_gradients(gradients: Sequence[Gradients], factor: float, size: int) -> Gradients:
+    """Return the sum of several gradients of so many parameters times a factor, in new memory."""
+    if not gradients:
+        return [None] * size
     total: Gradients = []
     for tensors in zip(*gradients, strict=True):
         given = [factor * t for t in tensors if t is not None]
@@ -241,10 +262,13 @@ def _owned(gradient: Tensor | None) -> Tensor | None:
 
 
 def make_summands(
-    batch: Sequence[MicroBatch], groups: list[Group], passes: str, keeps_clean: bool
+    batch: Sequence[MicroBatch], groups: list[Group], passes: str, keeps_clean: bool, is_sharded: bool
 ) -> tuple[list[Summand], float | None]:
-    """Return the summands that need passes, and the ratio by which the plain one follows from the others, if any."""
-    ratio = plain_ratio(batch, groups)
+    """Return the summands that need passes, and the ratio by which the plain one follows from the others, if any.
+
+    The ratio depends on the samples of this process. With sharded parameters, all processes must make the same passes.
+    """
+    ratio = None if is_sharded else plain_ratio(batch, groups)
     wants_all = keeps_clean or passes == "difference"
     summands = [
         Summand(group.rho, group.terms, group.ascent, group.ascent.direction.needs_gradient or wants_all)

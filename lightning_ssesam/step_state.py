@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_ssesam.ascent_states import AscentStates
 from lightning_ssesam.batches import HostTargets, Part
 from lightning_ssesam.engine import SharpnessEngine
 from lightning_ssesam.step_logs import StepLogs
@@ -27,6 +28,7 @@ class StepState:
         skipped_updates: Number of updates that were skipped.
         loss_on_bar: Loss that the progress bar shows next.
         outer_dtype: Default dtype outside of the training step.
+        ascents_before: What ascents kept before the step that is under way, or that has failed; None if there is none.
     """
 
     def __init__(self, skipped_updates: int = 0) -> None:
@@ -39,6 +41,7 @@ class StepState:
         self.skipped_updates = skipped_updates
         self.loss_on_bar: Tensor | None = None
         self.outer_dtype = torch.get_default_dtype()
+        self.ascents_before: AscentStates | None = None
 
     @contextmanager
     def having(self, **values: bool | None) -> Iterator[None]:
@@ -54,12 +57,14 @@ class StepState:
         """Called when a fit begins."""
         self.is_fitting, self.has_updated, self.pending, self.logs = True, False, [], StepLogs()
         self.engine.begin()
+        self.ascents_before = None
 
     def end(self) -> None:
         """Called when a fit has ended, or was interrupted: keep no data of it."""
         self.is_fitting, self.pending = False, []
         self.host_targets.forget()
         self.loss_on_bar = None
+        self.ascents_before = None
         self.engine.release()
 
     def __reduce__(self) -> tuple[Callable[[int], "StepState"], tuple[int]]:

@@ -79,3 +79,13 @@ def check_class_indices(targets: Tensor, num_classes: int, ignore_index: int = I
     if low < 0 or high >= num_classes:
         got = f"values from {low} to {high} (`ignore_index` is {ignore_index})"
         raise bad_argument("targets", f"class indices in [0, {num_classes})", got_text=got)
+
+
+def check_probabilities(probabilities: Tensor, ignored: Tensor | None) -> None:
+    """Raise ``ArgumentError`` if class probabilities ``(N, ..., C)`` on the CPU do not add up to 1 or are negative."""
+    if probabilities.device.type != "cpu" or probabilities.numel() == 0:
+        return
+    # Probabilities in half precision add up to 1 within a hundredth.
+    is_valid = (probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-2)
+    if not bool((is_valid if ignored is None else is_valid | ignored).all()):
+        raise bad_argument("targets", "class probabilities that add up to 1", got_text="some that do not")

@@ -43,6 +43,13 @@ def set_gradients(parameters: list[Tensor], gradients: Gradients | None) -> None
         p.grad = gradient
 
 
+def add_to_gradients(parameters: list[Tensor], gradients: Gradients) -> None:
+    """Add to the ``.grad`` of each parameter, which stays None where both are."""
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+
 def wrapped(value: Tensor, parameter: Tensor) -> Tensor:
     """Return the part of this process as a ``DTensor`` that is sharded like the parameter, if that is sharded."""
     if not is_sharded(parameter) or is_sharded(value):
@@ -69,3 +76,15 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     return distribute_tensor(value.to(mesh.device_type), mesh, placements).to_local()
+
+
+def shard_of(parameter: Tensor) -> int:
+    """Return the number of the part of a parameter that this process holds; 0 for a whole parameter."""
+    if not is_sharded(parameter):
+        return 0
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    number = 1
+    for size, position, placement in zip(mesh.shape, mesh.get_coordinate(), placements, strict=True):
+        # Processes along which it is replicated hold the same part.
+        number = number * size + position if placement.is_shard() else number
+    return 0 if number == 1 else number

@@ -137,7 +137,9 @@ class TrainerSupport(Callback):
         def call(*args: Any, **kwargs: Any) -> Any:
             trainer = self.module.trainer
             steps, self._step.has_seen_batch = trainer.global_step, False
+            self._step.ascents_before = self._step.engine.states.copy()
             output = training_step(*args, **kwargs)
+            self._step.ascents_before = None
             # An override may also have made a step of its own.
             if output is None and not self._step.has_seen_batch and trainer.global_step == steps:
                 self._skip_batch(trainer.fit_loop.epoch_loop.batch_idx)
@@ -183,7 +185,8 @@ class TrainerSupport(Callback):
         """Return the number of skipped updates, and what ascents keep from step to step."""
         if not is_fitting(self.module):
             return {}
-        ascents = self._step.engine.states.state_dict()
+        # Such a checkpoint goes on before the update (`ExactResume`).
+        ascents = (self._step.ascents_before or self._step.engine.states).state_dict()
         return {"skipped_updates": self.module.skipped_updates, **({"ascents": ascents} if ascents else {})}
 
     @override

@@ -260,8 +260,8 @@ class RandomSAM(SAM):
     r"""A step in a random direction before the gradient is taken: :math:`w + \rho \, z / \|z\|`, z normal.
 
     Term :math:`(1/N, \rho)`. One pass, at the perturbed weights, as for :class:`MomentumSAM`. It is the control for the
-    others: what noise of the same length does. Gaussian neighborhood minimization (Li et al., NeurIPS 2024, arXiv:2410.21042)
-    does not normalise: its radius is about :math:`\rho \sqrt P / 3` with P parameters.
+    others: what noise of the same length does. Gaussian neighborhood minimization (Li et al., NeurIPS 2024,
+    arXiv:2410.21042) does not normalise: its radius is about :math:`\rho \sqrt P / 3` with P parameters.
 
     Args:
         rho: Radius of the perturbation, a finite number >= 0.

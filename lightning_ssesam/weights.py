@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from lightning_ssesam._validation import bad_argument
-from lightning_ssesam.tensors import Gradients, is_sharded, local_part
+from lightning_ssesam.tensors import Gradients, local_part, shard_of
 
 SELECTIONS = ("norm", "classifier", "no_bias_no_norm")
 """Names of the selections of parameters."""
@@ -28,8 +28,10 @@ class Weights:
         values: The part of each that this process holds, in the same memory.
         are_biases: Whether each one is a bias.
         are_norms: Whether each one belongs to a normalization layer.
+        are_classifier: Whether each one belongs to the last linear layer.
+        optimizer: The optimizer, if it is known.
         seed: Seed of what is drawn.
-        shard: Number of this process, if a parameter is sharded; else 0.
+        shards: Number of the part of each that this process holds; 0 for a whole parameter.
     """
 
     names: tuple[str, ...]
@@ -37,10 +39,10 @@ class Weights:
     values: list[Tensor]
     are_biases: tuple[bool, ...]
     are_norms: tuple[bool, ...]
-    classifier: str | None = None
+    are_classifier: tuple[bool, ...]
+    shards: tuple[int, ...]
     optimizer: Optimizer | None = None
     seed: int = 0
-    shard: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +74,7 @@ class Weights:
         if callable(only):
             return bool(only(name, parameter))
         if only == "classifier":
-            return self.classifier is not None and name.startswith(f"{self.classifier}.")
+            return self.are_classifier[number]
         if only == "no_bias_no_norm":
             return not (self.are_biases[number] or self.are_norms[number])
         return only is None or self.are_norms[number]
@@ -88,6 +90,8 @@ class Weights:
             values=[self.values[i] for i in indices],
             are_biases=tuple(self.are_biases[i] for i in indices),
             are_norms=tuple(self.are_norms[i] for i in indices),
+            are_classifier=tuple(self.are_classifier[i] for i in indices),
+            shards=tuple(self.shards[i] for i in indices),
         )
 
 
@@ -96,40 +100,50 @@ class Names:
 
     Args:
         modules: The model's modules. The first one is the model itself.
+        others: Further parameters, which the model may not have. They are named by their numbers.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        # With the parameters, so that no new one takes the identity of one that is gone.
-        self._named: dict[int, tuple[Tensor, str]] = {}
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Tensor] = ()) -> None:
+        # With the parameters, because Python gives the `id` of one that is gone to another.
+        self._named: dict[int, tuple[str, Tensor]] = {}
         self._norms: set[int] = set()
+        linear: list[set[int]] = []
+        convolutions: list[set[int]] = []
         model = modules[0] if modules else nn.Module()
         for path, layer in model.named_modules():
             own = {name: p for name, p in layer._parameters.items() if p is not None}
             for name, p in own.items():
-                self._named.setdefault(id(p), (p, _plain_name(f"{path}.{name}" if path else name)))
+                self._named.setdefault(id(p), (_plain_name(f"{path}.{name}" if path else name), p))
             if _is_norm(layer, own.values()):
                 self._norms |= {id(p) for p in own.values()}
-        self.classifier = _find_classifier(model)
+            if _is_linear(layer):
+                linear.append({id(p) for p in layer.parameters()})
+            elif isinstance(layer, _CONVOLUTIONS) and all(size == 1 for size in layer.kernel_size):
+                convolutions.append({id(p) for p in layer.parameters()})
+        for number, p in enumerate(others):
+            self._named.setdefault(id(p), (f"parameters.{number}", p))
+        self._classifiers = (*reversed(linear), *reversed(convolutions))
 
     def knows(self, parameters: Iterable[Tensor]) -> bool:
         """Return whether each of the parameters has a name."""
         return all(id(p) in self._named for p in parameters)
 
     def weights(self, parameters: list[Tensor], optimizer: Optimizer | None = None, seed: int = 0) -> Weights:
-        """Return parameters with their names. One that is not in the model is named by its number."""
-        unnamed = {id(p): (p, f"parameters.{number}") for number, p in enumerate(parameters)}
-        names = tuple((self._named.get(id(p)) or unnamed[id(p)])[1] for p in parameters)
-        sharded = next((p for p in parameters if is_sharded(p)), None)
+        """Return parameters, each of which it knows, with their names."""
+        ids = [id(p) for p in parameters]
+        names = tuple(self._named[i][0] for i in ids)
+        # A frozen layer, such as a teacher's, is not the classifier that is trained.
+        classifier = next((layer for layer in self._classifiers if not layer.isdisjoint(ids)), set())
         return Weights(
             names,
             parameters,
             [local_part(p).detach() for p in parameters],
             tuple("bias" in name.rpartition(".")[2] for name in names),
-            tuple(id(p) in self._norms for p in parameters),
-            self.classifier,
+            tuple(i in self._norms for i in ids),
+            tuple(i in classifier for i in ids),
+            tuple(map(shard_of, parameters)),
             optimizer,
             seed,
-            0 if sharded is None else sharded.device_mesh.get_rank(),  # type: ignore[attr-defined]
         )
 
 
@@ -140,23 +154,16 @@ def _plain_name(name: str) -> str:
 
 def _is_norm(layer: nn.Module, parameters: Iterable[Tensor]) -> bool:
     """Return whether a layer normalizes: one of torch's, or one that says so and scales by vectors."""
-    if isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm):
+    if isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         return True
-    return "norm" in type(layer).__name__.lower() and all(p.ndim <= 1 for p in parameters)
+    return "norm" in type(layer).__name__.lower() and all(sum(n > 1 for n in p.shape) <= 1 for p in parameters)
 
 
-def _find_classifier(model: nn.Module) -> str | None:
-    """Return the name of the last linear layer, or else of the last 1x1 convolution."""
-    linear = convolution = None
-    for path, layer in model.named_modules():
-        weight = layer._parameters.get("weight")
-        is_named_so = "linear" in type(layer).__name__.lower() and not layer._modules
-        if isinstance(layer, nn.Linear) or (is_named_so and weight is not None and weight.ndim == 2):
-            linear = path
-        elif isinstance(layer, _CONVOLUTIONS) and all(size == 1 for size in layer.kernel_size):
-            convolution = path
-    found = convolution if linear is None else linear
-    return None if found is None else _plain_name(f"{found}.").rstrip(".")
+def _is_linear(layer: nn.Module) -> bool:
+    """Return whether a layer is linear: one of torch's, or one that says so and has a matrix."""
+    weight = layer._parameters.get("weight")
+    is_named_so = "linear" in type(layer).__name__.lower() and not layer._modules
+    return isinstance(layer, nn.Linear) or (is_named_so and weight is not None and weight.ndim == 2)
 
 
 def momentum_of(optimizer: Optimizer | None, parameters: Sequence[Tensor]) -> Gradients:

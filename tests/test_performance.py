@@ -152,9 +152,9 @@ class TestInterval:
 
 def difference_gradient(net, terms, x, y):
     """The definition of what batch_norm_statistics="group" optimizes, with nothing shared."""
-    own = [weights > 0 for weights, _ in terms]
+    own = [weights > 0 for weights, *_ in terms]
     total = naive_gradient(net, [(sum(weights for weights, _ in terms), 0.0)], x, y)
-    for (weights, rho), samples in zip(terms, own, strict=True):
+    for (weights, rho, *_), samples in zip(terms, own, strict=True):
         if rho > 0 and samples.any():
             up, down = (naive_gradient(net, [(weights[samples], r)], x[samples], y[samples]) for r in (rho, 0.0))
             total = [t + u - d for t, u, d in zip(total, up, down, strict=True)]
@@ -180,7 +180,7 @@ class TestBatchNormByGroups:
         fit(model, data)
         optimizer = sgd(twin.parameters())
         for x, y in data:
-            divides = sum((weights > 0).any() for weights, _ in made.terms(y)) > 1
+            divides = sum((weights > 0).any() for weights, *_ in made.terms(y)) > 1
             gradient = (difference_gradient if divides else naive_gradient)(twin, made.terms(y), x, y)
             for p, g in zip(twin.parameters(), gradient, strict=True):
                 p.grad = g

@@ -146,7 +146,8 @@ def test_bad_progress(progress):
 @pytest.mark.parametrize("way", ["schedule", "stages"])
 def test_published_trajectory(net, way):
     """No perturbation in four steps, radius 0.05 in two and 0.1 in two, by the published SAM."""
-    data = np.load(REFERENCE / f"{net}_sam_schedule.npz")
+    # The inputs are those of all methods.
+    data = {**np.load(REFERENCE / f"{net}_sgd.npz"), **np.load(REFERENCE / f"{net}_sam_schedule.npz")}
     objective = SAM(0.7) if way == "schedule" else Staged([ERM(), SAM(0.05), SAM(0.1)])
     schedule = RadiusSchedule("rho", 0.0, 0.1, shape="steps", points=[0.5, 0.75])
     callback = schedule if way == "schedule" else StageSwitch(at=[0.5, 0.75])
