@@ -3,10 +3,8 @@ import socket
 import sys
 
 import pytest
-import torch
 
-# The tensors here are too small to share among threads, which only wait for one another.
-torch.set_num_threads(1)
+# The functions import torch, because the process that only hands out the tests would wait for it, too.
 
 
 def pytest_collection_finish():
@@ -18,8 +16,18 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The tensors here are too small to share among threads, which only wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def float64():
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -27,6 +35,8 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 

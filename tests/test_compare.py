@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, planned_runs, running, show_as, wait_for
+from helpers import (
+    IMPORTED,
+    NEEDS_BROWSER,
+    STRICT,
+    colors_in,
+    errors_in,
+    open_browser,
+    planned_runs,
+    running,
+    show_as,
+    wait_for,
+)
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
@@ -325,7 +337,8 @@ def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
         assert one["run"] | {"seconds": 0} == several["run"] | {"seconds": 0}
 
 
-def test_a_process_that_dies_is_not_waited_for(capsys):
+def test_a_process_that_dies_is_not_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: IMPORTED)
     with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
         compare(["ERM", "SAM"], seeds=1, epochs=1, jobs=2, backbone=DeadlyNet(os.getpid()), output=Path("dead"))
     assert "Interrupted after 0 of 2 runs" in capsys.readouterr().out
