@@ -52,6 +52,12 @@ def program_name(monkeypatch):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """A report has no pictures, each of which takes a third of a second. Their own tests draw them."""
+    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", ())
+
+
+@pytest.fixture
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
