@@ -1,15 +1,33 @@
+import gc
 import socket
 import sys
 
 import pytest
-import torch
 
-# The tensors here are too small to share among threads, which only wait for one another.
-torch.set_num_threads(1)
+# The functions import torch, because the process that only hands out the tests would wait for it, too.
+
+
+def pytest_collection_finish():
+    """Called before the first test: take what has been imported, which stays to the end, from the garbage collector.
+
+    Each test that collects garbage would look at these objects, for half a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The tensors here are too small to share among threads, which only wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def float64():
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -17,6 +35,8 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def _seed():
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -29,6 +49,12 @@ def _in_empty_folder(tmp_path, monkeypatch):
 def program_name(monkeypatch):
     """A search writes down the command that started it, which is not pytest here."""
     monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """A report has no pictures, each of which takes a third of a second. Their own tests draw them."""
+    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", ())
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -247,6 +249,28 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# Starts processes that need not import torch, Lightning and the project: a server has imported them once, and forks. It
+# has run nothing that cannot be forked.
+IMPORTED = multiprocessing.get_context("forkserver")
+IMPORTED.set_forkserver_preload(["lightning_ssesam.cli"])
+
+
+def start_process(function, *args, folder=".", log=os.devnull):
+    """Call a function in a process of its own, in a folder, with what it prints in a file."""
+    process = IMPORTED.Process(target=_call_in, args=(os.path.abspath(folder), os.path.abspath(log), function, args))
+    process.start()
+    return process
+
+
+def _call_in(folder, log, function, args):
+    os.chdir(folder)
+    with open(log, "wb") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    torch.set_num_threads(1)
+    function(*args)
 
 
 NEEDS_BROWSER = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")

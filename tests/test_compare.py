@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +20,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import NEEDS_BROWSER, STRICT, colors_in, errors_in, open_browser, planned_runs, running, show_as, wait_for
+from helpers import (
+    IMPORTED,
+    NEEDS_BROWSER,
+    STRICT,
+    colors_in,
+    errors_in,
+    open_browser,
+    planned_runs,
+    running,
+    show_as,
+    wait_for,
+)
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
@@ -103,6 +115,7 @@ def test_compare(capsys):
     assert "2 of 6 runs are in out/here/runs already." in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_are_paired_and_repeatable():
     runs = [compare(["ERM", "SAM"], seeds=1, epochs=1, sam_rho=0.0, output=Path(name)) for name in ("a", "b")]
     # SAM with radius 0 is ERM: same weights, batches and results.
@@ -143,6 +156,7 @@ jobs: 1
 """
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_methods_of_a_user_from_one_file(monkeypatch):
     seen = {}
     fit = Experiment.fit
@@ -269,6 +283,7 @@ def test_what_is_cut_off_while_it_is_written_leaves_what_was_there(monkeypatch):
     assert rows_of("results.csv")[0]["all"] == "0.25"
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, capsys):
     calls = []
@@ -293,6 +308,7 @@ def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, c
     assert Path("crash/report.html").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
     options = ["compare", "--seeds=2", "--epochs=3", "--methods=[ERM,ImbSAM,SSESAM]"]
     code = "from lightning_ssesam.experiments import progress; progress._BETWEEN_LINES = 0.0\n"
@@ -325,7 +341,8 @@ def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
         assert one["run"] | {"seconds": 0} == several["run"] | {"seconds": 0}
 
 
-def test_a_process_that_dies_is_not_waited_for(capsys):
+def test_a_process_that_dies_is_not_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: IMPORTED)
     with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
         compare(["ERM", "SAM"], seeds=1, epochs=1, jobs=2, backbone=DeadlyNet(os.getpid()), output=Path("dead"))
     assert "Interrupted after 0 of 2 runs" in capsys.readouterr().out
@@ -358,6 +375,7 @@ def test_divergence_is_reported(capsys):
     assert "Diverged, with a loss that is not finite: ERM with seed 0" in Path("comparison/report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_training_may_stop_early_and_validate_now_and_then():
     (run,) = compare("ERM", seeds=1, epochs=5, trainer={"max_steps": 27, "check_val_every_n_epoch": 2})
     seen = [not math.isnan(value) for value in run.curves["all"]]
@@ -382,6 +400,7 @@ def with_few(run, value):
     return run
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_switch_among_the_callbacks_is_not_shown_at_gamma(monkeypatch):
     monkeypatch.setattr(Experiment, "run", lambda self, seed, *_: made_up(self.method, seed))
     compare({"own": Method(SSESAM, callbacks=[StageSwitch(epoch=1)])}, seeds=1, epochs=3)
@@ -390,6 +409,7 @@ def test_a_switch_among_the_callbacks_is_not_shown_at_gamma(monkeypatch):
     assert "3 epochs, stage 2 after 60 % of them</dd>" in Path("comparison/report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_methods_with_spaces_between_and_data_that_is_prepared_once(monkeypatch):
     prepared = []
     monkeypatch.setattr(DigitsLT, "prepare_data", lambda self: prepared.append(self.seed))
@@ -455,6 +475,7 @@ def test_plan(monkeypatch):
     assert model.tta == "hflip"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_seeds_differ():
     first, second = compare("ERM", seeds=2, epochs=1)
     assert first.class_recalls != second.class_recalls
@@ -584,6 +605,7 @@ class TestTables:
         )
         assert (last.count("<td>50.0</td>"), best.count("<td>75.0</td>"), each.count("<td>50.0</td>")) == (6, 6, 6)
 
+    @pytest.mark.usefixtures("no_pictures")
     def test_report_colours_what_is_significant(self):
         text = report_of(self.RUNS, SPLIT).read_text()
         assert text.count('<td class="good">+21.0 ± 2.5*</td>') == 6

@@ -2,11 +2,9 @@
 
 import os
 import socket
-import subprocess
-import sys
 import traceback
+import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from helpers import (
     mlp,
     naive_gradient,
     sgd,
+    start_process,
     trainer,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
@@ -364,9 +363,9 @@ if SHARDS_ON_CPU:
 
 
 def work(rank, port):
-    """What `python -c` runs in each process."""
+    """What each process does."""
+    warnings.simplefilter("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     results = {}
     for name, scenario in SCENARIOS.items():
@@ -386,26 +385,19 @@ def results(tmp_path_factory):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    processes = []
-    for rank in range(WORLD):
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        code += f"import test_distributed; test_distributed.work({rank}, {port})"
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=folder, stdout=log, stderr=log)
-            )
+    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
+    processes = [start_process(work, rank, port, folder=folder, log=log) for rank, log in enumerate(logs)]
     try:
         for process in processes:
-            process.wait(timeout=240)
+            process.join(timeout=240)
     finally:
         for process in processes:
             process.kill()
-    logs = [(folder / f"{rank}.log").read_text() for rank in range(WORLD)]
     found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
     for rank, log in enumerate(logs):
         last = list(found[rank])[-1]
         if isinstance(found[rank][last], str) and found[rank][last].startswith("Traceback"):
-            pytest.fail(f"process {rank} in '{last}':\n{found[rank][last]}\n{log[-3000:]}")
+            pytest.fail(f"process {rank} in '{last}':\n{found[rank][last]}\n{log.read_text()[-3000:]}")
     return found
 
 

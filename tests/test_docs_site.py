@@ -4,14 +4,13 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers import NEEDS_BROWSER, colors_in, errors_in, open_browser, show_as
+from helpers import NEEDS_BROWSER, colors_in, errors_in, open_browser, show_as, start_process
 
 import lightning_ssesam
 
@@ -26,12 +25,19 @@ OPEN = ("metrics", "objectives", "split", "step_options", "errors", "losses.func
 SHARED = {"as_counts", "as_labels", "check_class_indices", "count_labels", "counts_of"}
 
 
+def build(options):
+    from sphinx.cmd.build import main
+
+    sys.exit(main(options))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", DOCS, folder / "html"]
-    built = subprocess.run([*command, "-d", folder / "doctrees"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    options = ["-q", "-W", "--keep-going", "-b", "html", DOCS, folder / "html", "-d", folder / "doctrees"]
+    process = start_process(build, list(map(str, options)), folder=folder, log=folder / "log.txt")
+    process.join()
+    assert process.exitcode == 0, (folder / "log.txt").read_text()
     return folder / "html"
 
 

@@ -363,7 +363,7 @@ def test_memory_of_a_long_list():
     assert peak < 30 * lines
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_list_in_other_processes(method):
     file = image_list([9, 5, 2], "train")
     images = ImageList(file, "images", transform=v2.PILToTensor())

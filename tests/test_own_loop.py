@@ -2,12 +2,10 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import naive_gradient
+from helpers import naive_gradient, start_process
 from test_docs import code_of
 from torch import nn
 
@@ -39,22 +37,29 @@ def in_one_process(port, folder):
     return [torch.load(folder / "weights.pt")]
 
 
+def run_as_torchrun(code, variables):
+    os.environ.update(variables)
+    exec(code, {"__name__": "__main__"})
+
+
 def in_two_processes(port, folder):
     code, in_one, in_two = code_of("docs/own_loop.md"), "devices=1)", 'devices=2, strategy="ddp")'
     assert code.count(in_one) == code.count(END) == 1
     # With torch 2.6, gloo now and then waits for ever in there if another process has ended already.
     code, processes = code.replace(END, f"{SAVE}import os; os._exit(0)\n"), []
     for rank in range(2):
-        (folder / str(rank)).mkdir()
-        (folder / str(rank) / "train.py").write_text(START + code.replace(in_one, in_two))
-        options = {"cwd": folder / str(rank), "env": os.environ | environment(2, rank, port)}
-        processes.append(subprocess.Popen([sys.executable, "train.py"], **options, stderr=subprocess.PIPE, text=True))
+        own = folder / str(rank)
+        own.mkdir()
+        arguments = START + code.replace(in_one, in_two), environment(2, rank, port)
+        processes.append(start_process(run_as_torchrun, *arguments, folder=own, log=own / "log.txt"))
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        for process in processes:
+            process.join(timeout=120)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = [(folder / str(rank) / "log.txt").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0, 0], errors
     return [torch.load(folder / str(rank) / "weights.pt") for rank in range(2)]
 
 

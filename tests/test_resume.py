@@ -5,9 +5,6 @@ import csv
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from helpers import (
     classification_batch,
     fit,
     mlp,
+    start_process,
     trainer,
 )
 from lightning.pytorch.callbacks import (
@@ -378,26 +376,22 @@ def test_plain_module_after_one_with_the_mixin():
     assert len(saved[0]) == 5
 
 
-def test_killed_process(tmp_path):
+def run_until_killed():
+    class Killed(Random):
+        def sample_losses(self, batch):
+            if self.calls == 24:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().sample_losses(batch)
+
+    globals()["Random"] = Killed
+    run(callbacks=[checkpoints(every_n_train_steps=2)], accumulate=2)
+
+
+def test_killed_process():
     """Not an exception: the process is gone at once, in the middle of a pass."""
-    code = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import torch
-        torch.set_num_threads(1)
-        import test_resume
-
-        class Killed(test_resume.Random):
-            def sample_losses(self, batch):
-                if self.calls == 24:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return super().sample_losses(batch)
-
-        test_resume.Random = Killed
-        test_resume.run(callbacks=[test_resume.checkpoints(every_n_train_steps=2)], accumulate=2)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    process = start_process(run_until_killed)
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     newest = max(Path("checkpoints").iterdir(), key=os.path.getmtime)
     assert_same_end(run(newest, accumulate=2), run(accumulate=2))
 

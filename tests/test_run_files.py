@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from helpers import STRICT, wait_for
+from helpers import STRICT, start_process, wait_for
 from test_compare import made_up, rows_of
 
 from lightning_ssesam import ERM, SAM, DigitsLT
@@ -272,20 +273,16 @@ def test_a_method_with_the_name_of_a_formula(made, monkeypatch):
     assert len(made) == 6
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from lightning_ssesam.experiments.files import locked, replaced
-Path("out").mkdir(exist_ok=True)
-with locked(Path("out")), replaced(Path("out/half.txt")) as path:
-    path.write_text("half")
-    Path("ready").touch()
-    sys.stdin.read()
-"""
+def hold():
+    Path("out").mkdir()
+    with locked(Path("out")), replaced(Path("out/half.txt")) as path:
+        path.write_text("half")
+        Path("ready").touch()
+        multiprocessing.parent_process().join()
 
 
 def test_two_commands_in_one_folder(made, capsys):
-    process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE)
+    process = start_process(hold)
     try:
         wait_for(Path("ready").exists, seconds=90)
         with pytest.raises(SystemExit) as stop:
@@ -299,7 +296,7 @@ def test_two_commands_in_one_folder(made, capsys):
         assert len(made) == 4
     finally:
         process.kill()
-        process.wait()
+        process.join()
     # The killed command leaves no lock, and what it was writing is removed.
     assert [path.suffix for path in Path("out").glob(".unfinished-*")] == [".txt"]
     main(["compare", "--output=out", "--epochs=3", "--jobs=1", "--seeds=1"])

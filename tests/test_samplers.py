@@ -1,10 +1,7 @@
 """Samplers: the probabilities of the paper, and draws that several processes share."""
 
 import json
-import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import STRICT, Model, mlp, trainer
+from helpers import STRICT, Model, mlp, start_process, trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -202,8 +199,8 @@ def seen(name, **options):
 
 def two_processes(rank, port):
     """Run by `test_two_processes`, one of two."""
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_RANK=rank, NODE_RANK="0")
+    variables = {"MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in variables.items()})
     results = {}
     for name in samplers():
         strategy = DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
@@ -212,8 +209,14 @@ def two_processes(rank, port):
 
 
 def test_two_processes(free_port):
-    # Another process forks both. It has run nothing that cannot be forked, and it imports once for both.
-    subprocess.run([sys.executable, "-W", "ignore", __file__, str(free_port)], check=True, timeout=120)
+    processes = [start_process(two_processes, rank, free_port) for rank in range(2)]
+    try:
+        for process in processes:
+            process.join(timeout=120)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     results = [json.loads(Path(f"{rank}.json").read_text()) for rank in range(2)]
     for name in samplers():
         alone = seen(name)
@@ -231,16 +234,6 @@ def test_data_module_shares_as_the_strategy_does():
     whole = list(data.train_dataloader().sampler)
     data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})
     assert list(data.train_dataloader().sampler) == whole[1::2]
-
-
-if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=two_processes, args=(str(rank), sys.argv[1])) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(any(process.exitcode for process in processes))
 
 
 def test_a_class_without_samples_is_never_drawn_whatever_its_probability():

@@ -17,14 +17,10 @@ from lightning_ssesam.experiments.runs import Comparison
 from lightning_ssesam.experiments.tables import differences, format_table, markdown_table, write_runs, write_summary
 from lightning_ssesam.runs import CONFUSIONS, GROUPS, Run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SPLIT = ClassSplit([500, 120, 60, 8], tail=[2, 3])
 NAMES = ["ant", "bee", "cat", "dog"]
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Pictures take seconds. Their own tests draw them."""
-    monkeypatch.setattr("lightning_ssesam.experiments.report.FIGURES", ())
 
 
 def run_of(
