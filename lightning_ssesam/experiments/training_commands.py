@@ -51,6 +51,7 @@ class TrainingCLI(LightningCLI):
     """Lightning's command line, whose model takes class counts and channels from the data module.
 
     Args:
+        command: The command that is run, one of :data:`TRAINING_COMMANDS`.
         stack: Stack of what is released when the command has ended.
         show_messages: Called when all parts are built, before anything runs.
         defaults: Default values of options, by dotted names. None takes a default away.
@@ -59,6 +60,7 @@ class TrainingCLI(LightningCLI):
 
     def __init__(
         self,
+        command: str,
         stack: ExitStack,
         show_messages: Callable[[], None],
         defaults: Mapping[str, Any],
@@ -68,6 +70,8 @@ class TrainingCLI(LightningCLI):
         self._defaults, self._seeds_workers = defaults, seeds_workers
         self._checkpoint: str | None = None
         self._trust = False
+        # A parser takes long to make, and the others are not needed. Lightning asks for the names of all.
+        vars(self)["subcommands"] = lambda: {command: LightningCLI.subcommands()[command]}
         super().__init__(
             LongTailClassifier,
             LongTailDataModule,
@@ -99,12 +103,6 @@ class TrainingCLI(LightningCLI):
             "--method", type=str | None, help="Name of a method of the comparison in --config, or of a built-in one."
         )
         parser.set_defaults(dict(self._defaults))
-
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands, and the arguments that each does not have."""
-        return {name: names for name, names in LightningCLI.subcommands().items() if name in TRAINING_COMMANDS}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -205,4 +203,5 @@ def run_training_command(command: str, options: Sequence[str]) -> None:
         # The Trainer handles SIGTERM: it ends the step first.
         stack.enter_context(bound_forks())
         show_messages = stack.enter_context(held_back())
-        TrainingCLI(stack, show_messages, defaults(split_options(arguments)), seeds_workers=comparison is None)
+        preset = defaults(split_options(arguments))
+        TrainingCLI(command, stack, show_messages, preset, seeds_workers=comparison is None)
