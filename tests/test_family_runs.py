@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     SPLIT,
     STRICT,
@@ -254,6 +255,25 @@ class TestRefusals:
             (ArgumentError, MisconfigurationException), match="`only` to be a selection of at least one"
         ):
             fit(model, batches(1))
+
+    def test_parameter_that_only_the_optimizer_has(self):
+        """It takes part in the perturbation under a name of its own."""
+        seen, extra = set(), nn.Parameter(torch.ones(5))
+
+        class Scaled(Model):
+            def sample_losses(self, batch):
+                return F.cross_entropy(self.net(batch[0]) * extra, batch[1], reduction="none")
+
+        def only(name, parameter):
+            seen.add(name)
+            return parameter is extra
+
+        model = Scaled(
+            mlp(), SAM(0.1, ascent=Ascent(only=only)), optimizer=lambda p: torch.optim.SGD([*p, extra], lr=0.1)
+        )
+        fit(model, batches(2))
+        assert seen == {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", "parameters.4"}
+        assert not torch.equal(extra, torch.ones(5))
 
     def test_adam_has_a_momentum(self):
         model = Model(mlp(), MomentumSAM(0.1), optimizer=torch.optim.Adam)
