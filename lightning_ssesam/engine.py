@@ -27,7 +27,7 @@ from lightning_ssesam.plan import (
     group_terms,
 )
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
-from lightning_ssesam.tensors import add_to_gradients, gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
 from lightning_ssesam.weights import Names, Weights
 
 Passes = Literal["auto", "full", "split", "difference"]
@@ -264,15 +264,13 @@ class SharpnessEngine:
     def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:
         """Leave in ``.grad`` the sum of the summands' gradients, given those at the unperturbed weights."""
         perturbed = [summand for summand in step.summands if summand.rho > 0]
+        if step.plain_ratio is not None:
+            # That of this process, which may differ from others in what it can do without a backward pass.
+            step.hold(None)
+            plain = step.total(perturbed, step.plain_ratio)
+            step.summands.insert(0, Summand(0.0, step.plain_terms(), gradient=plain))
         for summand in perturbed:
             step.find_norm(summand)
-        if step.plain_ratio is not None:
-            plain = step.total(perturbed, step.plain_ratio)
-            if step.synchronize is None:
-                step.summands.insert(0, Summand(0.0, step.plain_terms(), gradient=plain))
-            else:
-                # It is that of all processes already, and must not be summed again.
-                step.shared = plain
         for summand in step.summands:
             if summand.rho == 0:
                 step.hold(summand)
@@ -331,8 +329,6 @@ class SharpnessEngine:
     ) -> None:
         """Make the gradient for the optimizer from the sum of the terms' gradients."""
         assert self._ascender is not None
-        if step.shared is not None:
-            add_to_gradients(step.params, step.shared)
         if step.keeps_clean:
             after = AfterSum(step.params, step.clean_gradient(partial(synchronized, step.params, synchronize)))
             if reuse is not None:

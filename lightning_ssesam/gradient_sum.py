@@ -107,8 +107,6 @@ class GradientSum:
     is_difference: bool = False
     plain_ratio: float | None = None
     keeps_clean: bool = False
-    # Gradients of all processes together, to be added to the final one: of terms that no pass was made for.
-    shared: Gradients | None = None
     # At the unperturbed weights: those of all processes together, and those of this process.
     clean: tuple[Gradients, Gradients] | None = None
     _has_begun: bool = False
@@ -134,8 +132,7 @@ class GradientSum:
 
     def keep_clean(self, perturbed: Sequence[Summand]) -> None:
         """Keep the gradient at the unperturbed weights: that of perturbed summands and what ``.grad`` holds."""
-        found = [self.total(perturbed), *([] if self.shared is None else [self.shared])]
-        here = [gradients_of(self.params)]
+        found, here = [self.total(perturbed)], [gradients_of(self.params)]
         # The gradients of perturbed summands are synchronized if anything is.
         if self.synchronize is None:
             found, here = [], [*found, *here]
@@ -147,7 +144,7 @@ class GradientSum:
         assert self.clean is not None
         everywhere, here = self.clean
         # Decided by what is the same in every process.
-        if self.synchronize is None or self.is_difference or (self.plain_terms() and self.plain_ratio is None):
+        if self.synchronize is None or self.is_difference or self.plain_terms():
             here = synchronize(here)
         return sum_gradients([everywhere, here], 1.0, len(self.params))
 

@@ -114,7 +114,7 @@ def check_ascents(module: pl.LightningModule, objective: Objective, options: Ste
         if ascent.is_plain or any(map(is_lazy, trained)):
             continue
         try:
-            weights = Names(layers).weights(trained, trainer.optimizers[0])
+            weights = Names(layers, trained).weights(trained, trainer.optimizers[0])
             weights.indices(ascent.only)
             if isinstance(ascent.direction, Momentum):
                 weights.momentum()

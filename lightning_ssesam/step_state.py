@@ -64,7 +64,6 @@ class StepState:
         self.is_fitting, self.pending = False, []
         self.host_targets.forget()
         self.loss_on_bar = None
-        self.ascents_before = None
         self.engine.release()
 
     def __reduce__(self) -> tuple[Callable[[int], "StepState"], tuple[int]]:

@@ -43,13 +43,6 @@ def set_gradients(parameters: list[Tensor], gradients: Gradients | None) -> None
         p.grad = gradient
 
 
-def add_to_gradients(parameters: list[Tensor], gradients: Gradients) -> None:
-    """Add to the ``.grad`` of each parameter, which stays None where both are."""
-    for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            p.grad = gradient if p.grad is None else p.grad + gradient
-
-
 def wrapped(value: Tensor, parameter: Tensor) -> Tensor:
     """Return the part of this process as a ``DTensor`` that is sharded like the parameter, if that is sharded."""
     if not is_sharded(parameter) or is_sharded(value):

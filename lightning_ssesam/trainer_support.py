@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -226,8 +226,10 @@ def _with_one_optimizer(module: pl.LightningModule) -> Callable[..., Any]:
     configure_optimizers = module.configure_optimizers
 
     @wraps(configure_optimizers)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        configured = configure_optimizers(*args, **kwargs)
+    def call(self: pl.LightningModule, *args: Any, **kwargs: Any) -> Any:
+        # A copy of the module that is made within a fit takes this along, and must not optimize the original.
+        own = configure_optimizers if self is module else partial(type(self).configure_optimizers, self)
+        configured = own(*args, **kwargs)
         if _count_optimizers(configured) > 1:
             raise MisconfigurationException(
                 f"`{type(module).__name__}.configure_optimizers` must return one optimizer under SharpnessAwareMixin,"
@@ -235,7 +237,7 @@ def _with_one_optimizer(module: pl.LightningModule) -> Callable[..., Any]:
             )
         return configured
 
-    return call
+    return MethodType(call, module)
 
 
 def _count_optimizers(configured: Any) -> int:

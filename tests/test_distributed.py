@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from helpers import (
     OBJECTIVES,
     SPLIT,
@@ -35,7 +36,23 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ssesam import SAM, SSESAM, StageSwitch
+from lightning_ssesam import (
+    ASAM,
+    CCSAM,
+    GSAM,
+    LESAM,
+    PGN,
+    SAM,
+    SSESAM,
+    Adaptive,
+    Ascent,
+    FocalSAM,
+    Friendly,
+    FriendlySAM,
+    MomentumSAM,
+    RandomSAM,
+    StageSwitch,
+)
 
 pytestmark = STRICT
 
@@ -236,8 +253,8 @@ class Divided(Model):
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
 
 
-def tensor_parallel(rank, log_sharpness=False):
-    model = Divided(SSESAM(SPLIT))
+def tensor_parallel(rank, log_sharpness=False, objective=None):
+    model = Divided(objective or SSESAM(SPLIT))
     choose(model, log_sharpness=log_sharpness)
     strategy = ModelParallelStrategy(1, WORLD, process_group_backend="gloo", timeout=timedelta(seconds=60))
     result = train(rank, model, [unions(data())] * WORLD, strategy)
@@ -295,6 +312,46 @@ def with_interval():
     return model
 
 
+FAMILY = {
+    "friendly adaptive": lambda: SSESAM(SPLIT, 0.3, 0.5, ascent=Ascent(Friendly(0.6, 0.8), Adaptive(0.05))),
+    "GSAM": lambda: GSAM(0.3, 0.6),
+    "LookSAM": lambda: SAM(0.3),
+    "PGN": lambda: PGN(0.3, 1.3),
+    "FocalSAM": lambda: FocalSAM(SPLIT, 0.3, 0.5, 1.3),
+    "CCSAM": lambda: CCSAM(SPLIT, 0.3, 0.6),
+    "MomentumSAM": lambda: MomentumSAM(0.3),
+    "RandomSAM": lambda: RandomSAM(0.3),
+    "InverseNorm": lambda: LESAM(0.05, 0.4),
+}
+
+
+def of_family(name, kind=Model):
+    """A module whose states of ascents make a way through what a checkpoint holds, in the middle of the training."""
+    model = kind(network(), FAMILY[name]())
+    if name == "LookSAM":
+        choose(model, interval=3, reuse=0.7)
+
+    def save_and_load(outputs, batch, batch_idx):
+        states = model._SharpnessAwareMixin__step.engine.states
+        states.load_state_dict(states.state_dict())
+
+    model.on_train_batch_end = save_and_load
+    return model
+
+
+def sharded_family(rank, name):
+    strategy = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    model = of_family(name, Sharded)
+    result = train(rank, model, data(), strategy)
+    return result | {"state": {k: v.full_tensor() for k, v in model.state_dict().items()}}
+
+
+def local_ascent(rank, objective):
+    model = Model(network(), objective)
+    choose(model, processes="local")
+    return train(rank, model, data(even=True))
+
+
 def automatic(rank):
     return train(rank, Automatic(network()), data(even=True))
 
@@ -343,6 +400,9 @@ SCENARIOS = {
     "reported without tail": lambda rank: reported(rank, first=1),
     "reported in stage 2": lambda rank: reported(rank, stage=2),
     "resumed": resumed,
+    **{f"family {name}": lambda rank, n=name: train(rank, of_family(n), data()) for name in FAMILY},
+    "local ASAM": lambda rank: local_ascent(rank, ASAM(0.5, 0.05)),
+    "local Friendly": lambda rank: raises(local_ascent, rank, FriendlySAM()),
     "automatic": automatic,
     "ERM even": lambda rank: train(rank, Model(network()), data(even=True)),
     "static graph": lambda rank: raises(train, rank, Model(network(), SAM(0.1)), data(), ddp(static_graph=True)),
@@ -353,6 +413,11 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 if SHARDS_ON_CPU:
     SCENARIOS |= {
         **{f"sharded {objective}": lambda rank, o=objective: sharded(rank, o) for objective in OBJECTIVES},
+        **{f"sharded family {name}": lambda rank, n=name: sharded_family(rank, n) for name in FAMILY},
+        "tensor parallel RandomSAM": lambda rank: tensor_parallel(rank, objective=RandomSAM(0.3)),
+        "tensor parallel friendly adaptive": lambda rank: tensor_parallel(
+            rank, objective=FAMILY["friendly adaptive"]()
+        ),
         "sharded accumulated": lambda rank: sharded(rank, "SSESAM 1", accumulate_grad_batches=3),
         "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
         "sharded local": lambda rank: raises(sharded, rank, "SAM", processes="local"),
@@ -540,6 +605,26 @@ class TestDDP:
         resumed = same_in_all(results, "resumed")
         assert_same_bits(resumed["state"].values(), resumed["whole"].values())
 
+    @pytest.mark.parametrize("name", FAMILY)
+    def test_family_equals_one_process(self, results, name):
+        expected, _ = one_process(of_family(name), unions(data()))
+        assert_close(same_in_all(results, f"family {name}")["state"], expected)
+
+    def test_local_ascent_with_a_scale(self, results):
+        net = network()
+        twin = twins.Twin(net, sgd)
+        for batches in zip(*data(even=True), strict=True):
+            gradients = [twins.asam(twin, x, y, 0.5, 0.05, "plain") for x, y in batches]
+            twin.step([sum(parts) / WORLD for parts in zip(*gradients, strict=True)])
+        expected = {f"net.{name}": value for name, value in net.state_dict().items()}
+        assert_close(same_in_all(results, "local ASAM")["state"], expected)
+
+    def test_local_ascent_with_a_state_is_refused(self, results):
+        text = (
+            "`processes='local'` cannot work with Friendly(sigma=1.0, decay=0.9), which would remember other gradients"
+        )
+        assert text in results[0]["local Friendly"]
+
     def test_static_graph_is_refused(self, results):
         assert "cannot work with DDPStrategy(static_graph=True)" in results[0]["static graph"]
 
@@ -551,6 +636,21 @@ class TestModelParallel:
     def test_equals_one_process(self, results, objective):
         expected, _ = one_process(Model(network(), OBJECTIVES[objective]()), unions(data()))
         assert_close(same_in_all(results, f"sharded {objective}")["state"], expected)
+
+    @pytest.mark.parametrize("name", [name for name in FAMILY if name != "RandomSAM"])
+    def test_family_equals_one_process(self, results, name):
+        expected, _ = one_process(of_family(name), unions(data()))
+        assert_close(same_in_all(results, f"sharded family {name}")["state"], expected)
+
+    def test_noise(self, results):
+        """Each shard has noise of its own; what all processes hold moves alike in all."""
+        random = same_in_all(results, "sharded family RandomSAM")["state"]
+        plain = same_in_all(results, "sharded ERM")["state"]
+        moved = torch.cat([(random[name] - plain[name]).flatten() for name in plain])
+        assert 1e-3 < moved.norm() < 1
+        same_in_all(results, "tensor parallel RandomSAM")
+        expected, _ = one_process(Divided(FAMILY["friendly adaptive"]()), unions(data()))
+        assert_close(same_in_all(results, "tensor parallel friendly adaptive")["state"], expected)
 
     def test_accumulation(self, results):
         assert_close(results[0]["sharded accumulated"]["state"], results[0]["accumulated"]["state"])

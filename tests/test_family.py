@@ -123,6 +123,7 @@ class Ours:
     def step(self, x, y, **options):
         outcome = self.compute(x, y, **options)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         return outcome
 
 
