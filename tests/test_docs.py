@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import helpers
 import pytest
+import test_ascent
 import test_compare
 import test_data
 import test_losses
@@ -28,7 +29,7 @@ import yaml
 from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
 from PIL import Image
 
-from lightning_ssesam import ClassSplit, losses, metrics, objectives
+from lightning_ssesam import ClassSplit, ascent, losses, metrics, objectives
 from lightning_ssesam.cli import main
 from lightning_ssesam.data import digits
 from lightning_ssesam.experiments import figures, report
@@ -93,6 +94,7 @@ RECIPES = {
         [objectives, test_objectives],
         {"Term(head / number, self.rho)": "Term(head / number, 0.0)", "(tail / number, 0": "(tail / number, 1"},
     ),
+    "An ascent": ([ascent, test_ascent], {"else g.sign() for g in gradient]": "else g.abs() for g in gradient]"}),
     "A data set": ([digits, test_data], {"remaining = remaining[others]": "pass"}),
     "A loss": ([functional, losses, test_losses], {"mean() / class_counts": "mean() * class_counts"}),
     "A metric": ([metrics, test_metrics], {"counts.min()": "counts.max()"}),
