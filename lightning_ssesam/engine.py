@@ -224,7 +224,7 @@ class SharpnessEngine:
         params = [p for p in parameters if p.requires_grad]
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
-        summands, ratio = make_summands(batch, groups, passes, keeps_clean, any(map(is_sharded, params)))
+        summands, ratio = make_summands(batch, groups, passes, keeps_clean, params)
         modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
         buffers = buffers_of(modules)
         mark = bytes([module.training for module in modules]) + bytes([p.requires_grad for p in parameters])

@@ -16,7 +16,7 @@ from lightning_ssesam.objectives import Term
 from lightning_ssesam.plan import Forward, Group, MicroBatch, Plan, SampleLosses, plain_ratio, plan_forwards
 from lightning_ssesam.snapshots import Buffers, BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
-from lightning_ssesam.tensors import Gradients, gradients_of, move, set_gradients
+from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, move, set_gradients
 
 
 class Outcome(NamedTuple):
@@ -259,13 +259,15 @@ def _owned(gradient: Tensor | None) -> Tensor | None:
 
 
 def make_summands(
-    batch: Sequence[MicroBatch], groups: list[Group], passes: str, keeps_clean: bool, is_sharded: bool
+    batch: Sequence[MicroBatch], groups: list[Group], passes: str, keeps_clean: bool, params: list[Tensor]
 ) -> tuple[list[Summand], float | None]:
     """Return the summands that need passes, and the ratio by which the plain one follows from the others, if any.
 
     The ratio depends on the samples of this process. With sharded parameters, all processes must make the same passes.
     """
-    ratio = None if is_sharded else plain_ratio(batch, groups)
+    ratio = plain_ratio(batch, groups)
+    if ratio is not None and any(map(is_sharded, params)):
+        ratio = None
     wants_all = keeps_clean or passes == "difference"
     summands = [
         Summand(group.rho, group.terms, group.ascent, group.ascent.direction.needs_gradient or wants_all)
