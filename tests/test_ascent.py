@@ -1016,6 +1016,13 @@ def test_errors_of_arguments(make, name, text):
     assert str(caught.value).endswith(".")
 
 
+def test_state_of_one_process_alone_is_refused():
+    local = {"synchronize": lambda: None, "processes": "local"}
+    assert after(ASAM(), **local).engine.states.state_dict() == {}
+    with pytest.raises(ArgumentError, match=r"`processes` to be 'global', but got 'local' with Friendly\(sigma=0.6"):
+        after(SSESAM(SPLIT, ascent=FRIENDLY), **local)
+
+
 def test_states_of_ascents_that_are_none():
     with pytest.raises(ArgumentError, match="Expected the states of ascents to be a mapping of mappings"):
         after(ERM()).engine.states.load_state_dict({"all": 3})
