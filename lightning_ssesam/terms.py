@@ -191,7 +191,7 @@ class Objective(ABC):
     def combine(self, clean: list[Tensor], gradient: list[Tensor], inner: InnerProducts) -> list[Tensor]:
         """Return the gradient for the optimizer, if :attr:`needs_clean_gradient` is set. By default it is the sum.
 
-        Called in every update that is perturbed.
+        Called in every update that is perturbed. No gradient contains the factors of a GradScaler or of accumulation.
 
         Args:
             clean: Gradient of all terms together at the unperturbed weights: a tensor for each parameter.

@@ -59,6 +59,16 @@ def after(objective, net=None, steps=3, **options):
     return ours
 
 
+class Normalised(SAM):
+    """The clean gradient made a tenth long, as the release of PGN does."""
+
+    needs_clean_gradient = True
+
+    def combine(self, clean, gradient, inner):
+        length = inner(clean, clean).sum().sqrt()
+        return [0.1 * g / length + G for g, G in zip(clean, gradient, strict=True)]
+
+
 class TestPasses:
     # forwards, backwards and forwarded samples; of full passes, then of split ones (12 samples, 3 of the tail).
     COSTS = (
@@ -188,10 +198,11 @@ class TestSeveralProcesses:
     @pytest.mark.parametrize("average", [False, True])
     @pytest.mark.parametrize("name", OBJECTIVES)
     def test_equals_one(self, name, average):
-        parts = [classification_batch(7, classes=[0, 1, 2]), classification_batch(12)]
-        *nets, expected = self.train(self.OBJECTIVES[name], parts, average)
-        for net in nets:
-            assert_same(net, expected)
+        # The first process has no tail samples, or none at all.
+        for first in (classification_batch(7, classes=[0, 1, 2]), classification_batch(0)):
+            *nets, expected = self.train(self.OBJECTIVES[name], [first, classification_batch(12)], average)
+            for net in nets:
+                assert_same(net, expected)
 
     @pytest.mark.parametrize("average", [False, True])
     @pytest.mark.parametrize("kind", ["plain", "proportional", "perturbed"])
@@ -284,9 +295,10 @@ class TestState:
             LESAM(0.05, 0.4),
             CCSAM(SPLIT, 0.3, 0.6),
             GSAM(0.3, 0.6),
+            Normalised(0.3),
             SAM(0.3, ascent=Ascent(radius=PACBayesRadius(0.2, 731, 0.01, 0.3))),
         ],
-        ids=["Friendly", "InverseNorm", "per tensor", "combine", "PACBayesRadius"],
+        ids=["Friendly", "InverseNorm", "per tensor", "combine", "combine of one's own", "PACBayesRadius"],
     )
     def test_does_not_see_the_factor_of_the_gradients(self, objective, scaled):
         def backward(loss, retain_graph):
@@ -706,13 +718,14 @@ class TestParameters:
         assert_same_bits(ours.net.parameters(), before)
         assert any(p.grad.isnan().any() for p in ours.net.parameters())
 
-    def test_first_momentum_under_an_outer_autocast(self):
+    @pytest.mark.parametrize("ascent", [Ascent(Momentum()), Ascent(Noise()), FRIENDLY, Ascent(scale=Adaptive())])
+    def test_under_an_outer_autocast(self, ascent):
         """The clean pass makes no gradient, and the copies that autocast keeps of its weights have none."""
         gradients = []
         for cache in (True, False):
             torch.manual_seed(6)
             net = layered().float()
-            objective = SSESAM(SPLIT, 0.3, 0.5, ascent=Ascent(Momentum()))
+            objective = SSESAM(SPLIT, 0.3, 0.5, ascent=ascent)
             x, y = indices()
             with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
                 Ours(net, objective, sgd).compute(x.float(), y)
@@ -1001,6 +1014,13 @@ def test_errors_of_arguments(make, name, text):
         make()
     assert str(caught.value).startswith(f"Expected argument `{name}` to be {text}")
     assert str(caught.value).endswith(".")
+
+
+def test_state_of_one_process_alone_is_refused():
+    local = {"synchronize": lambda: None, "processes": "local"}
+    assert after(ASAM(), **local).engine.states.state_dict() == {}
+    with pytest.raises(ArgumentError, match=r"`processes` to be 'global', but got 'local' with Friendly\(sigma=0.6"):
+        after(SSESAM(SPLIT, ascent=FRIENDLY), **local)
 
 
 def test_states_of_ascents_that_are_none():
