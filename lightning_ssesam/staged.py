@@ -179,6 +179,11 @@ class Staged(Objective):
         """Return the gradient for the optimizer, as the current objective does."""
         return self.current.combine(clean, gradient, inner)
 
+    @property
+    def ascent(self) -> Ascent:  # type: ignore[override]
+        """The ascent that the current objective was built with."""
+        return self.current.ascent
+
     @override
     def make_ascent(self) -> Ascent:
         """Return the ascent of the current objective's terms."""
