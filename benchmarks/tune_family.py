@@ -1,13 +1,13 @@
-"""Chooses the radii of the shipped configuration ``compare_family``, on validation data with seeds that it does not use.
+"""Chooses the radii of the shipped configuration ``compare_family`` on validation data, with seeds it does not use.
 
 Run it from the root of the repository:
 
     python benchmarks/tune_family.py
     python benchmarks/tune_family.py SAM "late SAM"
 
-Every method gets the same budget: three values of one radius, with four seeds each. Its other arguments stay. Best means
-the highest validation accuracy over all classes after the last epoch. Plain training had its budget before: the learning
-rate of all methods is the best of four for plain training (``tune_digits.py``).
+Every method gets the same budget: three values of one radius, each with the same seeds. Its other arguments stay. Best
+means the highest validation accuracy over all classes after the last epoch. Plain training had its budget before: the
+learning rate of all methods is the best of four for plain training (``tune_digits.py``).
 """
 
 import logging
@@ -65,7 +65,7 @@ FAMILY = {
     "ASAM": (ASAM, "rho", (0.2, 0.5, 1.0)),
     "FriendlySAM": (FriendlySAM, "rho", RADII),
     "GSAM": (GSAM, "rho", RADII),
-    "WSAM": (WSAM, "rho", RADII),
+    "WSAM": (WSAM, "rho", (0.002, 0.005, 0.01)),
     "PGN": (PGN, "rho", RADII),
     "LESAM": (partial(LESAM, rho_max=0.2), "sigma", RADII),
     "LookSAM": (SAM, "rho", RADII),
@@ -81,7 +81,7 @@ CALLBACKS = {
     "late SAM": [StageSwitch(at=0.8)],
     "late Friendly adaptive SSE-SAM": [StageSwitch(at=[0.5, 0.8])],
 }
-MODEL = {"LookSAM": {"step_options": {"interval": 5, "reuse": 0.7}}}
+MODEL = {"LookSAM": {"step_options": {"interval": 5, "reuse": 0.1}}}
 
 
 def validate(name, objective, seed):
