@@ -48,7 +48,9 @@ def test_help_of_fit_keeps_every_option(capsys, monkeypatch):
     text = printed(["fit", "--help"], capsys, monkeypatch)
     assert len(text.splitlines()) < 520
     assert len(options_in(text)) > 70
-    assert "FocalSAM, FriendlySAM, ImbSAM, MomentumSAM, RandomSAM, Staged, or a path, default: SSESAM {" in " ".join(text.split())
+    assert "FocalSAM, FriendlySAM, ImbSAM, MomentumSAM, RandomSAM, Staged, or a path, default: SSESAM {" in " ".join(
+        text.split()
+    )
 
 
 def test_help_of_a_command_by_its_name(capsys, monkeypatch):

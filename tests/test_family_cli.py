@@ -70,8 +70,8 @@ class Fixed(Radius):
         return torch.full_like(norms.direction, self.length)
 
 
-def tenth(norms) -> torch.Tensor:
-    return torch.full_like(norms.direction, 0.1)
+def fifth(norms) -> torch.Tensor:
+    return torch.full_like(norms.direction, 0.2)
 
 
 def is_weight(name: str, parameter: torch.Tensor) -> bool:
@@ -134,11 +134,12 @@ def test_ascents_in_yaml(monkeypatch):
     for name, (ascent, _) in ASCENTS.items():
         sam = spec("SAM", rho=0.3, ascent=ascent)
         methods[name] = {"objective": sam}
-        methods[f"{name}, late"] = {"objective": spec("Staged", objectives=["ERM", sam])}
+    methods["late"] = {"objective": spec("Staged", objectives=["ERM", *(m["objective"] for m in methods.values())])}
+    methods["late"]["callbacks"] = [spec("StageSwitch", at=[0.1, 0.2, 0.3, 0.4, 0.5])]
     found = objectives(monkeypatch, methods)
     for name, (_, ascent) in ASCENTS.items():
         assert (found[name].rho, found[name].ascent) == (0.3, ascent)
-        assert found[f"{name}, late"].ascents() == (Ascent(), ascent)
+    assert found["late"].ascents() == (Ascent(), *(ascent for _, ascent in ASCENTS.values()))
 
 
 def fitted(monkeypatch, *options):
@@ -172,26 +173,28 @@ def test_an_objective_as_one_value(monkeypatch):
 
 
 @pytest.mark.usefixtures("parts")
-def test_parts_of_the_users_own(capsys):
-    """T = 2 doubles the radius: e = rho 4 g / ||2 g||. All numbers of the training are those of SAM with 2 rho."""
+def test_parts_of_the_users_own(monkeypatch):
+    """T = 2 doubles the radius: e = rho 4 g / ||2 g||. The weights are those of SAM with 2 rho, to the bit."""
     ascents = {
+        "SAM": (0.2, None),
         "scale": (0.1, {"scale": "parts.Twice"}),
         "radius": (0.7, {"radius": spec("parts.Fixed", length=0.2)}),
-        "SAM": (0.2, None),
-        "function": (0.7, {"radius": "parts.tenth"}),
-        "half": (0.1, None),
+        "function": (0.7, {"radius": "parts.fifth"}),
         "only": (0.2, {"only": "parts.is_weight"}),
         "direction": (0.2, {"direction": "parts.Against"}),
     }
     methods = {name: {"objective": spec("SAM", rho=rho, ascent=ascent)} for name, (rho, ascent) in ascents.items()}
     methods["objective"] = {"objective": spec("parts.Mine", length=0.2)}
-    Path("mine.yaml").write_text(yaml.safe_dump({"methods": methods, "epochs": 4, "seeds": 1, "jobs": 1}))
-    main(["compare", "--config=mine.yaml", "--trainer={accelerator: cpu}"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line and line.split()[0] in methods]
-    table = {name: values for name, *values in lines}
-    assert table["scale"] == table["radius"] == table["objective"] == table["SAM"]
-    assert table["function"] == table["half"] != table["SAM"]
-    assert len({tuple(table[name]) for name in ("SAM", "only", "direction")}) == 3
+    trainer = {"accelerator": "cpu", "limit_train_batches": 2, "limit_val_batches": 0}
+    Path("mine.yaml").write_text(yaml.safe_dump({"methods": methods, "epochs": 1, "seeds": 1, "trainer": trainer}))
+    weights = {}
+    for experiment, *_ in planned_runs(monkeypatch, ["--config=mine.yaml"]):
+        _, model, _ = experiment.fit(0)
+        weights[experiment.method] = nn.utils.parameters_to_vector(model.parameters()).detach()
+    sam = weights.pop("SAM")
+    equal = {name for name, found in weights.items() if torch.equal(found, sam)}
+    assert equal == {"scale", "radius", "function", "objective"}
+    assert len({tuple(weights[name].tolist()) for name in ("only", "direction")}) == 2
 
 
 WRONG = {

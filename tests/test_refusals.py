@@ -220,8 +220,7 @@ WRONG_OPTIONS = [
 WRONG_CLASSES = [
     (
         [*FIT, "--model.objective=Sam"],
-        "or the path of a class, but got 'Sam'. "
-        "Did you mean 'SAM'?",
+        "or the path of a class, but got 'Sam'. Did you mean 'SAM'?",
     ),
     ([*FIT, "--model.objective=SAM", "--model.objective.rh=1"], "Did you mean '--model.objective.rho'?"),
     (
