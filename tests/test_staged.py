@@ -267,6 +267,18 @@ def test_ignored_target_of_all(make):
         assert staged.terms(torch.tensor([0, 255]))[0].weights.tolist() == [1.0, 0.0]
 
 
+def test_ignored_targets_of_somebody():
+    class Own(ERM):
+        def find_ignored(self, targets):
+            return targets > 7
+
+    staged = Staged([ERM(), Own()])
+    targets = torch.tensor([1, 8, -100])
+    assert staged.find_ignored(targets).tolist() == [False, False, True]
+    staged.stage = 2
+    assert staged.find_ignored(targets).tolist() == [False, True, False]
+
+
 # Saved and copied.
 
 
