@@ -27,6 +27,8 @@ _TYPES = {
     "<class 'Path'>": "path",
     "Optional[dict[str, Any]]": "mapping | null",
     "Optional[dict[str, tuple[float, float]]]": "mapping | null",
+    "dict[str, Any] | null": "mapping | null",
+    "dict[str, tuple[float, float]] | null": "mapping | null",
     "str | list[str] | dict[str, Method]": "names | mapping",
 }
 _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
@@ -51,6 +53,8 @@ class ShortHelp(DefaultHelpFormatter):
             text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
         # The values stand behind the name of the option.
         text = re.sub(r"type: Literal\[[^\]]*\], ", "", text)
+        # The default is named behind the type.
+        text = re.sub(r"\s*Default: (?:``[^`]*``|\d+)\.\s*(?=\(type)", " ", text)
         for written, plain in _TYPES.items():
             text = text.replace(written, plain)
         return text
