@@ -341,7 +341,8 @@ def test_help(arguments, capsys):
     text = capsys.readouterr().out
     for command in ("fit", "validate", "test", "compare", "sweep", "curvature"):
         assert f"\n  {command} " in text
-    shipped = "for `fit` cifar100_lt, digits_lt; for `compare` compare_cifar100_lt, compare_cifar10_lt, compare_folder."
+    compared = "compare_cifar100_lt, compare_cifar10_lt, compare_family, compare_folder"
+    shipped = f"for `fit` cifar100_lt, digits_lt; for `compare` {compared}."
     assert shipped in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
 

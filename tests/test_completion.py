@@ -12,6 +12,7 @@ import pytest
 from helpers import STRICT
 
 from lightning_ssesam.cli import COMMANDS, main
+from lightning_ssesam.compare import METHODS
 from lightning_ssesam.experiments.completion import completion_script, options_in
 
 pytestmark = STRICT
@@ -47,7 +48,9 @@ def test_help_of_fit_keeps_every_option(capsys, monkeypatch):
     text = printed(["fit", "--help"], capsys, monkeypatch)
     assert len(text.splitlines()) < 520
     assert len(options_in(text)) > 70
-    assert "(ERM, SAM, SSESAM, ImbSAM, or a path, default: SSESAM {" in " ".join(text.split())
+    assert "FocalSAM, FriendlySAM, ImbSAM, MomentumSAM, RandomSAM, Staged, or a path, default: SSESAM {" in " ".join(
+        text.split()
+    )
 
 
 def test_help_of_a_command_by_its_name(capsys, monkeypatch):
@@ -80,6 +83,7 @@ COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _lightning_ssesam; printf '%s\
 
 
 PROGRAM = "lightning-ssesam"
+CONFIGS = ["compare_cifar100_lt", "compare_cifar10_lt", "compare_family", "compare_folder"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -87,10 +91,10 @@ def test_bash_completes():
     assert bash(PROGRAM, "") == [*COMMANDS, "completion", "help"]
     assert bash(PROGRAM, "c") == ["compare", "curvature", "completion"]
     assert bash(PROGRAM, "compare", "--me") == ["--methods.help", "--methods"]
-    assert bash(PROGRAM, "compare", "--methods", "") == ["ERM", "SAM", "ImbSAM", "SSESAM"]
+    assert bash(PROGRAM, "compare", "--methods", "") == list(METHODS)
     assert bash(PROGRAM, "compare", "--methods", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
     assert bash(PROGRAM, "compare", "--methods", "=", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
-    assert bash(PROGRAM, "compare", "--config", "") == ["compare_cifar100_lt", "compare_cifar10_lt", "compare_folder"]
+    assert bash(PROGRAM, "compare", "--config", "") == CONFIGS
     assert bash(PROGRAM, "fit", "--config", "=") == ["cifar100_lt", "digits_lt"]
     assert bash(PROGRAM, "fit", "--config", "=", "di") == ["digits_lt"]
     assert bash(PROGRAM, "fit", "--model.loss", "L") == ["LDAMLoss", "LogitAdjustedLoss"]

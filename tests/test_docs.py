@@ -378,7 +378,7 @@ def test_scripts_that_the_pages_name_are_there():
 def _what_the_commands_read(monkeypatch):
     blocks = {}
     for page in ("command_line", "toolkit"):
-        (blocks[page],) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.DOTALL)
+        blocks[page], *_ = re.findall(r"^```yaml\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.DOTALL)
     Path("mine.yaml").write_text(blocks["command_line"])
     Path("sweep").mkdir()
     Path("sweep/best.yaml").write_text("head_rho: 0.1\ntail_rho: 0.2\ngamma: 0.6\n")

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from lightning_ssesam import StageSwitch
 from lightning_ssesam.cli import main
+from lightning_ssesam.compare import METHODS
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.fit_config import fit_config
@@ -266,7 +267,7 @@ def test_a_file_names_no_method():
 @pytest.mark.parametrize(
     ("comparison", "message"),
     [
-        ({"methods": "ERM,Foo"}, "argument `methods` to be some of ERM, SAM, ImbSAM, SSESAM, each once, but got 'Foo'"),
+        ({"methods": "ERM,Foo"}, f"argument `methods` to be some of {', '.join(METHODS)}, each once, but got 'Foo'"),
         ({"methods": 5}, "argument `methods` to be names, or a mapping from names to options, but got 5"),
         ({"epochs": "many"}, "cannot be used: .*epochs"),
         ({"nonsense": 1}, "cannot be used: .*nonsense"),

@@ -220,8 +220,7 @@ WRONG_OPTIONS = [
 WRONG_CLASSES = [
     (
         [*FIT, "--model.objective=Sam"],
-        "Expected `--model.objective` to be one of ERM, SAM, SSESAM, ImbSAM, or the path of a class, but got 'Sam'. "
-        "Did you mean 'SAM'?",
+        "or the path of a class, but got 'Sam'. Did you mean 'SAM'?",
     ),
     ([*FIT, "--model.objective=SAM", "--model.objective.rh=1"], "Did you mean '--model.objective.rho'?"),
     (
@@ -337,7 +336,7 @@ WRONG_CONFIGURATIONS = [
     (["compare", "--config=compare_cifar"], "Did you mean 'compare_cifar10_lt'?"),
     (
         ["compare", "--config", "digits_lt"],
-        f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, compare_folder, but got 'digits_lt'.",
+        f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, compare_family, compare_folder, but got 'digits_lt'.",
     ),
     (["sweep", "--config=digits_lt"], "Expected `--config` to be a YAML file, but got 'digits_lt'."),
     (

@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 from lightning_ssesam import SAM, SSESAM, ClassSplit, DigitsLT, StageSwitch
 from lightning_ssesam.cli import main
-from lightning_ssesam.compare import Method
+from lightning_ssesam.compare import METHODS, Method
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.experiments import search
 from lightning_ssesam.experiments.figures import draw_sweep
@@ -233,8 +233,8 @@ def fixed(rho_of_mine=0.1):
     ("arguments", "message"),
     [
         ({"methods": "ERM"}, r"`methods` to be methods of which something is searched .* but got ERM\."),
-        ({"methods": "SAM,Adam"}, "`methods` to be some of ERM, SAM, ImbSAM, SSESAM, each once, but got 'SAM,Adam'"),
-        ({"methods": []}, r"`methods` to be some of ERM, SAM, ImbSAM, SSESAM, each once, but got \[\]"),
+        ({"methods": "SAM,Adam"}, f"`methods` to be some of {', '.join(METHODS)}, each once, but got 'SAM,Adam'"),
+        ({"methods": []}, rf"`methods` to be some of {', '.join(METHODS)}, each once, but got \[\]"),
         ({"methods": {"A": Method(partial(SAM, 0.1))}}, r"take their radii as arguments \(rho\).* for 'A' \(SAM"),
         ({"methods": {"A": Method(fixed)}}, r"take their radii as arguments \(rho\).* for 'A' \(fixed"),
         ({"lr": (0.1, 0.2), "optimizer": sgd}, r"`optimizer` to be one that takes the argument `lr`.*'SAM' \(sgd"),

@@ -19,7 +19,7 @@ class Choice(NamedTuple):
 
     Attributes:
         method: Name of the method.
-        name: Name of the option, such as ``sam_rho``; for a user's own method, ``METHOD.rho``.
+        name: Name of the option, such as ``sam_rho``; without one, ``METHOD.rho``.
         value: The value.
         origin: Where it comes from.
     """
@@ -29,9 +29,15 @@ class Choice(NamedTuple):
     value: float
     origin: Literal["searched", "default", "given"]
 
+    @property
+    def is_of_objective(self) -> bool:
+        """Whether it is no option, but an argument of the method's objective."""
+        return "." in self.name
+
     def __str__(self) -> str:
         """Return the name, the value and its origin."""
-        default = "the published value" if self.name == "gamma" else "chosen on 8x8 digits"
+        default = "the objective's" if self.is_of_objective else "chosen on 8x8 digits"
+        default = "the published value" if self.name == "gamma" else default
         texts = {"searched": "searched on validation data", "default": f"a default, {default}", "given": "given"}
         return f"{self.name} = {self.value:.4g} ({texts[self.origin]})"
 
@@ -50,7 +56,7 @@ def find_choices(
         options: Values of the options ``sam_rho``, ``imbsam_rho``, ``head_rho``, ``tail_rho`` and ``gamma``.
         defaults: Defaults of these options.
         searched: Names of values that were searched. ``name=value`` counts only as long as the value is the same.
-        is_shipped: Whether the methods are shipped ones, whose values are options.
+        is_shipped: Whether the methods are shipped ones, whose values are options or defaults of their objectives.
 
     Raises:
         ArgumentError: If ``searched`` contains a name of no value.
@@ -62,7 +68,7 @@ def find_choices(
             rate = learning_rate(experiment)
             values |= {f"{experiment.method}.lr": float(rate)} if isinstance(rate, int | float) else {}
         for name, value in values.items():
-            is_default = name in defaults and value == defaults[name]
+            is_default = value == defaults[name] if name in defaults else is_shipped and not name.endswith(".lr")
             choices.append(Choice(experiment.method, name, value, "default" if is_default else "given"))
     names = dict.fromkeys([*options, *(choice.name for choice in choices)])
     search_values = _check_searched(searched or [], list(names))
@@ -76,7 +82,7 @@ def find_choices(
 
 def _values_of(experiment: Experiment, options: Mapping[str, float], is_shipped: bool) -> dict[str, float]:
     objective = experiment.objective()
-    if is_shipped:
+    if is_shipped and experiment.method in RADII:
         values = {option: options[option] for option in RADII[experiment.method]}
     else:
         radii = fixed_radii(objective, experiment.callbacks)
@@ -133,14 +139,7 @@ def notes(choices: Sequence[Choice], methods: Sequence[str], is_digits: bool) ->
     """
     searched = [choice for choice in choices if choice.origin == "searched"]
     if not searched:
-        defaults = [c for c in choices if c.origin == "default" and c.name != "gamma"]
-        if is_digits or not defaults:
-            return []
-        values = ", ".join(f"{choice.name} = {choice.value:.4g}" for choice in defaults)
-        return [
-            f"Nothing was searched on these data. Defaults made for 8x8 digits were compared: {values}. Search with"
-            " `lightning-ssesam sweep` before you prefer a method."
-        ]
+        return _notes_on_defaults([c for c in choices if c.origin == "default" and c.name != "gamma"], is_digits)
     with_search = {choice.method for choice in searched}
     with_rate = {choice.method for choice in searched if choice.name.endswith(".lr")}
     to_search = {choice.method for choice in choices if not choice.name.endswith(".lr")}
@@ -152,6 +151,22 @@ def notes(choices: Sequence[Choice], methods: Sequence[str], is_digits: bool) ->
         f"Values of {_list(ahead)} were searched on validation data, and none of {_list(behind)}: the comparison is"
         f" not fair to {_list(behind)}."
     ]
+
+
+def _notes_on_defaults(defaults: Sequence[Choice], is_digits: bool) -> list[str]:
+    """Return what must be known of a comparison in which nothing was searched."""
+    made = [f"{choice.name} = {choice.value:.4g}" for choice in defaults if not choice.is_of_objective]
+    others = dict.fromkeys(choice.method for choice in defaults if choice.is_of_objective)
+    advice = "Search with `lightning-ssesam sweep` before you prefer a method."
+    found = []
+    if made and not is_digits:
+        values = ", ".join(made)
+        found.append(
+            f"Nothing was searched on these data. Defaults made for 8x8 digits were compared: {values}. {advice}"
+        )
+    if others:
+        found.append(f"The radii of {_list(list(others))} are defaults that were chosen on no data. {advice}")
+    return found
 
 
 def note_on_remedies(experiments: Sequence[Experiment], data: LongTailDataModule) -> list[str]:

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 
@@ -22,6 +22,29 @@ _SOURCES = {
 }
 # The first names are for guesses alone: the options take classes of Lightning, too.
 _LIGHTNING = {"callbacks": ("lightning.pytorch.callbacks", "Callback")}
+# Names of papers and other libraries for objectives of this package, in small letters and without other characters.
+_OBJECTIVES = {
+    "vanilla": "ERM",
+    "plain": "ERM",
+    "sgd": "ERM",
+    "adaptivesam": "ASAM",
+    "fsam": "FriendlySAM",
+    "msam": "MomentumSAM",
+    "gnm": "RandomSAM",
+    "gradientnorm": "PGN",
+    "penalizinggradientnorm": "PGN",
+    "weightedsam": "WSAM",
+    "surrogategapsam": "GSAM",
+    "lossequatedsam": "LESAM",
+    "classconditionalsam": "CCSAM",
+    "imbalancedsam": "ImbSAM",
+}
+# What a name that is no objective stands for.
+_SETTINGS = {
+    "looksam": "SAM with the step options `interval` and `reuse`",
+    "samon": "SAM with `ascent: {only: norm}`",
+    "latesam": "Staged with the objectives ERM and SAM",
+}
 _NO_CHOICE = {"ImageDataModule", "ImageFileModule", "LongTailClassifier", "NormalizedLinear", "BackboneFactory"}
 
 
@@ -47,8 +70,26 @@ def guess_class(option: str, name: str) -> str:
         with_prefix = closest(last, _public_names(module))
         return did_you_mean(f"{module}.{with_prefix}" if with_prefix else None)
     kind = option.rpartition(".")[2]
+    if kind == "objective":
+        return guess_objective(name, known_classes(kind))
     names = known_classes(kind) + (_classes(*_LIGHTNING[kind]) if kind in _LIGHTNING else ())
     return did_you_mean(closest(name, names))
+
+
+def guess_objective(name: str, names: Sequence[str]) -> str:
+    """Return a sentence with the objective that was probably meant, or an empty text.
+
+    Hyphens and capitals do not count, and names that papers and other libraries use are known, too.
+
+    Args:
+        name: What was given.
+        names: Names that can be given.
+    """
+    plain = "".join(filter(str.isalnum, name)).lower()
+    if plain in _SETTINGS:
+        return f" {name} is {_SETTINGS[plain]}."
+    exact = {known.lower(): known for known in names}
+    return did_you_mean(exact.get(plain) or _OBJECTIVES.get(plain) or closest(plain, names))
 
 
 def did_you_mean(name: str | None) -> str:

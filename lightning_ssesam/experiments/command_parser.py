@@ -22,6 +22,15 @@ from lightning_ssesam.experiments.refusals import place_in_user_code, refuse
 
 _MOST_NODES = 100_000
 _NO_OUTPUT = "Expected `--output` to be a folder, but got nothing."
+# Types as people write them in a YAML file.
+_TYPES = {
+    "<class 'Path'>": "path",
+    "Optional[dict[str, Any]]": "mapping | null",
+    "Optional[dict[str, tuple[float, float]]]": "mapping | null",
+    "dict[str, Any] | null": "mapping | null",
+    "dict[str, tuple[float, float]] | null": "mapping | null",
+    "str | list[str] | dict[str, Method]": "names | mapping",
+}
 _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
 
 
@@ -42,7 +51,13 @@ class ShortHelp(DefaultHelpFormatter):
         text = re.sub(r"\{'class_path': '(?:\w+\.)*(\w+)'(?:, 'init_args':( .*\}))?\}(?=\)$)", r"\1\2", text)
         if names := known_classes(action.dest):
             text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
-        return text.replace("<class 'Path'>", "path")
+        # The values stand behind the name of the option.
+        text = re.sub(r"type: Literal\[[^\]]*\], ", "", text)
+        # The default is named behind the type.
+        text = re.sub(r"\s*Default: (?:``[^`]*``|\d+)\.\s*(?=\(type)", " ", text)
+        for written, plain in _TYPES.items():
+            text = text.replace(written, plain)
+        return text
 
 
 def names_class(value: Any) -> bool:

@@ -17,7 +17,7 @@ from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
 from lightning_ssesam.experiments.jobs import Task, make_runs
 from lightning_ssesam.experiments.lifetimes import interruption
-from lightning_ssesam.experiments.methods import METHODS, Method, make_methods
+from lightning_ssesam.experiments.methods import DEFAULT_METHODS, Method, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import expected_images
@@ -31,7 +31,7 @@ from lightning_ssesam.split import ClassSplit
 
 
 def compare(
-    methods: str | list[str] | dict[str, Method] = list(METHODS),  # noqa: B006 (never changed; the help shows it)
+    methods: str | list[str] | dict[str, Method] = list(DEFAULT_METHODS),  # noqa: B006 (never changed; the help shows it)
     seeds: int = 5,
     sam_rho: float = 0.2,
     imbsam_rho: float = 0.2,
@@ -57,8 +57,9 @@ def compare(
     run), summary.csv, classes.csv, table.md, comparison.png, trade_off.png and confusion.png.
 
     Args:
-        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and the
-            options of each method. The others are compared with the first method.
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM,
+            MomentumSAM, RandomSAM, with commas between them. In a YAML file: your own names and their options. The
+            others are compared with the first method.
         seeds: Number of seeds, at most 10,000, counted from 0, for the initial weights and the batch order.
         sam_rho: Radius of SAM.
         imbsam_rho: Radius of ImbSAM, for the tail.

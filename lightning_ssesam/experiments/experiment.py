@@ -23,6 +23,7 @@ from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.fingerprint import (
+    ascent_settings,
     callback_settings,
     data_factory,
     data_settings,
@@ -171,6 +172,10 @@ class Experiment(Recipe):
             "settings": [self.epochs, self.gamma, self.model_arguments, trainer_settings(self.trainer or {})],
             "code": sources_of([*factories, data, model, *self.callbacks, self.trainer]),
         }
+        ascents = model.objective.ascents()
+        if not all(ascent.is_plain for ascent in ascents):
+            # The `repr` of a user's class need not show its values.
+            parts["ascents"] = [ascent_settings(ascent) for ascent in ascents]
         return digest(parts)
 
     def fit(

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary, ProgressBar
 from torch import nn
 
+from lightning_ssesam.ascent import Ascent
 from lightning_ssesam.data.contents import hash_array, hash_files
 
 # Options of data modules by which no sample changes.
@@ -140,6 +141,12 @@ def callback_settings(callbacks: Iterable[Callback]) -> list[Any]:
         for callback in callbacks
         if not isinstance(callback, shown)
     ]
+
+
+def ascent_settings(ascent: Ascent) -> str:
+    """Return a text with the parts of an ascent, each with its class and its attributes."""
+    parts = vars(ascent).items()
+    return describe({name: [type(part).__qualname__, getattr(part, "__dict__", None), part] for name, part in parts})
 
 
 def without_addresses(text: str) -> str:

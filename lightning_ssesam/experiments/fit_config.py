@@ -12,11 +12,12 @@ import yaml
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.class_names import guess_objective
 from lightning_ssesam.experiments.command_parser import instantiate, names_class
 from lightning_ssesam.experiments.compare import compare
 from lightning_ssesam.experiments.experiment import Experiment
 from lightning_ssesam.experiments.files import write_text
-from lightning_ssesam.experiments.methods import METHODS, RADII
+from lightning_ssesam.experiments.methods import DEFAULT_METHODS, METHODS, RADII, unknown_methods
 from lightning_ssesam.experiments.parser_messages import cut
 from lightning_ssesam.experiments.recipe import Recipe, default_optimizer
 from lightning_ssesam.experiments.runs import Run
@@ -36,8 +37,8 @@ def is_comparison(content: Any) -> bool:
 
 
 def method_names(comparison: Mapping[str, Any]) -> list[str]:
-    """Return the names of a comparison's methods, which are ERM, SAM, ImbSAM and SSESAM if it names none."""
-    methods = comparison.get("methods") or METHODS
+    """Return the names of a comparison's methods, which are :data:`DEFAULT_METHODS` if it names none."""
+    methods = comparison.get("methods") or DEFAULT_METHODS
     if not isinstance(methods, str | Sequence | Mapping):
         raise bad_argument("methods", "names, or a mapping from names to options", methods)
     return [str(name).strip() for name in (methods.split(",") if isinstance(methods, str) else methods)]
@@ -57,6 +58,11 @@ def fit_config(comparison: Mapping[str, Any], method: str, seed: int = 0) -> dic
     Raises:
         ArgumentError: If there is no such method, or an option cannot be used.
     """
+    if not comparison.get("methods"):
+        if method not in METHODS:
+            error = bad_argument("method", f"one of {', '.join(METHODS)}", cut(method))
+            raise ArgumentError(f"{error}{guess_objective(method, METHODS)}")
+        comparison = {**comparison, "methods": [method]}
     names = method_names(comparison)
     if method not in names:
         raise bad_argument("method", f"one of {cut(', '.join(map(repr, names)))}", cut(method))
@@ -108,7 +114,10 @@ def _with_sampler(data: Any, sampler: Any) -> Any:
 
 def built_in(name: str, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return the objective of a built-in method by class path, with the radii of a comparison."""
-    chosen = {argument: comparison.get(option, _PARAMETERS[option].default) for option, argument in RADII[name].items()}
+    chosen = {
+        argument: comparison.get(option, _PARAMETERS[option].default)
+        for option, argument in RADII.get(name, {}).items()
+    }
     return {"class_path": f"lightning_ssesam.{name}", "init_args": chosen}
 
 
@@ -143,9 +152,7 @@ def _with_objectives(comparison: Mapping[str, Any]) -> dict[str, Any]:
         return dict(comparison)
     names = method_names(comparison)
     if wrong := [name for name in names if name not in METHODS]:
-        raise bad_argument(
-            "methods", f"some of {', '.join(METHODS)}, each once", got_text=cut(", ".join(map(repr, wrong)))
-        )
+        raise unknown_methods(wrong, ", ".join(wrong))
     return {**comparison, "methods": {name: {"objective": built_in(name, comparison)} for name in names}}
 
 

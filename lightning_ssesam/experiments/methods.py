@@ -12,15 +12,19 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.class_objectives import CCSAM, FocalSAM
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.experiments.class_names import closest, did_you_mean
+from lightning_ssesam.experiments.class_names import guess_objective
 from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.parser_messages import cut
 from lightning_ssesam.experiments.recipe import Recipe, check_factories
 from lightning_ssesam.models import BackboneFactory
 from lightning_ssesam.objectives import ERM, SAM, SSESAM, ImbSAM, Objective
+from lightning_ssesam.variants import ASAM, GSAM, LESAM, PGN, WSAM, FriendlySAM, MomentumSAM, RandomSAM
 
-METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
+DEFAULT_METHODS = ("ERM", "SAM", "ImbSAM", "SSESAM")
+"""The methods of a comparison that names none."""
 
 RADII: dict[str, dict[str, str]] = {
     "ERM": {},
@@ -28,9 +32,20 @@ RADII: dict[str, dict[str, str]] = {
     "ImbSAM": {"imbsam_rho": "rho"},
     "SSESAM": {"head_rho": "head_rho", "tail_rho": "tail_rho"},
 }
-"""For each method of :data:`METHODS`, the argument of its objective for each option that is a radius."""
+"""For some of :data:`METHODS`, the argument of the objective for each option that is a radius. The radii of the other
+methods are those that their objectives have by default."""
 
-_OBJECTIVES: dict[str, Callable[..., Objective]] = {"ERM": ERM, "SAM": SAM, "ImbSAM": ImbSAM, "SSESAM": SSESAM}
+_CLASSES: tuple[type[Objective], ...] = (
+    *(ERM, SAM, ImbSAM, SSESAM),
+    *(ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM, MomentumSAM, RandomSAM),
+)
+_OBJECTIVES: dict[str, Callable[..., Objective]] = {kind.__name__: kind for kind in _CLASSES}
+
+METHODS = tuple(_OBJECTIVES)
+"""Names of the methods that need no other options. Each is the name of its objective."""
+
+OWN_SCALE = tuple(kind for kind in _CLASSES if kind.__name__ not in RADII)
+"""Objectives whose radii are no options, because each has a scale of its own."""
 
 # These must be the same for all methods, because their accuracies are computed by them.
 _GROUPINGS = ("tail_below", "tail_fraction", "many_above", "few_below")
@@ -120,11 +135,16 @@ def make_methods(methods: str | Sequence[str] | dict[str, Method], radii: Mappin
         return methods
     names = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     if not names or len(set(names)) < len(names) or not set(names) <= set(METHODS):
-        guess = next((closest(name, METHODS) for name in map(str, names) if name not in METHODS), None)
-        error = bad_argument("methods", f"some of {', '.join(METHODS)}, each once", methods)
-        raise ArgumentError(f"{error}{did_you_mean(guess)}")
-    arguments = {name: {argument: radii[option] for option, argument in RADII[name].items()} for name in names}
+        raise unknown_methods(names, methods)
+    arguments = {name: {argument: radii[option] for option, argument in RADII.get(name, {}).items()} for name in names}
     return {name: Method(partial(_OBJECTIVES[name], **arguments[name])) for name in names}
+
+
+def unknown_methods(names: Iterable[Any], given: Any) -> ArgumentError:
+    """Return the error for names of which some are not in :data:`METHODS`, or for a name that is there twice."""
+    guess = next((guess_objective(name, METHODS) for name in map(str, names) if name not in METHODS), "")
+    expected = f"some of {', '.join(METHODS)}, each once"
+    return ArgumentError(f"{bad_argument('methods', expected, got_text=cut(repr(given), 120))}{guess}")
 
 
 def _check_method_name(name: Any) -> None:

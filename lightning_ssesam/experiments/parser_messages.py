@@ -96,7 +96,9 @@ def _bad_class(message: str, option: str) -> str | None:
             guess_class(option, value)
         )
     if found := _WRONG_BASE.search(message):
-        return f"Expected `--{option}` to be {_known(option)}the path of a {found[1]}, but got {value!r}."
+        function = re.search(r"a function that returns <class '(?:\w+\.)*(\w+)'>", message)
+        other = f" or of a function that is annotated to return a {function[1]}" if function else ""
+        return f"Expected `--{option}` to be {_known(option)}the path of a {found[1]}{other}, but got {value!r}."
     if found := _IMPORT.search(message):
         path = value or classes[-1]
         kind = "a class" if takes_class(option) else "a class or a function"
@@ -123,7 +125,8 @@ def _known(option: str) -> str:
     names = known_classes(option)
     if len(names) == 1:
         return f"{names[0]} or "
-    return f"one of {', '.join(names)}, or " if 0 < len(names) < 8 else ""
+    listed = ", ".join(names)
+    return f"one of {listed}, or " if 0 < len(listed) < _SHOWN else ""
 
 
 def _bad_value(innermost: str, option: str) -> str | None:
@@ -133,7 +136,8 @@ def _bad_value(innermost: str, option: str) -> str | None:
     types = list(dict.fromkeys(map(_plain, kinds)))
     if not types:
         return None
-    if any(text in innermost for text in ("expects a function", "dot import path", "Unexpected import path")):
+    # The list of types is long, and names what is within a class, too, if it does not come first.
+    if "Callable[" in innermost.partition("Errors:")[0] and "Union subtypes" in innermost:
         types.append("the path of a function")
     if types[0] == "null" and (found := _PARTS.search(innermost)):
         types = [f"arguments of {found[1]}", "null"]

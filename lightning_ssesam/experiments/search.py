@@ -17,11 +17,13 @@ from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.experiments.choices import learning_rate
 from lightning_ssesam.experiments.experiment import Experiment
-from lightning_ssesam.experiments.methods import RADII, Method
+from lightning_ssesam.experiments.methods import OWN_SCALE, RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress
 from lightning_ssesam.experiments.switches import fixed_radii, needs_switch
+from lightning_ssesam.objectives import Objective
+from lightning_ssesam.staged import Staged
 from lightning_ssesam.trainer_calls import of_first_loader
 
 if TYPE_CHECKING:
@@ -33,6 +35,27 @@ Bounds = dict[str, tuple[float, float]]
 
 # Far from the seeds of compare, which begin at 0.
 _FIRST_SEED = 1000
+
+
+# Without a `repr`, the fingerprint of an experiment looks at the parts.
+@dataclass(frozen=True, repr=False)
+class WithRadii:
+    """Makes an objective, and sets its radii.
+
+    Args:
+        objective: Makes the objective.
+        radii: Value of each radius by name.
+    """
+
+    objective: Callable[[], Objective]
+    radii: Mapping[str, float]
+
+    def __call__(self) -> Objective:
+        """Return the objective."""
+        objective = self.objective()
+        for name, value in self.radii.items():
+            objective.set_radius(name, value)
+        return objective
 
 
 @dataclass(frozen=True)
@@ -56,7 +79,8 @@ class Candidate:
     @property
     def needs_entry(self) -> bool:
         """Whether compare needs an entry in its `methods` for the values, because they are no options."""
-        return bool(self.bounds) and (not self.is_shipped or "lr" in self.bounds)
+        has_options = self.is_shipped and self.name in RADII
+        return bool(self.bounds) and (not has_options or "lr" in self.bounds)
 
     @property
     def lowest(self) -> dict[str, float]:
@@ -68,7 +92,10 @@ class Candidate:
         objective = self.method.objective
         optimizer: Callable[..., Optimizer] = self.method.optimizer or recipe.optimizer
         if self.radii:
-            objective = partial(objective, **{argument: values[name] for name, argument in self.radii.items()})
+            radii = {argument: values[name] for name, argument in self.radii.items()}
+            # The objectives within it have the radii.
+            is_staged = isinstance(objective(), Staged)
+            objective = WithRadii(objective, radii) if is_staged else partial(objective, **radii)
         if "lr" in values:
             optimizer = partial(optimizer, lr=values["lr"])
         method = replace(self.method, objective=objective, optimizer=optimizer)
@@ -99,25 +126,50 @@ class Candidate:
             raise bad_argument("optimizer", expected, got_text=f"another one for {self.name!r} ({reason})")
 
 
-def find_candidates(methods: Mapping[str, Method], bounds: Bounds, is_shipped: bool) -> list[Candidate]:
+def find_candidates(
+    methods: Mapping[str, Method], bounds: Bounds, is_shipped: bool, given: Bounds | None = None
+) -> list[Candidate]:
     """Return the methods with what is searched of them. Those with nothing to search are among them.
 
     A ``rho`` of a user's objective has the bounds of ``imbsam_rho`` if the objective tells head from tail, and else
-    those of ``sam_rho``.
+    those of ``sam_rho``. A radius that no option is about lies between a tenth of its value and ten times its value.
+
+    Args:
+        methods: Methods by name.
+        bounds: Smallest and largest value of each option.
+        is_shipped: Whether the methods are shipped ones.
+        given: Smallest and largest value of a radius by ``METHOD.name``. It comes before all others.
+
+    Raises:
+        ArgumentError: If ``given`` has a name of no radius.
     """
-    candidates = []
+    candidates, given = [], given or {}
+    known = []
     for name, method in methods.items():
         objective = method.objective()
-        shared = bounds | {"rho": bounds["imbsam_rho" if objective.needs_split else "sam_rho"]}
-        own = fixed_radii(objective, method.callbacks).keys() & shared.keys()
-        radii = RADII[name] if is_shipped else {radius: radius for radius in objective.radius_names if radius in own}
-        limits = {radius: shared[radius] for radius in radii}
+        found = fixed_radii(objective, method.callbacks)
+        has_options = is_shipped and name in RADII
+        radii = RADII[name] if has_options else {radius: radius for radius in objective.radius_names if radius in found}
+        limits = {}
+        for radius, argument in radii.items():
+            known.append(f"{name}.{argument}")
+            limits[radius] = given.get(known[-1]) or _bounds_of(objective, radius, found[argument], bounds)
         if needs_switch(objective, method.callbacks):
             limits["gamma"] = bounds["gamma"]
         if "lr" in bounds:
             limits["lr"] = bounds["lr"]
         candidates.append(Candidate(name, method, radii, limits, is_shipped))
+    if wrong := sorted(given.keys() - set(known)):
+        raise bad_argument("radii", f"bounds of radii ({', '.join(known) or 'there are none'})", got_text=wrong[0])
     return candidates
+
+
+def _bounds_of(objective: Objective, radius: str, value: float, bounds: Bounds) -> tuple[float, float]:
+    """Return the smallest and the largest value of a radius that is searched."""
+    shared = bounds | {"rho": bounds["imbsam_rho" if objective.needs_split else "sam_rho"]}
+    if value > 0 and (radius not in shared or isinstance(objective, OWN_SCALE)):
+        return value / 10, 10 * value
+    return shared.get(radius, bounds["sam_rho"])
 
 
 def check_bounds(bounds: Mapping[str, Any]) -> Bounds:

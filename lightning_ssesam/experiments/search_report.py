@@ -233,7 +233,7 @@ def _entry(
         return None
     for name, argument in candidate.radii.items():
         if name in values:
-            _set_argument(entry, "objective", argument, values[name])
+            entry["objective"] = _with_radius(entry["objective"], argument, values[name])
     if "gamma" in values:
         switch = {"class_path": "lightning_ssesam.StageSwitch", "init_args": {"at": values["gamma"]}}
         entry["callbacks"] = [*(entry.get("callbacks") or []), switch]
@@ -244,6 +244,20 @@ def _entry(
         entry["optimizer"] = deepcopy(optimizer)
         _set_argument(entry, "optimizer", "lr", values["lr"])
     return entry
+
+
+def _with_radius(objective: Any, name: str, value: float) -> dict[str, Any]:
+    """Return an objective by class path with a radius. In a Staged, all objectives that have the radius get it."""
+    spec: dict[str, Any] = {"class_path": objective} if isinstance(objective, str) else dict(objective)
+    arguments = dict(spec.get("init_args") or {})
+    if "objectives" in arguments:
+        parts = [
+            (part, {"objectives", name} & (part.get("init_args") or {}).keys()) for part in arguments["objectives"]
+        ]
+        arguments["objectives"] = [_with_radius(part, name, value) if has_it else part for part, has_it in parts]
+    else:
+        arguments[name] = value
+    return {**spec, "init_args": arguments}
 
 
 def _set_argument(entry: dict[str, Any], part: str, name: str, value: float) -> None:

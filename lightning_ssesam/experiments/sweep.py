@@ -54,6 +54,7 @@ def sweep(
     tail_rho: tuple[float, float] = (0.01, 0.5),
     gamma: tuple[float, float] = (0.3, 0.9),
     lr: tuple[float, float] | None = None,
+    radii: dict[str, tuple[float, float]] | None = None,
     metric: Literal["all", "tail", "mean_of_head_and_tail"] = "all",
     prune: bool = True,
     output: Path = Path("sweep"),
@@ -69,8 +70,9 @@ def sweep(
     `lightning-ssesam compare --config`.
 
     Args:
-        methods: Any of ERM, SAM, ImbSAM, SSESAM, with commas between them. In a YAML file: your own names, and the
-            options of each method, as in compare. The radii that their objectives have are searched.
+        methods: Any of ERM, SAM, ImbSAM, SSESAM, ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM,
+            MomentumSAM, RandomSAM, with commas between them. In a YAML file: your own names and their options, as in
+            compare. The radii that their objectives have are searched.
         trials: Number of trials of each method, including those of earlier calls.
         seeds: Number of trainings for a trial; their accuracies are averaged. Their seeds differ from those of compare.
         sam_rho: Smallest and largest radius of SAM. All radii are searched on a log scale.
@@ -79,6 +81,8 @@ def sweep(
         tail_rho: Smallest and largest radius of SSESAM for the tail.
         gamma: Smallest and largest fraction of the training after which SSESAM's stage 2 begins.
         lr: Smallest and largest learning rate, searched on a log scale for every method; the optimizer's by default.
+        radii: Smallest and largest value of other radii, such as {ASAM.rho: [0.1, 2]}; by default a tenth of the
+            objective's value, and ten times that.
         metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
             ``mean_of_head_and_tail``, the two groups count the same.
         prune: Early end of trials below the median of their method, after a fifth of stage 2.
@@ -103,9 +107,10 @@ def sweep(
     check_choice("metric", metric, METRICS)
     pairs = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho, "gamma": gamma}
     bounds = check_bounds(pairs if lr is None else pairs | {"lr": lr})
+    others = check_bounds({} if radii is None else radii)
     shared = Recipe(**recipe)
     chosen = make_methods(methods, {name: low for name, (low, _) in bounds.items()})
-    named = find_candidates(chosen, bounds, is_shipped=not isinstance(methods, dict))
+    named = find_candidates(chosen, bounds, not isinstance(methods, dict), others)
     if not (candidates := [candidate for candidate in named if candidate.bounds]):
         expected = "methods of which something is searched (ERM has no radius; `lr` searches its learning rate)"
         raise bad_argument("methods", expected, got_text=", ".join(chosen))
