@@ -93,10 +93,11 @@ from lightning_ssesam import (
 from lightning_ssesam.experiments.methods import Method
 from lightning_ssesam.experiments.recipe import Recipe
 
-EPOCHS = 30
+EPOCHS = 60
 SEEDS = range(100, 104)
-RADII = (0.02, 0.05, 0.1)
-LARGER = (0.05, 0.1, 0.2)
+SMALL = (0.02, 0.05, 0.1)
+MEDIUM = (0.05, 0.1, 0.2)
+LARGE = (0.1, 0.2, 0.4)
 
 
 def late_sam(rho):
@@ -111,22 +112,22 @@ def late_friendly_ssesam(tail_rho):
 
 
 FAMILY = {
-    "SAM": (SAM, "rho", RADII),
-    "late SAM": (late_sam, "rho", LARGER),
-    "ASAM": (ASAM, "rho", (0.2, 0.5, 1.0)),
-    "FriendlySAM": (FriendlySAM, "rho", RADII),
-    "GSAM": (GSAM, "rho", RADII),
+    "SAM": (SAM, "rho", MEDIUM),
+    "late SAM": (late_sam, "rho", LARGE),
+    "ASAM": (ASAM, "rho", (0.5, 1.0, 2.0)),
+    "FriendlySAM": (FriendlySAM, "rho", MEDIUM),
+    "GSAM": (GSAM, "rho", SMALL),
     "WSAM": (WSAM, "rho", (0.002, 0.005, 0.01)),
-    "PGN": (PGN, "rho", RADII),
-    "LESAM": (partial(LESAM, rho_max=0.2), "sigma", RADII),
-    "LookSAM": (SAM, "rho", RADII),
-    "FocalSAM": (FocalSAM, "rho", LARGER),
-    "CCSAM": (CCSAM, "radius", (0.002, 0.01, 0.05)),
-    "MomentumSAM": (MomentumSAM, "rho", (0.05, 0.15, 0.5)),
+    "PGN": (PGN, "rho", MEDIUM),
+    "LESAM": (partial(LESAM, rho_max=0.2), "sigma", SMALL),
+    "LookSAM": (SAM, "rho", MEDIUM),
+    "FocalSAM": (FocalSAM, "rho", MEDIUM),
+    "CCSAM": (CCSAM, "radius", (0.0005, 0.002, 0.01)),
+    "MomentumSAM": (MomentumSAM, "rho", (0.15, 0.5, 1.5)),
     "RandomSAM": (RandomSAM, "rho", (0.3, 1.0, 3.0)),
-    "ImbSAM": (ImbSAM, "rho", LARGER),
-    "SSE-SAM": (SSESAM, "tail_rho", LARGER),
-    "late Friendly adaptive SSE-SAM": (late_friendly_ssesam, "tail_rho", (0.2, 0.5, 1.0)),
+    "ImbSAM": (ImbSAM, "rho", LARGE),
+    "SSE-SAM": (SSESAM, "tail_rho", LARGE),
+    "late Friendly adaptive SSE-SAM": (late_friendly_ssesam, "tail_rho", (0.5, 1.0, 2.0)),
 }
 CALLBACKS = {
     "late SAM": [StageSwitch(at=0.8)],
