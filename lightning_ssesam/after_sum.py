@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.norms import inner_products
 from lightning_ssesam.tensors import Gradients, dense, gradients_of, local_part, set_gradients
 
@@ -43,25 +44,28 @@ class AfterSum:
 
     Args:
         parameters: Parameters that are trained.
-        clean: Their gradient at the unperturbed weights; None for 0.
+        clean: Their gradient at the unperturbed weights; None for 0. Without it, there is nothing but the sum.
     """
 
-    def __init__(self, parameters: list[Tensor], clean: Gradients) -> None:
-        pairs = enumerate(zip(parameters, clean, strict=True))
+    def __init__(self, parameters: list[Tensor], clean: Gradients | None = None) -> None:
+        pairs = enumerate(zip(parameters, clean or [None] * len(parameters), strict=True))
         self.numbers = [number for number, (p, g) in pairs if p.grad is not None or g is not None]
         self.parameters = [parameters[number] for number in self.numbers]
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else dense(p.grad)
         self.gradient = [local_part(g) for g in gradients_of(self.parameters) if g is not None]
-        given = [clean[number] for number in self.numbers]
+        given = [clean[number] for number in self.numbers] if clean else []
         self.clean = [
             torch.zeros_like(total) if g is None else dense(local_part(g))
-            for g, total in zip(given, self.gradient, strict=True)
+            for g, total in zip(given, self.gradient, strict=bool(clean))
         ]
 
     def inner(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """Return the inner products of two lists, tensor by tensor, ``(P,)``."""
         return inner_products(self.parameters, first, second)
+
+    def _norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.inner(tensors, tensors).sqrt()
 
     @torch.no_grad()
     def combine(self, function: Combine, factor: Tensor | float | None = None) -> None:
@@ -75,6 +79,8 @@ class AfterSum:
             for tensor in (*self.clean, *self.gradient):
                 tensor.div_(factor)
         combined = function(self.clean, self.gradient, self.inner)
+        if [getattr(t, "shape", None) for t in combined or ()] != [t.shape for t in self.gradient]:
+            raise bad_argument("combine", "a function that returns a tensor for each gradient", combined)
         for old, new in zip(self.gradient, combined, strict=True):
             if old is not new:
                 old.copy_(new)
@@ -92,7 +98,7 @@ class AfterSum:
     def reuse(self, difference: Sequence[Tensor | None], alpha: float) -> None:
         """Add a difference to a clean gradient, alpha times as long as that, tensor by tensor."""
         given = [torch.zeros_like(g) if v is None else v for v, g in zip(difference, self.gradient, strict=True)]
-        lengths = self.inner(self.gradient, self.gradient).sqrt() / (self.inner(given, given).sqrt() + _SMALL)
+        lengths = self._norms(self.gradient) / (self._norms(given) + _SMALL)
         for g, v, length in zip(self.gradient, given, lengths, strict=True):
             g.add_((alpha * length * v).to(g.dtype))
 

@@ -6,16 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ssesam.after_sum import REUSED
 from lightning_ssesam.ascent import State
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.tensors import Gradients, sharded_like, whole
-from lightning_ssesam.terms import Term
+from lightning_ssesam.terms import Objective, Term
 from lightning_ssesam.weights import Weights
 
 
-def keys_of(terms: Sequence[Term], term_names: Sequence[str]) -> list[str]:
-    """Return the key of each term: its name, or its number if there is another number of names."""
-    return list(term_names) if len(term_names) == len(terms) else [str(number) for number in range(len(terms))]
+def keys_of(terms: Sequence[Term], objective: Objective | None) -> list[str]:
+    """Return the key of each term: its name, or its number if the objective has another number of names."""
+    names, prefix = ((), "") if objective is None else (objective.term_names, objective.state_prefix)
+    names = names if len(names) == len(terms) else tuple(map(str, range(len(terms))))
+    return [f"{prefix}{name}" for name in names]
+
+
+def key_of_reuse(objective: Objective | None) -> str:
+    """Return the key of what perturbed updates leave for those between them (LookSAM)."""
+    return f"{'' if objective is None else objective.state_prefix}{REUSED}"
 
 
 class AscentStates:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
-from lightning_ssesam.after_sum import REUSED, AfterSum, Combine
+from lightning_ssesam.after_sum import AfterSum, Combine
 from lightning_ssesam.ascent import Ascent, Norms, State
 from lightning_ssesam.ascent_states import AscentStates
 from lightning_ssesam.gradient_sum import Summand
@@ -79,7 +79,7 @@ class Ascender:
         states: The states of the ascents.
         params: Parameters that are trained.
         find_weights: Finds their names and roles, which SAM's ascent does not need.
-        keys: Key of each term, by which its state is kept.
+        keys: Key of each term, by which its state is kept, and that of what ``reuse`` adds.
         loss_scale: Factor of the gradients.
     """
 
@@ -92,7 +92,7 @@ class Ascender:
         loss_scale: Tensor | float,
     ) -> None:
         self._states, self._params, self._find_weights = states, params, find_weights
-        self._keys, self._loss_scale = keys, loss_scale
+        (*self._keys, self._reused), self._loss_scale = keys, loss_scale
 
     @cached_property
     def weights(self) -> Weights:
@@ -127,11 +127,11 @@ class Ascender:
         difference: Gradients = [None] * len(self._params)
         for number, tensor in zip(after.numbers, after.difference(), strict=True):
             difference[number] = self._unscaled(tensor)
-        self._states.put(REUSED, self.weights, {"difference": difference})
+        self._states.put(self._reused, self.weights, {"difference": difference})
 
     def reuse(self, after: AfterSum, alpha: float) -> None:
         """Add the difference that was kept."""
-        difference = self._states.get(REUSED, self.weights)["difference"]
+        difference = self._states.get(self._reused, self.weights)["difference"]
         after.reuse([difference[number] for number in after.numbers], alpha)
 
     def combine(self, after: AfterSum, function: Combine) -> None:

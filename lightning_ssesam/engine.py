@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssesam._validation import bad_argument, check_choice
-from lightning_ssesam.after_sum import REUSED, AfterSum, Combine, synchronized
-from lightning_ssesam.ascent_states import AscentStates, keys_of
+from lightning_ssesam._validation import bad_argument, check_choice, check_radius
+from lightning_ssesam.after_sum import AfterSum, Combine, synchronized
+from lightning_ssesam.ascent_states import AscentStates, key_of_reuse, keys_of
 from lightning_ssesam.displacement import Ascender
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.forward_state import ForwardState, Moment
@@ -28,6 +28,7 @@ from lightning_ssesam.plan import (
 )
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
 from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.terms import Objective
 from lightning_ssesam.weights import Names, Weights
 
 Passes = Literal["auto", "full", "split", "difference"]
@@ -87,10 +88,9 @@ class SharpnessEngine:
             for name, value in state.items()
         }
 
-    @property
-    def can_reuse(self) -> bool:
-        """Whether a perturbed step has left a difference that ``reuse`` can add."""
-        return REUSED in self.states
+    def can_reuse(self, objective: Objective | None = None) -> bool:
+        """Return whether a perturbed step with this objective has left a difference that ``reuse`` can add."""
+        return key_of_reuse(objective) in self.states
 
     def begin(self) -> None:
         """Begin a training: forget the states of ascents and the seed of an earlier one."""
@@ -123,10 +123,9 @@ class SharpnessEngine:
         processes: Literal["global", "local"] = "global",
         check_finite: Callable[[bool], bool] | None = None,
         report: bool = False,
-        term_names: Sequence[str] = (),
+        objective: Objective | None = None,
         optimizer: Optimizer | None = None,
         loss_scale: Tensor | float = 1.0,
-        combine: Combine | None = None,
         reuse: float | None = None,
     ) -> Outcome:
         r"""Run the passes of one step.
@@ -137,7 +136,8 @@ class SharpnessEngine:
                 activations of one part at a time.
             parameters: The model's parameters. Those that do not require a gradient are left alone.
             modules: The model, or all of its modules (``net.modules()``). A perturbed pass meets the buffers and other
-                tensors that its clean pass met, and leaves none of them moved.
+                tensors that its clean pass met, and leaves none of them moved. They also tell an ascent the names of
+                the parameters, by which it knows biases and layers.
             backward: Called as ``backward(loss, retain_graph=bool)``; accumulates into ``.grad``.
             passes: Samples that each pass forwards. ``"full"`` forwards a whole part in every pass, which is exact for
                 every model. ``"split"`` forwards only the samples of each term, if the terms divide the batch; equal
@@ -157,14 +157,12 @@ class SharpnessEngine:
                 whether they are in every process.
             report: Whether to compute the norm of the final gradient, and that of the terms of radius 0. The latter is
                 left out with ``synchronize`` or ``"difference"``.
-            term_names: Names of the terms, by which :attr:`states` are kept. If there is another number of terms, they
-                are numbered.
+            objective: Objective that has made the terms. :attr:`states` are kept by the names that it gives them, and
+                its ``combine`` makes the gradient for the optimizer (:class:`~lightning_ssesam.GSAM`).
             optimizer: Optimizer whose momentum :class:`~lightning_ssesam.Momentum` takes.
             loss_scale: Factor of the gradients that ``backward`` accumulates (of a GradScaler), by which they are
                 divided before an ascent sees them. If it is a tensor, gradients that are not finite leave
                 :attr:`states` as they were.
-            combine: Makes the gradient for the optimizer from that at the unperturbed weights and the sum of the terms'
-                gradients, see :meth:`Objective.combine`. Called if a term is perturbed.
             reuse: Factor alpha of LookSAM, a number >= 0. If a term is perturbed, the part of the sum's gradient that
                 lies across the clean one is kept; if none is, it is added, alpha times as long as the clean one.
 
@@ -177,11 +175,15 @@ class SharpnessEngine:
         """
         check_choice("passes", passes, get_args(Passes))
         check_choice("processes", processes, ("global", "local"))
+        if reuse is not None:
+            check_radius("reuse", reuse)
+        combine = objective.combine if objective is not None and objective.needs_clean_gradient else None
         groups, shared = group_terms(batch), synchronize if processes == "global" else None
         keeps_clean = (combine is not None or reuse is not None) and any(group.rho > 0 for group in groups)
         step = self._begin(batch, groups, list(parameters), modules, backward, passes, shared, keeps_clean)
         names = self._weights_of(step.params, optimizer)
-        self._ascender = Ascender(self.states, step.params, names, keys_of(batch[0].terms, term_names), loss_scale)
+        keys = [*keys_of(batch[0].terms, objective), key_of_reuse(objective)]
+        self._ascender = Ascender(self.states, step.params, names, keys, loss_scale)
         if synchronize is not None and processes == "local":
             self._ascender.refuse_states(groups)
         gradients = gradients_of(step.params)
@@ -191,7 +193,7 @@ class SharpnessEngine:
             loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
             if synchronize is not None:
                 synchronize()
-            self._after_sum(step, synchronize, combine, reuse)
+            self._after_sum(step, synchronize, combine, None if reuse is None else (reuse, keys[-1] in self.states))
             norm = gradient_norm(step.params, gradients_of(step.params)) if report or check_finite else None
             if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
                 raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
@@ -325,7 +327,7 @@ class SharpnessEngine:
         step: GradientSum,
         synchronize: Callable[[], None] | None,
         combine: Combine | None,
-        reuse: float | None,
+        reuse: tuple[float, bool] | None,
     ) -> None:
         """Make the gradient for the optimizer from the sum of the terms' gradients."""
         assert self._ascender is not None
@@ -335,8 +337,8 @@ class SharpnessEngine:
                 self._ascender.keep_difference(after)
             if combine is not None:
                 self._ascender.combine(after, combine)
-        elif reuse is not None and self.can_reuse:
-            self._ascender.reuse(AfterSum(step.params, [None] * len(step.params)), reuse)
+        elif reuse is not None and reuse[1]:
+            self._ascender.reuse(AfterSum(step.params), reuse[0])
 
     def _weights_of(self, params: list[Tensor], optimizer: Optimizer | None) -> Callable[[], Weights]:
         """Return a function that finds the names and roles of parameters, which plain ascents do not need."""

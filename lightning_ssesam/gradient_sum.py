@@ -128,7 +128,8 @@ class GradientSum:
 
     def total(self, summands: Sequence[Summand], factor: float = 1.0) -> Gradients:
         """Return a multiple of the sum of summands' gradients at the unperturbed weights, in new memory."""
-        return sum_gradients([s.gradient for s in summands if s.gradient is not None], factor, len(self.params))
+        gradients = [] if factor == 0 else [s.gradient for s in summands if s.gradient is not None]
+        return sum_gradients(gradients, factor, len(self.params))
 
     def keep_clean(self, perturbed: Sequence[Summand]) -> None:
         """Keep the gradient at the unperturbed weights: that of perturbed summands and what ``.grad`` holds."""
@@ -146,7 +147,8 @@ class GradientSum:
         # Decided by what is the same in every process.
         if self.synchronize is None or self.is_difference or self.plain_terms():
             here = synchronize(here)
-        return sum_gradients([everywhere, here], 1.0, len(self.params))
+        pairs = zip(everywhere, here, strict=True)
+        return [a if b is None else (b if a is None else a + b) for a, b in pairs]
 
     def plan(self, splits: bool) -> Plan:
         """Return the clean forward passes of every part of the batch."""

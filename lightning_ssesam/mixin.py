@@ -252,7 +252,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         shares = processes.size > 1 and options.processes == "global"
         gather = partial(processes.gather, ignore_index=objective.ignore_index) if shares else None
         terms = terms_of_union(objective, [part.targets for part in parts], gather)
-        perturbs = options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse)
+        perturbs = options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse(objective))
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
         return self.__step.engine.compute(
             [
@@ -267,10 +267,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             processes=options.processes,
             check_finite=processes.all_agree if checks else None,
             report=options.log_sharpness,
-            term_names=objective.term_names,
+            objective=objective,
             optimizer=self.trainer.optimizers[0],
             loss_scale=loss_scale(self.trainer, share),
-            combine=objective.combine if objective.needs_clean_gradient else None,
             reuse=options.reuse if is_perturbed(terms[0]) else None,
         )
 

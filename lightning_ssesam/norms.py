@@ -63,6 +63,8 @@ def inner_products(parameters: Sequence[Tensor], first: Sequence[Tensor], second
         second: The same.
     """
     dtype = _norm_dtype(parameters)
+    if first is second and not any(is_sharded(p) for p in parameters):
+        return torch.stack(torch._foreach_norm(list(map(_as_real, first)), 2, dtype)).square()
     products = []
     for p, a, b in zip(parameters, first, second, strict=True):
         product = torch.view_as_real(a * b.conj())[..., 0] if a.is_complex() else a.to(dtype) * b.to(dtype)

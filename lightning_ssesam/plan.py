@@ -91,9 +91,13 @@ def plain_ratio(batch: Sequence[MicroBatch], groups: Sequence[Group]) -> float |
             return None
         if plain[0].numel() == 0:
             continue
+        total, of_plain = _sum(perturbed).reshape(-1), _sum(plain).reshape(-1)
         # The first sample most often tells: where head and tail are apart, it belongs to one of them.
-        a, b = (sum(float(w.reshape(-1)[0]) for w in weights) for weights in (plain, perturbed))
-        if a == 0 or b == 0 or ratio not in (None, a / b) or not torch.equal(b * _sum(plain), a * _sum(perturbed)):
+        a, b = float(of_plain[0]), float(total[0])
+        if b == 0 and a == 0 and bool(total.any()):
+            first = int(total.ne(0).byte().argmax())
+            a, b = float(of_plain[first]), float(total[first])
+        if b == 0 or ratio not in (None, a / b) or not torch.equal(b * of_plain, a * total):
             return None
         ratio = a / b
     return ratio

@@ -23,7 +23,8 @@ class Staged(Objective):
     stages counts as that many: ``Staged([ERM(), SSESAM()])`` has three.
 
     An attribute such as ``tail_weight`` is that of the current objective; ``objectives`` leads to the others. A radius
-    is found whichever of them has it. If it is set, as in ``staged.rho = 0.2``, all that have it get it.
+    is found whichever of them has it. If either is set, as in ``staged.rho = 0.2``, all that have it get it. What
+    ascents remember is kept for each objective by itself.
 
     Attributes:
         objectives: The objectives in their order, a tuple. They are shallow copies of those that were given.
@@ -170,6 +171,11 @@ class Staged(Objective):
         return self.current.terms(targets)
 
     @property
+    def state_prefix(self) -> str:  # type: ignore[override]
+        """The number of the current objective, so that objectives share no states of ascents."""
+        return f"{self.objectives.index(self.current)}/"
+
+    @property
     def needs_clean_gradient(self) -> bool:  # type: ignore[override]
         """Whether the current objective makes the gradient for the optimizer."""
         return self.current.needs_clean_gradient
@@ -203,8 +209,13 @@ class Staged(Objective):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        if "objectives" in vars(self) and name in self.radius_values:
+        if "objectives" not in vars(self) or name.startswith("_") or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif name in self.radius_values:
             self.set_radius(name, value)
+        elif owners := [objective for objective in self.objectives if name in vars(objective)]:
+            for objective in owners:
+                setattr(objective, name, value)
         else:
             super().__setattr__(name, value)
 

@@ -88,6 +88,9 @@ class Objective(ABC):
     ascent: Ascent = PLAIN
     """The ascent that the objective was built with. :meth:`make_ascent` returns the one that its terms have."""
 
+    state_prefix: str = ""
+    """Text that tells the states of this objective's terms from those of other objectives in the same training."""
+
     needs_clean_gradient: bool = False
     """Whether :meth:`combine` makes the gradient for the optimizer. It costs one copy of the gradient."""
 

@@ -15,6 +15,8 @@ from lightning_ssesam.tensors import Gradients, local_part, shard_of
 SELECTIONS = ("norm", "classifier", "no_bias_no_norm")
 """Names of the selections of parameters."""
 
+# Names of what normalization layers scale and shift by.
+_GAINS = {"weight", "bias", "scale", "shift", "gain", "gamma", "beta"}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -114,8 +116,9 @@ class Names:
             own = {name: p for name, p in layer._parameters.items() if p is not None}
             for name, p in own.items():
                 self._named.setdefault(id(p), (_plain_name(f"{path}.{name}" if path else name), p))
-            if _is_norm(layer, own.values()):
-                self._norms |= {id(p) for p in own.values()}
+            if _is_norm(layer, own):
+                # With those below, which a parametrization has in place of its own.
+                self._norms |= {id(p) for p in layer.parameters()}
             if _is_linear(layer):
                 linear.append({id(p) for p in layer.parameters()})
             elif isinstance(layer, _CONVOLUTIONS) and all(size == 1 for size in layer.kernel_size):
@@ -152,11 +155,12 @@ def _plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _is_norm(layer: nn.Module, parameters: Iterable[Tensor]) -> bool:
-    """Return whether a layer normalizes: one of torch's, or one that says so and scales by vectors."""
+def _is_norm(layer: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
+    """Return whether a layer normalizes: one of torch's, or one that says so and scales and shifts by vectors."""
     if isinstance(layer, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         return True
-    return "norm" in type(layer).__name__.lower() and all(sum(n > 1 for n in p.shape) <= 1 for p in parameters)
+    is_named_so = "norm" in type(layer).__name__.lower() and not layer._modules and parameters.keys() <= _GAINS
+    return is_named_so and all(sum(n > 1 for n in p.shape) <= 1 for p in parameters.values())
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from lightning_ssesam import (
     WSAM,
     Adaptive,
     Ascent,
+    ClassSplit,
     Direction,
     FocalSAM,
     Friendly,
@@ -44,6 +45,7 @@ from lightning_ssesam import (
 )
 from lightning_ssesam.engine import MicroBatch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
+from lightning_ssesam.weights import Names
 
 pytestmark = STRICT
 
@@ -86,6 +88,9 @@ class TestPasses:
         ("CCSAM radius=0", CCSAM(SPLIT, 0.0), (1, 1, 12), (1, 1, 12)),
         ("MomentumSAM", MomentumSAM(), (1, 1, 12), (1, 1, 12)),
         ("RandomSAM", RandomSAM(), (1, 1, 12), (1, 1, 12)),
+        ("PGN alpha=1", PGN(0.1, 1.0), (2, 2, 24), (2, 2, 24)),
+        ("WSAM gamma=0.5", WSAM(0.1, 0.5), (2, 2, 24), (2, 2, 24)),
+        ("CCSAM share=1", CCSAM(SPLIT, share=1.0), (6, 10, 72), (10, 10, 24)),
         ("SSESAM friendly", SSESAM(SPLIT, ascent=FRIENDLY), (3, 4, 36), (4, 4, 24)),
         ("SSESAM noise", SSESAM(SPLIT, ascent=Ascent(Noise())), (3, 2, 36), (4, 2, 24)),
         ("ImbSAM momentum", ImbSAM(SPLIT, ascent=Ascent(Momentum())), (2, 2, 24), (3, 2, 15)),
@@ -122,6 +127,79 @@ class TestPasses:
         twin.step(twins.any_terms(twin, Nearly().terms(y), x, y, "ab", PLAIN))
         assert_same(ours.net, net)
 
+    @pytest.mark.parametrize(
+        ("objective", "expected"), [(PGN(0.1), (2, 2)), (WSAM(0.1), (2, 2)), (CCSAM(SPLIT), (6, 10))], ids=str
+    )
+    def test_a_first_sample_that_does_not_count_costs_nothing(self, objective, expected):
+        net, forwards, backwards = layered(), [], []
+        net.register_forward_hook(lambda *_: forwards.append(1))
+        targets = torch.tensor([-100, 0, 1, 2, 3, 4, 0, 1])
+
+        def losses(index, is_clean):
+            return F.cross_entropy(net(torch.ones(8, 8)), targets, reduction="none")
+
+        def backward(loss, retain_graph):
+            backwards.append(1)
+            loss.backward(retain_graph=retain_graph)
+
+        Ours(net, objective, sgd).engine.compute(
+            [MicroBatch(losses, objective.terms(targets))], net.parameters(), net, backward
+        )
+        assert (len(forwards), len(backwards)) == expected
+
+    @pytest.mark.usefixtures("float64")
+    def test_parts_whose_weights_have_other_ratios(self):
+        """Each part has one class, so that within a part the plain weights are a multiple of the others."""
+        x, y = torch.randn(12, 8), torch.tensor([0] * 6 + [4] * 6)
+        whole, parts = (Ours(layered(), FocalSAM(SPLIT, 0.3), sgd) for _ in range(2))
+        parts.net.load_state_dict(whole.net.state_dict())
+        terms = whole.objective.terms(y)
+        whole.engine.compute([MicroBatch(whole.sample_losses(x, y), terms)], whole.net.parameters(), whole.net)
+        batch = [
+            MicroBatch(parts.sample_losses(x[i], y[i]), [t._replace(weights=t.weights[i]) for t in terms])
+            for i in (slice(6), slice(6, 12))
+        ]
+        parts.engine.compute(batch, parts.net.parameters(), parts.net)
+        for p, q in zip(whole.net.parameters(), parts.net.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-14)
+
+
+def test_a_class_of_a_single_sample_has_the_radius_of_two():
+    one, two = (CCSAM(ClassSplit([50, n], tail=[1])).terms(torch.tensor([0, 1]))[2].ascent.radius for n in (1, 2))
+    assert one.samples == two.samples == 2
+
+
+def test_what_makes_the_gradient_is_checked():
+    net, (x, y) = layered(), indices()
+
+    class Wrong(GSAM):
+        def combine(self, clean, gradient, inner):
+            return [g.sum() for g in gradient]
+
+    for objective, name in ((Wrong(), "combine"), (GSAM(), "reuse")):
+        ours = Ours(net, objective, sgd, **({"reuse": -1.0} if name == "reuse" else {}))
+        with pytest.raises(ArgumentError, match=f"argument `{name}` to be"):
+            ours.step(x, y)
+
+
+def test_names_that_contain_norm_are_no_norm_layers():
+    class NormFree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 8))
+            self.net = nn.Sequential(
+                nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.GroupNorm(2, 8), dim=None)
+            )
+
+    net = NormFree()
+    weights = Names(list(net.modules())).weights(list(net.parameters()))
+    found = {name for name, is_norm in zip(weights.names, weights.are_norms, strict=True) if is_norm}
+    assert found == {
+        "net.1.bias",
+        "net.1.parametrizations.weight.original0",
+        "net.1.parametrizations.weight.original1",
+    }
+
 
 PLAIN = {"direction": "gradient", "scale": None, "radius": None, "only": lambda name: True}
 
@@ -154,18 +232,16 @@ class TestSeveralProcesses:
                 terms = [t._replace(weights=scale * t.weights[own]) for t in objective.terms(targets)]
                 x, y = parts[rank]
                 batch = [MicroBatch(ours.sample_losses(x, y), terms)]
-                perturbs = ours.options.get("reuse") is None or not ours.engine.can_reuse
+                perturbs = ours.options.get("reuse") is None or not ours.engine.can_reuse(objective)
                 if not perturbs:
                     batch = [batch[0]._replace(terms=[t._replace(rho=0.0) for t in terms])]
-                combine = objective.combine if objective.needs_clean_gradient else None
                 ours.engine.compute(
                     batch,
                     params,
                     ours.net,
                     synchronize=synchronize,
                     optimizer=ours.optimizer,
-                    combine=combine,
-                    term_names=objective.term_names,
+                    objective=objective,
                     **options,
                 )
                 ours.optimizer.step()
@@ -181,7 +257,7 @@ class TestSeveralProcesses:
         ours = Ours(layered(), objective, sgd, **options)
         ours.net.load_state_dict(start)
         for _ in range(4):
-            if ours.options.get("reuse") is not None and ours.engine.can_reuse:
+            if ours.options.get("reuse") is not None and ours.engine.can_reuse(objective):
                 part = MicroBatch(ours.sample_losses(x, y), [t._replace(rho=0.0) for t in objective.terms(y)])
                 ours.engine.compute([part], ours.net.parameters(), ours.net, **options)
                 ours.optimizer.step()
@@ -276,7 +352,7 @@ class TestState:
                 calls.append(1)
             part = MicroBatch(failing, ours.objective.terms(y))
             with pytest.raises(RuntimeError, match="injected"):
-                ours.engine.compute([part], ours.net.parameters(), ours.net, term_names=ours.objective.term_names)
+                ours.engine.compute([part], ours.net.parameters(), ours.net, objective=ours.objective)
         elif how == "not finite":
             with pytest.raises(NonFiniteError):
                 ours.compute(x * math.inf, y, check_finite=lambda is_finite: is_finite)
@@ -342,7 +418,7 @@ class TestState:
                         return losses(index, is_clean) * factor
 
                     part = MicroBatch(overflowing, objective.terms(y))
-                    options = {"term_names": ("all",), "reuse": 0.7, "loss_scale": scale}
+                    options = {"objective": objective, "reuse": 0.7, "loss_scale": scale}
                     ours.engine.compute([part], ours.net.parameters(), ours.net, **options)
             assert_same(ours.net, twin.net)
             for one in (ours, twin):
@@ -512,7 +588,7 @@ class TestParameters:
                 engine = Ours(nn.Module(), objective, lambda _: None).engine
                 part = MicroBatch(losses, objective.terms(y))
                 for _ in range(2):
-                    engine.compute([part], [w], combine=objective.combine, reuse=0.7)
+                    engine.compute([part], [w], objective=objective, reuse=0.7)
                 gradients.append(torch.view_as_real(w.grad) if is_complex else w.grad)
             torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
 

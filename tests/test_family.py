@@ -110,14 +110,7 @@ class Ours:
     def compute(self, x, y, **options):
         objective = self.objective
         part = MicroBatch(self.sample_losses(x, y), objective.terms(y), objective.find_ignored(y))
-        combine = objective.combine if objective.needs_clean_gradient else None
-        options = {
-            "term_names": objective.term_names,
-            "optimizer": self.optimizer,
-            "combine": combine,
-            **self.options,
-            **options,
-        }
+        options = {"objective": objective, "optimizer": self.optimizer, **self.options, **options}
         return self.engine.compute([part], self.net.parameters(), self.net, **options)
 
     def step(self, x, y, **options):

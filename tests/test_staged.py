@@ -20,6 +20,7 @@ from helpers import (
     fit,
     mlp,
     naive_gradient,
+    sample_losses_of,
     trainer,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,9 +29,11 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ssesam import (
     ERM,
+    GSAM,
     SAM,
     SSESAM,
     ClassSplit,
+    FriendlySAM,
     ImbSAM,
     LongTailClassifier,
     Objective,
@@ -38,6 +41,7 @@ from lightning_ssesam import (
     StageSwitch,
     Term,
 )
+from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 from lightning_ssesam.errors import ArgumentError
 
 pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
@@ -371,3 +375,39 @@ def test_missing_switch_and_split_are_said_before_training():
     bound = Staged([ERM(), ImbSAM(SPLIT)])
     with pytest.raises(ArgumentError, match="Pass `objective` without a split"):
         LongTailClassifier([50, 40, 30, 6, 5], mlp(), bound)
+
+
+@pytest.mark.usefixtures("float64")
+def test_objectives_share_no_states():
+    """Terms of one name in two objectives: each begins without what the other has left."""
+    net, (x, y) = mlp(), classification_batch()
+
+    def step(engine, objective, **options):
+        batch = [MicroBatch(sample_losses_of(net, x, y), objective.terms(y))]
+        engine.compute(batch, net.parameters(), net, objective=objective, **options)
+        return [p.grad.clone() for p in net.parameters()]
+
+    used, staged = SharpnessEngine(), Staged([FriendlySAM(0.3), FriendlySAM(0.5, 0.7)])
+    step(used, staged)
+    x = -x
+    step(used, staged)
+    staged.stage = 2
+    expected = step(SharpnessEngine(), FriendlySAM(0.5, 0.7))
+    assert_same_bits(step(used, staged), expected)
+    second = step(used, staged)
+    assert not torch.equal(second[0], expected[0])
+
+    look, staged = SharpnessEngine(), Staged([SAM(0.1), SAM(0.2)])
+    step(look, staged, reuse=0.7)
+    assert look.can_reuse(staged)
+    staged.stage = 2
+    assert not look.can_reuse(staged)
+
+
+def test_attributes_reach_the_objectives_that_have_them():
+    staged = Staged([GSAM(0.1, 0.4), SAM(0.1), FriendlySAM()])
+    staged.alpha, staged.sigma = 0.9, 0.2
+    assert (staged.objectives[0].alpha, staged.objectives[2].sigma) == (0.9, 0.2)
+    assert not {"alpha", "sigma"} & vars(staged).keys()
+    staged.note = "of one's own"
+    assert staged.note == "of one's own"
