@@ -11,54 +11,54 @@ learning rate of all methods is the best of four for plain training (``tune_digi
 
 Its results, in %, with lightning 2.6.6 and torch 2.14.1:
 
-    SAM, rho 0.02                                       79.6 ± 1.6   tail  67.7
-    SAM, rho 0.05                                       79.8 ± 1.5   tail  67.9
-    SAM, rho 0.1                                        78.0 ± 1.2   tail  65.0
-    late SAM, rho 0.05                                  80.0 ± 1.1   tail  68.3
-    late SAM, rho 0.1                                   80.2 ± 1.3   tail  68.8
-    late SAM, rho 0.2                                   80.5 ± 2.2   tail  69.2
-    ASAM, rho 0.2                                       79.4 ± 1.9   tail  67.3
-    ASAM, rho 0.5                                       79.6 ± 1.3   tail  67.7
-    ASAM, rho 1                                         75.1 ± 2.5   tail  60.2
-    FriendlySAM, rho 0.02                               80.1 ± 1.5   tail  68.5
-    FriendlySAM, rho 0.05                               79.7 ± 1.5   tail  67.9
-    FriendlySAM, rho 0.1                                80.2 ± 0.9   tail  68.8
-    GSAM, rho 0.02                                      79.4 ± 1.3   tail  67.3
-    GSAM, rho 0.05                                      78.9 ± 1.0   tail  66.5
-    GSAM, rho 0.1                                       74.4 ± 1.0   tail  59.2
-    WSAM, rho 0.002                                     79.9 ± 1.3   tail  68.1
-    WSAM, rho 0.005                                     78.6 ± 1.1   tail  66.0
-    WSAM, rho 0.01                                      77.9 ± 2.1   tail  64.6
-    PGN, rho 0.02                                       79.5 ± 0.9   tail  67.5
-    PGN, rho 0.05                                       80.4 ± 1.0   tail  69.0
-    PGN, rho 0.1                                        79.6 ± 1.1   tail  67.7
-    LESAM, sigma 0.02                                   81.4 ± 1.5   tail  70.6
-    LESAM, sigma 0.05                                   79.5 ± 0.7   tail  67.5
-    LESAM, sigma 0.1                                    77.6 ± 1.9   tail  64.6
-    LookSAM, rho 0.02                                   80.1 ± 1.3   tail  68.8
-    LookSAM, rho 0.05                                   79.7 ± 0.6   tail  67.9
-    LookSAM, rho 0.1                                    79.0 ± 1.1   tail  66.7
-    FocalSAM, rho 0.05                                  80.0 ± 1.1   tail  68.3
-    FocalSAM, rho 0.1                                   80.2 ± 0.9   tail  68.8
-    FocalSAM, rho 0.2                                   80.1 ± 0.8   tail  68.5
-    CCSAM, radius 0.002                                 79.9 ± 1.5   tail  68.1
-    CCSAM, radius 0.01                                  68.4 ± 3.9   tail  49.8
-    CCSAM, radius 0.05                                  59.0 ± 3.0   tail  32.5
-    MomentumSAM, rho 0.05                               79.0 ± 1.6   tail  66.9
-    MomentumSAM, rho 0.15                               80.1 ± 1.5   tail  68.5
-    MomentumSAM, rho 0.5                                81.1 ± 1.1   tail  70.2
-    RandomSAM, rho 0.3                                  79.1 ± 0.8   tail  66.9
-    RandomSAM, rho 1                                    79.5 ± 0.7   tail  67.5
-    RandomSAM, rho 3                                    79.2 ± 2.1   tail  67.3
-    ImbSAM, rho 0.05                                    81.0 ± 1.7   tail  70.0
-    ImbSAM, rho 0.1                                     81.1 ± 0.9   tail  70.2
-    ImbSAM, rho 0.2                                     78.5 ± 2.2   tail  66.2
-    SSE-SAM, tail_rho 0.05                              80.0 ± 1.1   tail  68.3
-    SSE-SAM, tail_rho 0.1                               79.1 ± 1.7   tail  66.9
-    SSE-SAM, tail_rho 0.2                               76.2 ± 1.8   tail  62.3
-    late Friendly adaptive SSE-SAM, tail_rho 0.2        80.5 ± 1.5   tail  69.2
-    late Friendly adaptive SSE-SAM, tail_rho 0.5        80.6 ± 1.7   tail  69.6
-    late Friendly adaptive SSE-SAM, tail_rho 1          82.4 ± 1.7   tail  72.3
+    SAM, rho 0.05                                        81.9 ± 1.3   tail  71.7
+    SAM, rho 0.1                                         81.2 ± 1.0   tail  70.4
+    SAM, rho 0.2                                         81.9 ± 1.1   tail  71.9
+    late SAM, rho 0.1                                    81.1 ± 1.9   tail  70.4
+    late SAM, rho 0.2                                    81.7 ± 1.2   tail  71.3
+    late SAM, rho 0.4                                    80.5 ± 1.4   tail  69.2
+    ASAM, rho 0.5                                        81.9 ± 1.0   tail  71.5
+    ASAM, rho 1                                          81.2 ± 1.4   tail  70.6
+    ASAM, rho 2                                          78.6 ± 3.0   tail  66.0
+    FriendlySAM, rho 0.05                                82.1 ± 1.7   tail  71.7
+    FriendlySAM, rho 0.1                                 82.2 ± 0.6   tail  71.9
+    FriendlySAM, rho 0.2                                 83.6 ± 1.7   tail  74.2
+    GSAM, rho 0.02                                       81.6 ± 1.3   tail  71.0
+    GSAM, rho 0.05                                       81.9 ± 1.1   tail  71.5
+    GSAM, rho 0.1                                        81.0 ± 1.5   tail  70.2
+    WSAM, rho 0.002                                      81.2 ± 1.2   tail  70.4
+    WSAM, rho 0.005                                      80.9 ± 1.9   tail  69.6
+    WSAM, rho 0.01                                       81.4 ± 1.1   tail  70.6
+    PGN, rho 0.05                                        82.0 ± 1.7   tail  71.9
+    PGN, rho 0.1                                         81.4 ± 1.1   tail  70.4
+    PGN, rho 0.2                                         82.2 ± 1.7   tail  72.1
+    LESAM, sigma 0.02                                    84.0 ± 0.6   tail  75.0
+    LESAM, sigma 0.05                                    83.8 ± 1.0   tail  74.6
+    LESAM, sigma 0.1                                     82.9 ± 0.5   tail  73.1
+    LookSAM, rho 0.05                                    81.1 ± 0.9   tail  70.4
+    LookSAM, rho 0.1                                     81.2 ± 0.5   tail  70.4
+    LookSAM, rho 0.2                                     82.6 ± 0.9   tail  72.7
+    FocalSAM, rho 0.05                                   82.0 ± 1.4   tail  71.7
+    FocalSAM, rho 0.1                                    83.4 ± 0.5   tail  74.0
+    FocalSAM, rho 0.2                                    83.5 ± 1.0   tail  74.2
+    CCSAM, radius 0.0005                                 80.5 ± 1.4   tail  69.4
+    CCSAM, radius 0.002                                  80.4 ± 1.5   tail  69.2
+    CCSAM, radius 0.01                                   70.5 ± 1.8   tail  52.9
+    MomentumSAM, rho 0.15                                80.6 ± 2.2   tail  69.6
+    MomentumSAM, rho 0.5                                 83.4 ± 1.3   tail  74.0
+    MomentumSAM, rho 1.5                                 80.0 ± 1.6   tail  68.3
+    RandomSAM, rho 0.3                                   80.4 ± 1.4   tail  69.0
+    RandomSAM, rho 1                                     80.4 ± 1.0   tail  69.0
+    RandomSAM, rho 3                                     82.5 ± 1.1   tail  72.5
+    ImbSAM, rho 0.1                                      83.9 ± 0.6   tail  74.8
+    ImbSAM, rho 0.2                                      84.0 ± 1.0   tail  75.2
+    ImbSAM, rho 0.4                                      80.9 ± 0.9   tail  70.2
+    SSE-SAM, tail_rho 0.1                                82.6 ± 0.6   tail  72.7
+    SSE-SAM, tail_rho 0.2                                84.0 ± 0.4   tail  75.2
+    SSE-SAM, tail_rho 0.4                                80.6 ± 1.4   tail  69.6
+    late Friendly adaptive SSE-SAM, tail_rho 0.5         81.1 ± 1.3   tail  70.6
+    late Friendly adaptive SSE-SAM, tail_rho 1           84.5 ± 0.4   tail  76.0
+    late Friendly adaptive SSE-SAM, tail_rho 2           85.0 ± 0.4   tail  76.9
 """
 
 import logging
