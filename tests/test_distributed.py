@@ -431,6 +431,8 @@ def work(rank, port):
     """What each process does."""
     warnings.simplefilter("ignore")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    # An earlier test may have set it, and Lightning would seed these processes by it.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_default_dtype(torch.float64)
     results = {}
     for name, scenario in SCENARIOS.items():

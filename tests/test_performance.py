@@ -153,7 +153,7 @@ class TestInterval:
 def difference_gradient(net, terms, x, y):
     """The definition of what batch_norm_statistics="group" optimizes, with nothing shared."""
     own = [weights > 0 for weights, *_ in terms]
-    total = naive_gradient(net, [(sum(weights for weights, _ in terms), 0.0)], x, y)
+    total = naive_gradient(net, [(sum(weights for weights, *_ in terms), 0.0)], x, y)
     for (weights, rho, *_), samples in zip(terms, own, strict=True):
         if rho > 0 and samples.any():
             up, down = (naive_gradient(net, [(weights[samples], r)], x[samples], y[samples]) for r in (rho, 0.0))
