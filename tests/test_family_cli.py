@@ -1,5 +1,6 @@
 """Ascents, objectives and schedules in the commands: by class path, in YAML, by name, in a search; refusals."""
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,15 @@ from lightning_ssesam import (
     SSESAM,
     Adaptive,
     Ascent,
+    DeferredReweighting,
     Direction,
     Friendly,
     Gradient,
+    ImbSAM,
     InverseNorm,
+    Momentum,
+    MomentumSAM,
+    RadiusSchedule,
     Scale,
     Staged,
     StageSwitch,
@@ -76,6 +82,28 @@ def fifth(norms) -> torch.Tensor:
 
 def is_weight(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1
+
+
+def fails(name: str, parameter: torch.Tensor) -> bool:
+    raise ValueError("boom")
+
+
+def unannotated(name, parameter):
+    open("called", "w")
+    return True
+
+
+def make_selection(least: int = 1):
+    open("called", "w")
+    return lambda name, parameter: True
+
+
+class Larger:
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def __call__(self, name: str, parameter: torch.Tensor) -> bool:
+        return parameter.ndim > self.least
 
 
 class Mine(Objective):
@@ -230,6 +258,62 @@ def test_wrong_options_are_refused_in_one_line(options, capsys):
     assert WRONG[options] in refusal(capsys, "fit", "--trainer.accelerator=cpu", f"{OBJECTIVE}=SAM", *options.split())
 
 
+PLAIN_SGD = "--model.optimizer=torch.optim.SGD --model.optimizer.lr=0.1"
+SCHEDULE = "{class_path: RadiusSchedule, init_args: {end: 1}}"
+CANNOT_FIT = {
+    f"{OBJECTIVE}=MomentumSAM {PLAIN_SGD}": "`--model.optimizer`: Expected argument `optimizer` to be one with a",
+    f"{OBJECTIVE}=SAM {ASCENT}.only=norm --model.backbone=test_family_cli.Flat": f"`{ASCENT}.only`: Expected argument",
+    f"{OBJECTIVE}=SAM {ASCENT}.only=parts.fails": f"`{ASCENT}.only`: Expected argument `only` to be a function that",
+    f"{OBJECTIVE}=Staged {OBJECTIVE}.objectives+=ERM {OBJECTIVE}.objectives+=SAM {OBJECTIVE}.objectives.ascent.only="
+    "parts.fails": "`--model.objective`: Expected argument `only` to be a function that takes a name and a parameter",
+    f"{OBJECTIVE}=SAM --model.optimizer=torch.optim.LBFGS": "`--model.optimizer`: LBFGS evaluates the loss several",
+    f"{OBJECTIVE}=SSESAM --trainer.callbacks=[StageSwitch,StageSwitch]": "`--trainer.callbacks`: There are several Sta",
+    f"{OBJECTIVE}=SAM --trainer.callbacks=[RadiusSchedule,{SCHEDULE}]": "Several RadiusSchedules move `rho`: leave one",
+}
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("options", CANNOT_FIT)
+def test_fit_writes_nothing_before_it_refuses(options, capsys):
+    given = re.split(r" (?=--)", options)
+    assert CANNOT_FIT[options] in refusal(capsys, "fit", "--trainer.accelerator=cpu", "--data=DigitsLT", *given)
+    assert {path.name for path in Path().iterdir()} <= {"parts.py", "__pycache__"}
+
+
+NO_PROMISE = "`only` to be one of 'norm', 'classifier', 'no_bias_no_norm', or a function whose annotation says"
+TOUCH = "{class_path: os.system, init_args: {command: touch called}}"
+WITHOUT_PROMISE = {
+    "only: os.system": f"{NO_PROMISE} that it returns a bool, but got posix.system, which has no such annotation.",
+    "only: builtins.print": NO_PROMISE,
+    "only: parts.unannotated": f"{NO_PROMISE} that it returns a bool, but got parts.unannotated, which has no such",
+    "only: parts.fifth": NO_PROMISE,
+    f"only: {TOUCH}": NO_PROMISE,
+    "only: {class_path: parts.make_selection, init_args: {least: 1}}": NO_PROMISE,
+    f"radius: {TOUCH}": "`radius` to be a class, or a function whose annotation says that it returns a Radius, but",
+    f"direction: {TOUCH}": "system does not correspond to a subclass of Direction.",
+}
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("part", WITHOUT_PROMISE)
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_function_without_a_promise_is_not_called(part, command, capsys):
+    objective = f"{{objective: {{class_path: SAM, init_args: {{ascent: {{{part}}}}}}}}}"
+    late = f"{{class_path: Staged, init_args: {{objectives: [ERM, {objective[12:-1]}]}}}}"
+    text = f"model: {objective}" if command == "fit" else f"methods: {{A: {{objective: {late}}}}}"
+    Path("wrong.yaml").write_text(text)
+    given = ["--trainer.accelerator=cpu", "--data=DigitsLT"] if command == "fit" else []
+    assert WITHOUT_PROMISE[part] in refusal(capsys, command, "--config=wrong.yaml", *given)
+    assert not Path("called").exists()
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_selection_with_arguments(monkeypatch):
+    path = {"class_path": "parts.Larger", "init_args": {"least": 1}}
+    found = objectives(monkeypatch, {"A": {"objective": spec("SAM", ascent={"only": path})}})
+    assert [found["A"].ascent.only("w", torch.zeros(size)) for size in ((2,), (2, 2))] == [False, True]
+
+
 WRONG_IN_YAML = {
     "{direction: Frendly}": "but got 'Frendly'. Did you mean 'Friendly'?",
     "{scales: Adaptive}": "Ascent has no argument `--methods.objective.ascent.scales`. Did you mean",
@@ -247,6 +331,109 @@ def test_wrong_methods_are_refused_in_one_line(ascent, where, capsys):
     Path("wrong.yaml").write_text(f"methods: {method}")
     given = ["--config=wrong.yaml"] if where == "file" else ["--methods", method]
     assert WRONG_IN_YAML[ascent] in refusal(capsys, "compare", *given)
+
+
+class Flat(nn.Sequential):
+    """A network without normalization layers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def none_of(name, parameter):
+    return False
+
+
+def failing(name, parameter):
+    raise LookupError("boom")
+
+
+def of_a_name(name):
+    return True
+
+
+def several(name, parameter):
+    return parameter > 0
+
+
+def lazy_network(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+CANNOT_TRAIN = {
+    "momentum": (
+        Method(MomentumSAM, optimizer=sgd),
+        "`optimizer` to be one with a momentum (SGD with momentum > 0",
+    ),
+    "direction": (
+        Method(partial(SSESAM, ascent=Ascent(Momentum())), optimizer=torch.optim.Adagrad),
+        "which Momentum() perturbs along, but got Adagrad without.",
+    ),
+    "staged": (
+        Method(lambda: Staged([ERM(), MomentumSAM()]), optimizer=torch.optim.RMSprop),
+        "which Momentum() perturbs along, but got RMSprop without.",
+    ),
+    "norm": (
+        Method(partial(SAM, ascent=Ascent(only="norm")), backbone=Flat),
+        "parameters that are trained, but got 'norm'.",
+    ),
+    "none": (Method(partial(SAM, ascent=Ascent(only=none_of))), "trained, but got test_family_cli.none_of."),
+    "raises": (
+        Method(partial(ImbSAM, ascent=Ascent(only=failing))),
+        "`only` to be a function that takes a name and a parameter, and returns whether it moves, but got"
+        " test_family_cli.failing, which raised LookupError (boom) for 'backbone.features.0.weight'.",
+    ),
+    "arguments": (Method(partial(SAM, ascent=Ascent(only=of_a_name))), "TypeError (of_a_name() takes 1 positional"),
+    "no bool": (Method(partial(SAM, ascent=Ascent(only=several))), "which raised RuntimeError (Boolean value of"),
+    "LBFGS": (Method(SAM, optimizer=torch.optim.LBFGS), "LBFGS evaluates the loss several times a step"),
+    "schedules": (
+        Method(
+            SSESAM, callbacks=[RadiusSchedule("tail_rho"), RadiusSchedule("head_rho"), RadiusSchedule("tail_rho", 1)]
+        ),
+        "Several RadiusSchedules move `tail_rho`: leave one of them, or name another radius.",
+    ),
+    "switches": (
+        Method(SSESAM, callbacks=[StageSwitch(), StageSwitch(at=0.2)]),
+        "There are several StageSwitches: ",
+    ),
+    "callbacks": (
+        Method(SAM, callbacks=[DeferredReweighting(), DeferredReweighting(at=0.1)]),
+        "There are several DeferredReweighting callbacks with the same settings: leave one of them.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_TRAIN)
+def test_a_method_that_cannot_be_trained_is_refused_before_all_others(case):
+    method, text = CANNOT_TRAIN[case]
+    experiment = method.experiment("X", Recipe(), 0.7)
+    with pytest.raises(ArgumentError) as caught:
+        experiment.check(experiment.make_split(experiment.make_data()))
+    assert str(caught.value).startswith("The method 'X' cannot be trained. ")
+    assert text in str(caught.value)
+
+
+def test_methods_that_can_be_trained_pass_the_check():
+    adam = Method(MomentumSAM, optimizer=torch.optim.Adam)
+    norm = Method(partial(SAM, ascent=Ascent(only="norm")))
+    moved = Method(SSESAM, callbacks=[RadiusSchedule("tail_rho"), RadiusSchedule("head_rho"), StageSwitch()])
+    lazy = Method(partial(SAM, ascent=Ascent(only="norm")), backbone=lazy_network)
+    for method in (adam, Method(MomentumSAM), norm, moved, lazy):
+        experiment = method.experiment("X", Recipe(), 0.7)
+        experiment.check(experiment.make_split(experiment.make_data()))
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_nothing_is_written_before_a_method_is_refused(command, capsys):
+    method = "{objective: MomentumSAM, optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}}"
+    Path("late.yaml").write_text(f"methods: {{ERM: {{objective: ERM}}, late: {method}}}")
+    line = refusal(capsys, command, "--config=late.yaml")
+    assert line.startswith("error: The method 'late' cannot be trained. Expected argument `optimizer` to be one with a")
+    assert [path.name for path in Path().iterdir()] == ["late.yaml"]
 
 
 def test_methods_by_name(monkeypatch):

@@ -32,7 +32,7 @@ from lightning_ssesam.experiments.fingerprint import (
     trainer_settings,
     without_addresses,
 )
-from lightning_ssesam.experiments.network_check import check_network
+from lightning_ssesam.experiments.network_check import check_network, problems_of_parts
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.recorder import (
     MEASURING,
@@ -133,9 +133,10 @@ class Experiment(Recipe):
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
-        if problem := problem_of(model.objective, self.callbacks):
+        optimizer = self.optimizer(model.parameters())
+        problems = [problem_of(model.objective, self.callbacks), *problems_of_parts(model, optimizer).values()]
+        if problem := next(filter(None, problems), ""):
             raise ArgumentError(f"The method {self.method!r} cannot be trained. {problem}")
-        self.optimizer(model.parameters())
         return model
 
     def fingerprint(
