@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
@@ -125,7 +125,7 @@ def check_ascents(module: pl.LightningModule, objective: Objective, options: Ste
             )
 
 
-def check_selections(objective: Objective, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def check_selections(objective: Objective, module: nn.Module, parameters: Iterable[Tensor]) -> None:
     """Raise ``ArgumentError`` if an ascent of an objective finds none of the parameters that are trained."""
     layers, trained = list(module.modules()), [p for p in parameters if p.requires_grad]
     selections = [ascent.only for ascent in objective.ascents() if not ascent.is_plain]
@@ -136,7 +136,7 @@ def check_selections(objective: Objective, module: nn.Module, parameters: Iterab
         weights.indices(only)
 
 
-def check_momentum(objective: Objective, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+def check_momentum(objective: Objective, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Raise ``ArgumentError`` if an ascent of an objective needs the momentum of an optimizer that has none."""
     trained = [p for p in parameters if p.requires_grad]
     if any(isinstance(ascent.direction, Momentum) for ascent in objective.ascents()) and not any(map(is_lazy, trained)):

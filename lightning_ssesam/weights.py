@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import isfunction
 from typing import Any
 
 import torch
@@ -155,7 +154,7 @@ class Names:
 
 def _shown(only: Any) -> str:
     """Return a selection as a message shows it: a function by its name."""
-    return f"{only.__module__}.{only.__qualname__}" if isfunction(only) else repr(only)
+    return f"{only.__module__}.{only.__qualname__}" if hasattr(only, "__qualname__") else repr(only)
 
 
 def _plain_name(name: str) -> str:

@@ -42,6 +42,7 @@ from lightning_ssesam.experiments.trust import (
 )
 from lightning_ssesam.lightning_internals import hyperparameters
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.module_checks import check_optimizer
 from lightning_ssesam.trainer_calls import callbacks_of
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
@@ -184,6 +185,7 @@ class TrainingCLI(LightningCLI):
             # On the device of the training it may work, such as a fused optimizer.
             return
         optimizer = made["optimizer"] if isinstance(made, dict) else made
+        check_optimizer(optimizer)
         for part, problem in problems_of_parts(self.model, optimizer).items():
             raise ArgumentError(f"`--model.{part}`: {problem}")
 
