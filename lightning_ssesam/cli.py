@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import lightning_ssesam
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from lightning_ssesam.experiments.command_parser import CommandParser
     from lightning_ssesam.experiments.training_options import Option
 
@@ -166,7 +168,6 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
 
     Return what it returns, and the YAML.
     """
-    from lightning_ssesam.experiments.command_parser import instantiate
     from lightning_ssesam.experiments.lifetimes import ended_in_order
     from lightning_ssesam.experiments.training_options import value_of
     from lightning_ssesam.experiments.trust import check_functions
@@ -179,9 +180,29 @@ def _call(function: Callable[..., Any], name: str, options: list[str], **default
         # As a text it would pass, and what is wrong with it would not be said.
         parser.parse_object({"methods": given})
     check_functions(chosen.as_dict())
-    arguments = {**vars(instantiate(parser, chosen)), "config": parser.dump(chosen)}
+    arguments = {**vars(_instantiate(parser, chosen)), "config": parser.dump(chosen)}
     with ended_in_order():
         return function(**arguments), arguments["config"]
+
+
+def _instantiate(parser: "CommandParser", chosen: "Namespace") -> "Namespace":
+    """Return the objects that options describe. An error of a method says which one it is."""
+    from lightning_ssesam.experiments.command_parser import instantiate
+    from lightning_ssesam.experiments.experiment import about_method
+
+    try:
+        return instantiate(parser, chosen)
+    except ValueError:
+        methods = chosen.methods if isinstance(chosen.methods, dict) else {}
+        others = chosen.clone()
+        # It fails here if no method is the cause.
+        others.methods = {}
+        instantiate(parser, others)
+        for name, method in methods.items():
+            others.methods = {name: method}
+            with about_method(name):
+                instantiate(parser, others)
+        raise
 
 
 def _with_methods_of_file(options: Sequence[str]) -> list[str]:

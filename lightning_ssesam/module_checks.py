@@ -1,11 +1,14 @@
 """What a module with the mixin must have, and what it must not have."""
 
+from collections.abc import Iterable
 from inspect import getattr_static
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS, Optimizer
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.ascent import Momentum
@@ -13,7 +16,7 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.trainer_calls import is_fitting, trained_parameters
-from lightning_ssesam.weights import Names
+from lightning_ssesam.weights import Names, momentum_of
 
 _HOOKS = ("sample_losses", "sample_targets", "select_samples", "configure_callbacks")
 _OWN = ("in_clean_pass", "measuring", "skipped_updates", "automatic_optimization")
@@ -108,20 +111,42 @@ def check_attributes(module: pl.LightningModule) -> tuple[Objective, StepOptions
 
 def check_ascents(module: pl.LightningModule, objective: Objective, options: StepOptions, trainer: pl.Trainer) -> None:
     """Refuse ascents that cannot work with the module, its optimizer or several processes."""
-    layers = list(module.modules())
-    trained = [p for p in trained_parameters(trainer, module.parameters()) if p.requires_grad]
+    trained = trained_parameters(trainer, module.parameters())
+    try:
+        check_selections(objective, module, trained)
+        check_momentum(objective, trainer.optimizers[0], trained)
+    except ArgumentError as error:
+        raise MisconfigurationException(f"`{type(module).__name__}` cannot train as it is. {error}") from error
     for ascent in objective.ascents():
-        if ascent.is_plain or any(map(is_lazy, trained)):
-            continue
-        try:
-            weights = Names(layers, trained).weights(trained, trainer.optimizers[0])
-            weights.indices(ascent.only)
-            if isinstance(ascent.direction, Momentum):
-                weights.momentum()
-        except ArgumentError as error:
-            raise MisconfigurationException(f"`{type(module).__name__}` cannot train as it is. {error}") from error
         if ascent.direction.keeps_state and options.processes == "local" and trainer.world_size > 1:
             raise MisconfigurationException(
                 f"`processes='local'` cannot work with {ascent.direction!r}, which would remember other gradients in"
                 " each process. Use `processes='global'`."
             )
+
+
+def check_selections(objective: Objective, module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Raise ``ArgumentError`` if an ascent of an objective finds none of the parameters that are trained."""
+    layers, trained = list(module.modules()), [p for p in parameters if p.requires_grad]
+    selections = [ascent.only for ascent in objective.ascents() if not ascent.is_plain]
+    if not selections or any(map(is_lazy, trained)):
+        return
+    weights = Names(layers, trained).weights(trained)
+    for only in selections:
+        weights.indices(only)
+
+
+def check_momentum(objective: Objective, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raise ``ArgumentError`` if an ascent of an objective needs the momentum of an optimizer that has none."""
+    trained = [p for p in parameters if p.requires_grad]
+    if any(isinstance(ascent.direction, Momentum) for ascent in objective.ascents()) and not any(map(is_lazy, trained)):
+        momentum_of(optimizer, trained)
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that evaluates the loss several times a step."""
+    if isinstance(optimizer, LBFGS):
+        raise MisconfigurationException(
+            "LBFGS evaluates the loss several times a step, which SharpnessAwareMixin cannot serve. Use an optimizer"
+            " that takes one gradient a step, such as SGD or AdamW."
+        )

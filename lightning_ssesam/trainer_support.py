@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
-from lightning_ssesam.module_checks import check_ascents, check_attributes
+from lightning_ssesam.module_checks import check_ascents, check_attributes, check_optimizer
 from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_state import StepState
@@ -81,11 +81,7 @@ class TrainerSupport(Callback):
                 f"{type(objective).__name__} stays in stage {objective.stage}, since no StageSwitch is among the"
                 " callbacks of the Trainer."
             )
-        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-            raise MisconfigurationException(
-                "LBFGS evaluates the loss several times a step, which SharpnessAwareMixin cannot serve. Use an"
-                " optimizer that takes one gradient a step, such as SGD or AdamW."
-            )
+        check_optimizer(trainer.optimizers[0])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

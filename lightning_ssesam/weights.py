@@ -63,18 +63,23 @@ class Weights:
         """Return which parameters a selection contains (see :class:`~lightning_ssesam.Ascent`).
 
         Raises:
-            ArgumentError: If it contains none.
+            ArgumentError: If it contains none, or its function fails.
         """
         found = [number for number in range(len(self.names)) if self._is_in(only, number)]
         if not found:
             expected = f"a selection of at least one of the {len(self.names)} parameters that are trained"
-            raise bad_argument("only", expected, only)
+            raise bad_argument("only", expected, got_text=_shown(only))
         return found
 
     def _is_in(self, only: str | Callable[[str, Tensor], bool] | None, number: int) -> bool:
         name, parameter = self.names[number], self.parameters[number]
         if callable(only):
-            return bool(only(name, parameter))
+            try:
+                return bool(only(name, parameter))
+            except Exception as error:
+                expected = "a function that takes a name and a parameter, and returns whether it moves"
+                got = f"{_shown(only)}, which raised {type(error).__name__} ({error}) for {name!r}"
+                raise bad_argument("only", expected, got_text=got) from error
         if only == "classifier":
             return self.are_classifier[number]
         if only == "no_bias_no_norm":
@@ -148,6 +153,11 @@ class Names:
             optimizer,
             seed,
         )
+
+
+def _shown(only: Any) -> str:
+    """Return a selection as a message shows it: a function by its name."""
+    return f"{only.__module__}.{only.__qualname__}" if hasattr(only, "__qualname__") else repr(only)
 
 
 def _plain_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """Ascents, objectives and schedules in the commands: by class path, in YAML, by name, in a search; refusals."""
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,23 @@ from helpers import planned_runs
 from torch import nn
 
 from lightning_ssesam import (
+    CCSAM,
     ERM,
     LESAM,
     SAM,
     SSESAM,
     Adaptive,
     Ascent,
+    DeferredReweighting,
     Direction,
     Friendly,
     Gradient,
+    ImbSAM,
     InverseNorm,
+    Momentum,
+    MomentumSAM,
+    RadiusSchedule,
+    RandomSAM,
     Scale,
     Staged,
     StageSwitch,
@@ -76,6 +84,28 @@ def fifth(norms) -> torch.Tensor:
 
 def is_weight(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1
+
+
+def fails(name: str, parameter: torch.Tensor) -> bool:
+    raise ValueError("boom")
+
+
+def unannotated(name, parameter):
+    open("called", "w")
+    return True
+
+
+def make_selection(least: int = 1):
+    open("called", "w")
+    return lambda name, parameter: True
+
+
+class Larger:
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def __call__(self, name: str, parameter: torch.Tensor) -> bool:
+        return parameter.ndim > self.least
 
 
 class Mine(Objective):
@@ -211,6 +241,11 @@ WRONG = {
     f"{ASCENT}.scale=Adaptive {ASCENT}.scale.eta=x": f"Expected `{ASCENT}.scale.eta` to be float, but got 'x'.",
     f"{ASCENT}.scale=Adaptive {ASCENT}.scale.eta=-1": "argument `eta` to be a finite number >= 0, but got -1.0.",
     f"{OBJECTIVE}=ASAM {ASCENT}.scale=Adaptive": "`ascent` to be an Ascent without `scale`, which ASAM sets, but got",
+    f"{OBJECTIVE}=ERM {ASCENT}.scale=Adaptive": f"ERM has no argument `{ASCENT}.scale`.",
+    f"{OBJECTIVE}=Staged {OBJECTIVE}.objectives=[ERM,SAM] {ASCENT}.scale=Adaptive": "Staged has no argument",
+    f"{ASCENT}s.scale=Adaptive": f"SAM has no argument `{ASCENT}s.scale`. Did you mean '{ASCENT}'?",
+    f"{ASCENT}.only=torch.nn.Linear": "'no_bias_no_norm' or the path of a function or null, but got 'torch.nn.Linear'.",
+    f"{ASCENT}.direction=Direction": "Momentum, Noise, or the path of a class, but got 'Direction', which is abstract.",
     f"{OBJECTIVE}=LookSAM": "but got 'LookSAM'. LookSAM is SAM with the step options `interval` and `reuse`.",
 }
 
@@ -230,7 +265,145 @@ def test_wrong_options_are_refused_in_one_line(options, capsys):
     assert WRONG[options] in refusal(capsys, "fit", "--trainer.accelerator=cpu", f"{OBJECTIVE}=SAM", *options.split())
 
 
+PLAIN_SGD = "--model.optimizer=torch.optim.SGD --model.optimizer.lr=0.1"
+SCHEDULE = "{class_path: RadiusSchedule, init_args: {end: 1}}"
+CANNOT_FIT = {
+    f"{OBJECTIVE}=MomentumSAM {PLAIN_SGD}": "`--model.optimizer`: Expected argument `optimizer` to be one with a",
+    f"{OBJECTIVE}=SAM {ASCENT}.only=norm --model.backbone=test_family_cli.Flat": f"`{ASCENT}.only`: Expected argument",
+    f"{OBJECTIVE}=SAM {ASCENT}.only=parts.fails": f"`{ASCENT}.only`: Expected argument `only` to be a function that",
+    f"{OBJECTIVE}=Staged {OBJECTIVE}.objectives+=ERM {OBJECTIVE}.objectives+=SAM {OBJECTIVE}.objectives.ascent.only="
+    "parts.fails": "`--model.objective`: Expected argument `only` to be a function that takes a name and a parameter",
+    f"{OBJECTIVE}=SAM --model.optimizer=torch.optim.LBFGS": "error: LBFGS evaluates the loss several",
+    f"{OBJECTIVE}=SSESAM --trainer.callbacks=[StageSwitch,StageSwitch]": "`--trainer.callbacks`: There are several Sta",
+    f"{OBJECTIVE}=SAM --trainer.callbacks=[RadiusSchedule,{SCHEDULE}]": "Several RadiusSchedules move `rho`: leave one",
+}
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("options", CANNOT_FIT)
+def test_fit_writes_nothing_before_it_refuses(options, capsys):
+    given = re.split(r" (?=--)", options)
+    assert CANNOT_FIT[options] in refusal(capsys, "fit", "--trainer.accelerator=cpu", "--data=DigitsLT", *given)
+    assert {path.name for path in Path().iterdir()} <= {"parts.py", "__pycache__"}
+
+
+NO_PROMISE = "`only` to be one of 'norm', 'classifier', 'no_bias_no_norm', or a function whose annotation says"
+TOUCH = "{class_path: os.system, init_args: {command: touch called}}"
+WITHOUT_PROMISE = {
+    "only: os.system": f"{NO_PROMISE} that it returns a bool, but got posix.system, which has no such annotation.",
+    "only: builtins.print": NO_PROMISE,
+    "only: parts.unannotated": f"{NO_PROMISE} that it returns a bool, but got parts.unannotated, which has no such",
+    "only: parts.fifth": NO_PROMISE,
+    f"only: {TOUCH}": NO_PROMISE,
+    "only: {class_path: parts.make_selection, init_args: {least: 1}}": NO_PROMISE,
+    f"radius: {TOUCH}": "`radius` to be a class, or a function whose annotation says that it returns a Radius, but",
+    f"direction: {TOUCH}": "system does not correspond to a subclass of Direction.",
+}
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("part", WITHOUT_PROMISE)
+@pytest.mark.parametrize("command", ["fit", "compare"])
+def test_a_function_without_a_promise_is_not_called(part, command, capsys):
+    objective = f"{{objective: {{class_path: SAM, init_args: {{ascent: {{{part}}}}}}}}}"
+    late = f"{{class_path: Staged, init_args: {{objectives: [ERM, {objective[12:-1]}]}}}}"
+    text = f"model: {objective}" if command == "fit" else f"methods: {{A: {{objective: {late}}}}}"
+    Path("wrong.yaml").write_text(text)
+    given = ["--trainer.accelerator=cpu", "--data=DigitsLT"] if command == "fit" else []
+    assert WITHOUT_PROMISE[part] in refusal(capsys, command, "--config=wrong.yaml", *given)
+    assert not Path("called").exists()
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_selection_with_arguments(monkeypatch):
+    path = {"class_path": "parts.Larger", "init_args": {"least": 1}}
+    found = objectives(monkeypatch, {"A": {"objective": spec("SAM", ascent={"only": path})}})
+    assert [found["A"].ascent.only("w", torch.zeros(size)) for size in ((2,), (2, 2))] == [False, True]
+
+
+KNOWN = "ASAM, CCSAM, ERM, GSAM, LESAM, PGN, SAM, SSESAM, WSAM, FocalSAM, FriendlySAM, ImbSAM, MomentumSAM, RandomSAM,"
+NO_OBJECTIVE = f"objective.objectives` to be one of {KNOWN} Staged, or the path of a class, but got"
+WRONG_STAGES = {
+    "[ERM, SAMM]": f"{NO_OBJECTIVE} 'SAMM'. Did you mean 'SAM'?",
+    "[ERM, F-SAM]": f"{NO_OBJECTIVE} 'F-SAM'. Did you mean 'FriendlySAM'?",
+    "[ERM, Friendly]": f"{NO_OBJECTIVE} 'Friendly'. Did you mean",
+    "[ERM, {class_path: LESAMM}]": f"{NO_OBJECTIVE} 'LESAMM'. Did you mean 'LESAM'?",
+    "[3]": f"{NO_OBJECTIVE} '3'.",
+    "[ERM, null]": f"{NO_OBJECTIVE} 'None'.",
+    "[ERM, lightning_ssesam.Objective]": f"{NO_OBJECTIVE} 'lightning_ssesam.Objective', which is abstract.",
+    "[ERM, parts.Nothing]": "objective.objectives` to be a class that can be imported, but got 'parts.Nothing': module",
+    "[ERM, lightning_ssesam.Friendly]": "`: Friendly does not correspond to a subclass of Objective.\n",
+    "ERM": "objective.objectives` to be a list, but got 'ERM'.",
+}
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("stages", WRONG_STAGES)
+def test_wrong_objectives_of_a_staged(stages, capsys):
+    """The text is the innermost value, also among several methods."""
+    staged = f"{{class_path: Staged, init_args: {{objectives: {stages}}}}}"
+    Path("wrong.yaml").write_text(f"methods: {{A: {{objective: ERM}}, B: {{objective: {staged}}}}}")
+    assert WRONG_STAGES[stages] in refusal(capsys, "compare", "--config=wrong.yaml")
+    given = [f"{OBJECTIVE}=Staged", f"{OBJECTIVE}.objectives={stages.replace(' ', '')}"]
+    if "{" in stages:
+        given = [f"{OBJECTIVE}={staged}"]
+    line = refusal(capsys, "fit", "--trainer.accelerator=cpu", *given)
+    assert WRONG_STAGES[stages] in line
+
+
+CALLBACKS = "--trainer.callbacks"
+WRONG_CALLBACKS = {
+    "[{class_path: StageSwitch, init_args: {when: 1}}]": f"StageSwitch has no argument `{CALLBACKS}.when`.",
+    "[StageSwitch, {class_path: RadiusSchedule, init_args: {name: rho, stop: 1}}]": "RadiusSchedule has no argument",
+    "{class_path: DeferredReweighting, init_args: {att: 0.5}}": f"argument `{CALLBACKS}.att`. Did you mean",
+    "RadiusSchedule shape=cos": f"Expected `{CALLBACKS}.shape` to be one of 'linear', 'cosine', 'steps', but got",
+    "RadiusSchedule points=0.5": f"Expected `{CALLBACKS}.points` to be a list or null, but got '0.5'.",
+    "RadiusSchedule start=[1]": f"Expected `{CALLBACKS}.start` to be float, but got '[1]'.",
+    "RadiusSchedule stop=1": f"RadiusSchedule has no argument `{CALLBACKS}.stop`.",
+    "DeferredReweighting beta=x": f"Expected `{CALLBACKS}.beta` to be float",
+}
+
+
+@pytest.mark.parametrize("given", WRONG_CALLBACKS)
+def test_wrong_arguments_of_callbacks(given, capsys):
+    if "{" in given:
+        Path("wrong.yaml").write_text(f"trainer: {{callbacks: {given}}}")
+        options = ["--config=wrong.yaml"]
+    else:
+        name, argument = given.split()
+        options = [f"{CALLBACKS}={name}"]
+        options += [f"{CALLBACKS}.name=rho"] * (name == "RadiusSchedule") + [f"{CALLBACKS}.{argument}"]
+    assert WRONG_CALLBACKS[given] in refusal(capsys, "fit", "--trainer.accelerator=cpu", *options)
+
+
+OF_A_METHOD = {
+    "{objective: {class_path: SAM, init_args: {rho: -1}}}": "`rho` to be a finite number >= 0, but got -1.0.",
+    "{objective: {class_path: ASAM, init_args: {ascent: {scale: Adaptive}}}}": "`ascent` to be an Ascent without `scal",
+    "{objective: {class_path: SAM, init_args: {ascent: {scale: {class_path: Adaptive, init_args: {eta: -1}}}}}}": "",
+    "{objective: {class_path: Staged, init_args: {objectives: [{class_path: SAM, init_args: {rho: -1}}]}}}": "",
+    "{objective: SSESAM, callbacks: [{class_path: StageSwitch, init_args: {at: 2}}]}": "`at` to be a number",
+    "{objective: SAM, model: {step_options: {reuse: 0.5}}}": "`interval` to be an integer >= 2 with `reuse`",
+}
+
+
+@pytest.mark.parametrize("method", OF_A_METHOD)
+def test_an_error_names_the_method(method, capsys):
+    Path("wrong.yaml").write_text(f"methods: {{A: {{objective: ERM}}, my method: {method}}}")
+    for command in ("compare", "sweep"):
+        line = refusal(capsys, command, "--config=wrong.yaml")
+        assert line.startswith(f"error: The method 'my method': Expected argument {OF_A_METHOD[method]}")
+
+
+def test_an_error_of_all_methods_names_none(capsys):
+    Path("wrong.yaml").write_text("methods: {A: {objective: ERM}}\ndata: {class_path: DigitsLT, init_args: {seed: -1}}")
+    assert refusal(capsys, "compare", "--config=wrong.yaml").startswith("error: Expected argument `seed` to be")
+
+
 WRONG_IN_YAML = {
+    "{radius: 0.1}": "to be one of InverseNorm, PACBayesRadius, or the path of a class, but got '0.1'.",
+    "{only: torch.nn.Linear}": "'no_bias_no_norm' or the path of a function or null, but got 'torch.nn.Linear'.",
+    "{direction: Direction}": "Momentum, Noise, or the path of a class, but got 'Direction', which is abstract.",
+    "{scale: Scale}": "to be Adaptive or the path of a class, but got 'Scale'.",
     "{direction: Frendly}": "but got 'Frendly'. Did you mean 'Friendly'?",
     "{scales: Adaptive}": "Ascent has no argument `--methods.objective.ascent.scales`. Did you mean",
     "{scale: {class_path: Adaptive, init_args: {eta: -1}}}": "`eta` to be a finite number >= 0, but got -1.0.",
@@ -243,10 +416,113 @@ WRONG_IN_YAML = {
 @pytest.mark.parametrize("ascent", WRONG_IN_YAML)
 @pytest.mark.parametrize("where", ["file", "command"])
 def test_wrong_methods_are_refused_in_one_line(ascent, where, capsys):
-    method = f"{{A: {{objective: {{class_path: SAM, init_args: {{ascent: {ascent}}}}}}}}}"
+    method = f"{{E: {{objective: ERM}}, A: {{objective: {{class_path: SAM, init_args: {{ascent: {ascent}}}}}}}}}"
     Path("wrong.yaml").write_text(f"methods: {method}")
     given = ["--config=wrong.yaml"] if where == "file" else ["--methods", method]
     assert WRONG_IN_YAML[ascent] in refusal(capsys, "compare", *given)
+
+
+class Flat(nn.Sequential):
+    """A network without normalization layers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def none_of(name, parameter):
+    return False
+
+
+def failing(name, parameter):
+    raise LookupError("boom")
+
+
+def of_a_name(name):
+    return True
+
+
+def several(name, parameter):
+    return parameter > 0
+
+
+def lazy_network(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+CANNOT_TRAIN = {
+    "momentum": (
+        Method(MomentumSAM, optimizer=sgd),
+        "`optimizer` to be one with a momentum (SGD with momentum > 0",
+    ),
+    "direction": (
+        Method(partial(SSESAM, ascent=Ascent(Momentum())), optimizer=torch.optim.Adagrad),
+        "which Momentum() perturbs along, but got Adagrad without.",
+    ),
+    "staged": (
+        Method(lambda: Staged([ERM(), MomentumSAM()]), optimizer=torch.optim.RMSprop),
+        "which Momentum() perturbs along, but got RMSprop without.",
+    ),
+    "norm": (
+        Method(partial(SAM, ascent=Ascent(only="norm")), backbone=Flat),
+        "parameters that are trained, but got 'norm'.",
+    ),
+    "none": (Method(partial(SAM, ascent=Ascent(only=none_of))), "trained, but got test_family_cli.none_of."),
+    "raises": (
+        Method(partial(ImbSAM, ascent=Ascent(only=failing))),
+        "`only` to be a function that takes a name and a parameter, and returns whether it moves, but got"
+        " test_family_cli.failing, which raised LookupError (boom) for 'backbone.features.0.weight'.",
+    ),
+    "arguments": (Method(partial(SAM, ascent=Ascent(only=of_a_name))), "TypeError (of_a_name() takes 1 positional"),
+    "no bool": (Method(partial(SAM, ascent=Ascent(only=several))), "which raised RuntimeError (Boolean value of"),
+    "LBFGS": (Method(SAM, optimizer=torch.optim.LBFGS), "LBFGS evaluates the loss several times a step"),
+    "schedules": (
+        Method(
+            SSESAM, callbacks=[RadiusSchedule("tail_rho"), RadiusSchedule("head_rho"), RadiusSchedule("tail_rho", 1)]
+        ),
+        "Several RadiusSchedules move `tail_rho`: leave one of them, or name another radius.",
+    ),
+    "switches": (
+        Method(SSESAM, callbacks=[StageSwitch(), StageSwitch(at=0.2)]),
+        "There are several StageSwitches: ",
+    ),
+    "callbacks": (
+        Method(SAM, callbacks=[DeferredReweighting(), DeferredReweighting(at=0.1)]),
+        "There are several DeferredReweighting callbacks with the same settings: leave one of them.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_TRAIN)
+def test_a_method_that_cannot_be_trained_is_refused_before_all_others(case):
+    method, text = CANNOT_TRAIN[case]
+    experiment = method.experiment("X", Recipe(), 0.7)
+    with pytest.raises(ArgumentError) as caught:
+        experiment.check(experiment.make_split(experiment.make_data()))
+    assert str(caught.value).startswith("The method 'X' cannot be trained. ")
+    assert text in str(caught.value)
+
+
+def test_methods_that_can_be_trained_pass_the_check():
+    adam = Method(MomentumSAM, optimizer=torch.optim.Adam)
+    norm = Method(partial(SAM, ascent=Ascent(only="norm")))
+    moved = Method(SSESAM, callbacks=[RadiusSchedule("tail_rho"), RadiusSchedule("head_rho"), StageSwitch()])
+    lazy = Method(partial(SAM, ascent=Ascent(only="norm")), backbone=lazy_network)
+    for method in (adam, Method(MomentumSAM), norm, moved, lazy):
+        experiment = method.experiment("X", Recipe(), 0.7)
+        experiment.check(experiment.make_split(experiment.make_data()))
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_nothing_is_written_before_a_method_is_refused(command, capsys):
+    method = "{objective: MomentumSAM, optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}}"
+    Path("late.yaml").write_text(f"methods: {{ERM: {{objective: ERM}}, late: {method}}}")
+    line = refusal(capsys, command, "--config=late.yaml")
+    assert line.startswith("error: The method 'late' cannot be trained. Expected argument `optimizer` to be one with a")
+    assert [path.name for path in Path().iterdir()] == ["late.yaml"]
 
 
 def test_methods_by_name(monkeypatch):
@@ -307,7 +583,7 @@ def test_a_comparison_says_where_radii_come_from():
 
 
 def test_what_a_search_looks_at():
-    """Options for the four; a tenth to ten times of the others' own radii; bounds that are given before all."""
+    """Options for the four; a hundredth to ten times of the others' own radii; bounds that are given before all."""
     methods = make_methods("ERM,SAM,SSESAM,ASAM,LESAM,CCSAM,RandomSAM", OPTIONS)
     given = check_bounds({"ASAM.rho": [0.1, 2], "SAM.rho": [0.2, 0.3]})
     found = {c.name: c for c in find_candidates(methods, BOUNDS, is_shipped=True, given=given)}
@@ -316,9 +592,9 @@ def test_what_a_search_looks_at():
         "SAM": {"sam_rho": (0.2, 0.3)},
         "SSESAM": {"head_rho": (0.01, 0.5), "tail_rho": (0.01, 0.5), "gamma": (0.3, 0.9)},
         "ASAM": {"rho": (0.1, 2)},
-        "LESAM": {"sigma": (0.01, 1.0), "rho_max": (0.005, 0.5)},
-        "CCSAM": {"radius": (0.005, 0.5)},
-        "RandomSAM": {"rho": (0.005, 0.5)},
+        "LESAM": {"sigma": (0.001, 1.0), "rho_max": (0.0005, 0.5)},
+        "CCSAM": {"radius": (CCSAM().radius / 100, 10 * CCSAM().radius)},
+        "RandomSAM": {"rho": (RandomSAM().rho / 100, 10 * RandomSAM().rho)},
     }
     assert {name for name, candidate in found.items() if candidate.needs_entry} == {
         "ASAM",
@@ -363,7 +639,7 @@ def test_a_search_and_a_comparison_with_what_it_found(monkeypatch):
     assert radii == [float(value) for value in searched.values()]
     assert [type(part) for part in found["late"].objectives] == [ERM, SAM, SSESAM]
     assert found["late"].ascents()[-1] == Ascent(scale=Adaptive())
-    assert 0.05 <= radii[0] <= 5
+    assert 0.005 <= radii[0] <= 5
     assert 0.3 <= radii[-1] <= 0.4
 
 

@@ -11,6 +11,8 @@ _SOURCES = {
     "data": ("lightning_ssesam.data", "LongTailDataModule"),
     "backbone": ("lightning_ssesam.models", ""),
     "objective": ("lightning_ssesam", "Objective"),
+    # Those within a Staged.
+    "objectives": ("lightning_ssesam", "Objective"),
     "direction": ("lightning_ssesam", "Direction"),
     "scale": ("lightning_ssesam", "Scale"),
     "radius": ("lightning_ssesam", "Radius"),
@@ -70,7 +72,7 @@ def guess_class(option: str, name: str) -> str:
         with_prefix = closest(last, _public_names(module))
         return did_you_mean(f"{module}.{with_prefix}" if with_prefix else None)
     kind = option.rpartition(".")[2]
-    if kind == "objective":
+    if kind in ("objective", "objectives"):
         return guess_objective(name, known_classes(kind))
     names = known_classes(kind) + (_classes(*_LIGHTNING[kind]) if kind in _LIGHTNING else ())
     return did_you_mean(closest(name, names))

@@ -4,7 +4,8 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from lightning_ssesam.experiments.fingerprint import (
     trainer_settings,
     without_addresses,
 )
-from lightning_ssesam.experiments.network_check import check_network
+from lightning_ssesam.experiments.network_check import check_network, problems_of_parts
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.recorder import (
     MEASURING,
@@ -40,6 +41,7 @@ from lightning_ssesam.experiments.recorder import (
     names_of_classes,
     training_accuracy,
 )
+from lightning_ssesam.experiments.refusals import find_argument_error
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 from lightning_ssesam.experiments.sources import sources_of
 from lightning_ssesam.experiments.switches import needs_switch, problem_of
@@ -48,6 +50,17 @@ from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.trainer_calls import of_first_loader
+
+
+@contextmanager
+def about_method(name: str) -> Iterator[None]:
+    """Let an ``ArgumentError`` say which method it is about. jsonargparse wraps those of classes."""
+    try:
+        yield
+    except Exception as error:
+        if (found := find_argument_error(error)) is None:
+            raise
+        raise ArgumentError(f"The method {name!r}: {found}") from error
 
 
 @dataclass(frozen=True)
@@ -67,13 +80,19 @@ class Experiment(Recipe):
     callbacks: Sequence[Callback] = ()
     gamma: float = 0.7
 
+    def make_objective(self) -> Objective:
+        """Return the objective of a run."""
+        with about_method(self.method):
+            made = self.objective()
+        return check_made("objective", made, Objective)
+
     def make_model(self, data: LongTailDataModule) -> LongTailClassifier:
         """Return a module to train on ``data``."""
         arguments = {"many_above": data.many_above, "few_below": data.few_below, "in_channels": data.in_channels}
         return LongTailClassifier(
             data.class_counts,
             self.backbone,
-            check_made("objective", self.objective(), Objective),
+            self.make_objective(),
             loss=None if self.loss is None else check_made("loss", self.loss(), nn.Module),
             optimizer=self.optimizer,
             scheduler=partial(CosineAnnealingLR, T_max=self.epochs),
@@ -133,9 +152,10 @@ class Experiment(Recipe):
         if list(data.class_counts) != split.class_counts.tolist():
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
-        if problem := problem_of(model.objective, self.callbacks):
+        optimizer = self.optimizer(model.parameters())
+        problems = [problem_of(model.objective, self.callbacks), *problems_of_parts(model, optimizer).values()]
+        if problem := next(filter(None, problems), ""):
             raise ArgumentError(f"The method {self.method!r} cannot be trained. {problem}")
-        self.optimizer(model.parameters())
         return model
 
     def fingerprint(

@@ -16,7 +16,7 @@ from lightning_ssesam.class_objectives import CCSAM, FocalSAM
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.class_names import guess_objective
-from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.experiment import Experiment, about_method
 from lightning_ssesam.experiments.parser_messages import cut
 from lightning_ssesam.experiments.recipe import Recipe, check_factories
 from lightning_ssesam.models import BackboneFactory
@@ -93,7 +93,8 @@ class Method:
         options = {**vars(recipe), **given, "model": {**shared, **model}}
         if self.sampler is not None:
             options["data"] = WithSampler(options["data"], self.sampler)
-        return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
+        with about_method(name):
+            return Experiment(name, self.objective, callbacks=self.callbacks, gamma=gamma, **options)
 
 
 # Without a `repr`, the fingerprint of an experiment looks at the parts.

@@ -1,19 +1,26 @@
-"""The first sample of the training data in an untrained network, so that a wrong one is refused before training."""
+"""What can be tried of an untrained model, so that a wrong part is refused before training."""
 
 import copy
 import re
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.module_checks import check_momentum, check_optimizer, check_selections
+from lightning_ssesam.staged import Staged
 
 # Hooks of a data module that may change a batch.
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -55,6 +62,30 @@ def check_network(model: LongTailClassifier, data: LongTailDataModule) -> None:
                 raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
             return
         _check_loss(loss, logits, targets)
+
+
+def problems_of_parts(model: LongTailClassifier, optimizer: Optimizer) -> dict[str, str]:
+    """Return what the training would refuse when it starts, by the part of the model that is wrong.
+
+    Args:
+        model: Model, before the training.
+        optimizer: Optimizer of its parameters.
+    """
+    objective, parameters = model.objective, list(model.parameters())
+    # The ascents of a Staged are those of the objectives within it.
+    selection = "objective" if isinstance(objective, Staged) else "objective.ascent.only"
+    checks: list[tuple[str, Callable[[], None]]] = [
+        ("optimizer", partial(check_optimizer, optimizer)),
+        ("optimizer", partial(check_momentum, objective, optimizer, parameters)),
+        (selection, partial(check_selections, objective, model, parameters)),
+    ]
+    problems: dict[str, str] = {}
+    for part, check in checks:
+        try:
+            check()
+        except (ArgumentError, MisconfigurationException) as error:
+            problems.setdefault(part, str(error))
+    return problems
 
 
 def _check_loss(loss: nn.Module, logits: Tensor, targets: Tensor) -> None:

@@ -20,7 +20,11 @@ _WRONG_KIND = re.compile(
 )
 _WRONG_BASE = re.compile(r"Import path does not correspond to a subclass of (\w+)")
 _NO_CLASS = ("dot import path", "Not a valid subclass", "Unexpected import path")
-_PATH = re.compile(r"dot import path string: (.*)")
+_PATH = re.compile(r"dot import path string: (.*?)(?=\. Got value|$)", re.MULTILINE)
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
+# What a class says, and after it what the other types of an option say to the same value, equally far indented.
+_PROBLEM = re.compile(r"^( *)- Problem with given class_path ", re.MULTILINE)
+_NO_FUNCTION = "expects a function or a callable class: the following arguments are required"
 # The class that the rest of the message is about.
 _OWNER = re.compile(
     r"given class_path '([^']+)':\s+(?:Option '[\w.]+' is not accepted|the following arguments are required)"
@@ -30,6 +34,13 @@ _REASON = re.compile(r"^( *)- (?!Expected an? <|Does not validate|Problem with)(
 _TYPE = re.compile(
     r"Expected (?:an? )?(<class '[^']+'>|typing\.\w+\[[^\n]*?\](?=\. |\.?$)|tuple with \d+ elements)", re.MULTILINE
 )
+_NAMES = {
+    "NoneType": "null",
+    "list": "a list",
+    "collections.abc.Sequence": "a list",
+    "dict": "a mapping",
+    "tuple": "a list",
+}
 _SHOWN = 150
 
 
@@ -40,13 +51,18 @@ def shorten(message: str, options: Collection[str]) -> str:
         message: Message of jsonargparse or argparse.
         options: Names of the command's options, with their dashes, for a guess at a misspelt one.
     """
+    message = _without_other_types(message)
+    keys = list(dict.fromkeys(_KEY.findall(message)))
+    option = ".".join(keys)
     if found := _UNRECOGNIZED.search(message):
+        if option and (classes := _CLASS.findall(message)):
+            name = found[1].lstrip("-").partition("=")[0].split()[0]
+            return _no_argument(classes[-1], option, name)
         return _unknown_options(found[1].split(), options)
     if found := _NO_VALUE.search(message):
         return f"`{found[1].rpartition('/')[2]}` needs a value."
-    keys = list(dict.fromkeys(_KEY.findall(message)))
     innermost = message[[0, *(found.end() for found in _KEY.finditer(message))][-1] :]
-    if (option := ".".join(keys)) and (line := _bad_class(message, option) or _bad_value(innermost, option)):
+    if option and (line := _bad_class(message, innermost, option) or _bad_value(innermost, option)):
         return line
     if found := _UNKNOWN.search(message):
         guess = did_you_mean(closest(found[1], [name.lstrip("-") for name in options]))
@@ -61,6 +77,30 @@ def reason_in_unions(message: str) -> str:
     """Return what a class says about its arguments, from a message that lists several types; else an empty text."""
     reasons = _REASON.findall(message) if message.startswith("Does not validate against any of the Union") else []
     return max(reasons, key=lambda found: len(found[0]), default=("", ""))[1]
+
+
+def _without_other_types(message: str) -> str:
+    """Return a message without what other types of an option say to a value, if it is about a class of one of them.
+
+    An option that takes a class or a list of classes has two of these, of which the first one knows the class.
+    """
+    for found in _PROBLEM.finditer(message):
+        before, after = message[: found.end()], message[found.end() :]
+        # Its lines are indented further.
+        other = (
+            rf"^{found[1]}- (?:Not a valid subclass|Problem with given class_path)[^\n]*\n(?:{found[1]} +[^\n]*\n?)*"
+        )
+        shorter = before + re.sub(other, "", after, flags=re.MULTILINE)
+        if shorter != message:
+            return _without_other_types(shorter)
+    return message
+
+
+def _no_argument(path: str, option: str, argument: str) -> str:
+    """Return the line for an argument that a class does not have."""
+    return f"{path.rpartition('.')[2]} has no argument `--{option}.{argument}`." + _guess_argument(
+        option, path, argument
+    )
 
 
 def cut(text: str, length: int = _SHOWN) -> str:
@@ -85,22 +125,28 @@ def _missing(names: list[str]) -> str:
     return f"`{command}` needs {options}, on the command line or in a file (`--config`)."
 
 
-def _bad_class(message: str, option: str) -> str | None:
+def _bad_class(message: str, innermost: str, option: str) -> str | None:
     """Return the line for a class that cannot be used, or for arguments of a class. None for other messages."""
     outer = _KEY.findall(message)[0]
     classes = [*_CLASS.findall(message), *_OWNER.findall(message)]
-    value = cut(_value_of(message) or "")
+    # The types around the innermost one name a wider value, such as all methods.
+    value = cut(_value_of(innermost) or _value_of(message) or "")
     if takes_class(option) and any(text in message for text in _NO_CLASS):
         value = cut([value, *_PATH.findall(message)][-1])
         return f"Expected `--{option}` to be {_known(option)}the path of a class, but got {value!r}." + (
             guess_class(option, value)
+        )
+    if found := _ABSTRACT.search(message):
+        return (
+            f"Expected `--{option}` to be {_known(option)}the path of a class, but got {found[1]!r}, which is abstract."
         )
     if found := _WRONG_BASE.search(message):
         function = re.search(r"a function that returns <class '(?:\w+\.)*(\w+)'>", message)
         other = f" or of a function that is annotated to return a {function[1]}" if function else ""
         return f"Expected `--{option}` to be {_known(option)}the path of a {found[1]}{other}, but got {value!r}."
     if found := _IMPORT.search(message):
-        path = value or classes[-1]
+        within = re.match(r":?\s*Problem with given class_path '([^']+)'", innermost)
+        path = within[1] if within else value or classes[-1]
         kind = "a class" if takes_class(option) else "a class or a function"
         return f"Expected `--{option}` to be {kind} that can be imported, but got {path!r}: {cut(found[0])}." + (
             guess_class(option, path)
@@ -108,12 +154,14 @@ def _bad_class(message: str, option: str) -> str | None:
     if "Unexpected import object" in message:
         return f"Expected `--{option}` to be a class or a function, but got {value!r}."
     if not (owned := _OWNER.search(message)) and (found := _WRONG_KIND.search(message)):
-        return f"`--{option}`: {cut(_plain(found[0]))}."
+        return f"`--{option}`: {cut(_plain(found[0])).rstrip('.')}."
     if "fail_untyped" in message:
         return f"`--{option}`: {cut(_plain(message.splitlines()[-1].rpartition('. ')[2]))} Give it a type in the code."
     name = classes[-1].rpartition(".")[2] if classes else ""
     if (found := _UNKNOWN.search(message)) and name:
-        return f"{name} has no argument `--{option}.{found[1]}`." + _guess_argument(option, classes[-1], found[1])
+        return _no_argument(classes[-1], option, found[1])
+    if _NO_FUNCTION in message and not takes_class(option):
+        return None
     if (found := _MISSING.search(message)) and name:
         needed = " and ".join(f"`--{option}.{argument}`" for argument in found[1].split(", "))
         return f"`--{option if owned else outer} {name}` needs {needed}."
@@ -139,7 +187,9 @@ def _bad_value(innermost: str, option: str) -> str | None:
     # The list of types is long, and names what is within a class, too, if it does not come first.
     if "Callable[" in innermost.partition("Errors:")[0] and "Union subtypes" in innermost:
         types.append("the path of a function")
-    if types[0] == "null" and (found := _PARTS.search(innermost)):
+    if types[0] == "null" and takes_class(option):
+        types = [f"{_known(option)}the path of a class"]
+    elif types[0] == "null" and (found := _PARTS.search(innermost)):
         types = [f"arguments of {found[1]}", "null"]
     # What stands for "not given" is named last.
     types.sort(key=lambda kind: kind == "null")
@@ -152,7 +202,7 @@ def _value_of(message: str) -> str | None:
     for text in _VALUE.findall(message):
         if found := _NESTED.match(text):
             return str(found[2]).strip("'")
-        if found := re.match(r"\{'class_path': '([^']*)'", text):
+        if found := re.match(r"(?:\{'class_path': |Namespace\(class_path=)'([^']*)'", text):
             return str(found[1])
         if not text.startswith("Namespace("):
             return str(text)
@@ -162,7 +212,7 @@ def _value_of(message: str) -> str | None:
 
 def _plain(kind: str) -> str:
     """Return the name of a type as people write it."""
-    for written, plain in {"NoneType": "null", "list": "a list", "dict": "a mapping", "tuple": "a list"}.items():
+    for written, plain in _NAMES.items():
         kind = kind.replace(f"<class '{written}'>", plain)
     kind = re.sub(r"<class '(?:[\w]+\.)*(\w+)'>", r"\1", kind)
     kind = re.sub(r"typing\.Literal\[(.*)\]", r"one of \1", kind)

@@ -101,7 +101,7 @@ def place_in_user_code(error: BaseException) -> Place | None:
 
 def _line(error: Exception, options: Sequence[str]) -> str | None:
     """Return what to say about an error instead of its traceback, or None."""
-    if (argument_error := _find_argument_error(error)) is not None:
+    if (argument_error := find_argument_error(error)) is not None:
         # A process of a DataLoader raises the same type again, with its traceback before the message.
         return str(argument_error).rpartition("ArgumentError: ")[2]
     text = " ".join(str(error).split())
@@ -140,7 +140,7 @@ def _wrong_argument(error: Exception, text: str, place: Place | None, last: Fram
     return None
 
 
-def _find_argument_error(error: BaseException | None) -> ArgumentError | None:
+def find_argument_error(error: BaseException | None) -> ArgumentError | None:
     """Return the ArgumentError that an error is or was raised from. jsonargparse wraps those of classes."""
     while error is not None and not isinstance(error, ArgumentError):
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

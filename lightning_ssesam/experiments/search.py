@@ -16,7 +16,7 @@ from lightning_ssesam._validation import bad_argument, check_fraction, check_pos
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.experiments.choices import learning_rate
-from lightning_ssesam.experiments.experiment import Experiment
+from lightning_ssesam.experiments.experiment import Experiment, about_method
 from lightning_ssesam.experiments.methods import OWN_SCALE, RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.runs import GROUPS
@@ -132,7 +132,7 @@ def find_candidates(
     """Return the methods with what is searched of them. Those with nothing to search are among them.
 
     A ``rho`` of a user's objective has the bounds of ``imbsam_rho`` if the objective tells head from tail, and else
-    those of ``sam_rho``. A radius that no option is about lies between a tenth of its value and ten times its value.
+    those of ``sam_rho``. A radius that no option is about lies between a hundredth of its value and ten times that.
 
     Args:
         methods: Methods by name.
@@ -146,7 +146,8 @@ def find_candidates(
     candidates, given = [], given or {}
     known = []
     for name, method in methods.items():
-        objective = method.objective()
+        with about_method(name):
+            objective = method.objective()
         found = fixed_radii(objective, method.callbacks)
         has_options = is_shipped and name in RADII
         radii = RADII[name] if has_options else {radius: radius for radius in objective.radius_names if radius in found}
@@ -168,7 +169,8 @@ def _bounds_of(objective: Objective, radius: str, value: float, bounds: Bounds) 
     """Return the smallest and the largest value of a radius that is searched."""
     shared = bounds | {"rho": bounds["imbsam_rho" if objective.needs_split else "sam_rho"]}
     if value > 0 and (radius not in shared or isinstance(objective, OWN_SCALE)):
-        return value / 10, 10 * value
+        # A default may be far above the values that train, and is rarely far below them.
+        return value / 100, 10 * value
     return shared.get(radius, bounds["sam_rho"])
 
 

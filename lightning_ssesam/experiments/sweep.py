@@ -81,8 +81,8 @@ def sweep(
         tail_rho: Smallest and largest radius of SSESAM for the tail.
         gamma: Smallest and largest fraction of the training after which SSESAM's stage 2 begins.
         lr: Smallest and largest learning rate, searched on a log scale for every method; the optimizer's by default.
-        radii: Smallest and largest value of other radii, such as {ASAM.rho: [0.1, 2]}; by default a tenth of the
-            objective's value, and ten times that.
+        radii: Smallest and largest value of other radii, such as {ASAM.rho: [0.1, 2]}; by default a
+            hundredth of the objective's value, and ten times that value.
         metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
             ``mean_of_head_and_tail``, the two groups count the same.
         prune: Early end of trials below the median of their method, after a fifth of stage 2.

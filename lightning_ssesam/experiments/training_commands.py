@@ -23,9 +23,9 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.command_parser import CommandParser, link_data_to_model
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
-from lightning_ssesam.experiments.network_check import check_network
+from lightning_ssesam.experiments.network_check import check_network, problems_of_parts
 from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
-from lightning_ssesam.experiments.switches import needs_switch, problem_of
+from lightning_ssesam.experiments.switches import needs_switch, problem_of, repeated
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,
     defaults,
@@ -42,6 +42,7 @@ from lightning_ssesam.experiments.trust import (
 )
 from lightning_ssesam.lightning_internals import hyperparameters
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.module_checks import check_optimizer
 from lightning_ssesam.trainer_calls import callbacks_of
 
 TRAINING_COMMANDS = ("fit", "validate", "test")
@@ -140,6 +141,8 @@ class TrainingCLI(LightningCLI):
         options: Namespace = self.config_init[self.subcommand]["trainer"]
         given = options.get("callbacks") or []
         callbacks = [*given] if isinstance(given, list) else [given]
+        if problem := repeated(callbacks):
+            raise ArgumentError(f"`--trainer.callbacks`: {problem}")
         is_added = needs_switch(self.model.objective, callbacks)
         if is_added:
             options["callbacks"] = [*callbacks, StageSwitch()]
@@ -175,12 +178,16 @@ class TrainingCLI(LightningCLI):
                 self.datamodule.setup("fit")
             check_network(self.model, self.datamodule)
         try:
-            self.model.configure_optimizers()
+            made: Any = self.model.configure_optimizers()
         except (ValueError, TypeError):
             raise
         except Exception:
             # On the device of the training it may work, such as a fused optimizer.
             return
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        check_optimizer(optimizer)
+        for part, problem in problems_of_parts(self.model, optimizer).items():
+            raise ArgumentError(f"`--model.{part}`: {problem}")
 
     before_fit = before_validate = before_test = before_run
 

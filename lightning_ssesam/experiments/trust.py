@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.ascent import Ascent, Radius
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.recipe import KINDS
 from lightning_ssesam.factories import check_factory, returned_type
 from lightning_ssesam.lightning_internals import hyperparameters
+from lightning_ssesam.weights import SELECTIONS
 
 OPTION = "--trust_checkpoint"
+_ASCENT = {field.name for field in fields(Ascent)}
 _SAVED_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path"}
 _PLAIN, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -160,21 +164,41 @@ def check_functions(config: Any) -> None:
         ArgumentError: If there is such a function.
     """
     if isinstance(config, Mapping):
+        if config.keys() == _ASCENT:
+            _check_ascent(config["radius"], config["only"])
         for name, value in config.items():
             if name in KINDS and isinstance(value, Mapping) and isinstance(value.get("class_path"), str):
-                _check_function(name, value["class_path"])
+                _check_function(name, value["class_path"], KINDS[name])
             check_functions(value)
     elif isinstance(config, Sequence) and not isinstance(config, str):
         for value in config:
             check_functions(value)
 
 
-def _check_function(name: str, class_path: str) -> None:
+def _check_function(name: str, class_path: str, kind: type) -> None:
     function = pydoc.locate(class_path)
     if function is None or isinstance(function, type):
         return
     if returned_type(function) is None:
-        kind = KINDS[name].__name__
-        expected = f"a class, or a function whose annotation says that it returns a {kind}"
+        expected = f"a class, or a function whose annotation says that it returns a {kind.__name__}"
         raise bad_argument(name, expected, got_text=f"{class_path}, which has no such annotation")
-    check_factory(name, function, KINDS[name])
+    check_factory(name, function, kind)
+
+
+def _check_ascent(radius: Any, only: Any) -> None:
+    """Check what chooses the radius and the parameters of an ascent: a function, or by class path what makes one."""
+    if path := _class_path(radius):
+        _check_function("radius", path, Radius)
+    path = _class_path(only)
+    # The class of a function that has arguments of its own.
+    made = returned_type(pydoc.locate(path)) if path else None
+    function = made and made.__call__ if path else only
+    if not isinstance(only, str | None) and returned_type(function) is not bool:
+        names = ", ".join(map(repr, SELECTIONS))
+        expected = f"one of {names}, or a function whose annotation says that it returns a bool"
+        called = path or f"{only.__module__}.{getattr(only, '__qualname__', type(only).__qualname__)}"
+        raise bad_argument("only", expected, got_text=f"{called}, which has no such annotation")
+
+
+def _class_path(value: Any) -> str | None:
+    return str(value["class_path"]) if isinstance(value, Mapping) and "class_path" in value else None
