@@ -238,7 +238,7 @@ def test_what_is_searched():
     }
     found = find_candidates(methods, bounds | {"gamma": (0.5, 0.9)}, is_shipped=False)
     assert [candidate.bounds for candidate in found] == [
-        {"rho": (0.2, 2.0), "reach": (0.05, 5.0)},
+        {"rho": (0.2, 2.0), "reach": (0.005, 5.0)},
         {"head_rho": (0.3, 3.0), "gamma": (0.5, 0.9)},
         {"rho": (0.1, 1.0), "gamma": (0.5, 0.9)},
     ]
