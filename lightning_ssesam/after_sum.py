@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.norms import inner_products
-from lightning_ssesam.tensors import Gradients, dense, gradients_of, local_part, set_gradients
+from lightning_ssesam.tensors import Gradients, dense, gradients_of, local_part, quotient, set_gradients
 
 Combine = Callable[..., Sequence[Tensor]]
 
@@ -90,7 +90,7 @@ class AfterSum:
     @torch.no_grad()
     def difference(self) -> list[Tensor]:
         """Return the part of each tensor of the sum that lies across the clean gradient."""
-        ratios = _ratio(self.inner(self.gradient, self.clean), self.inner(self.clean, self.clean))
+        ratios = quotient(self.inner(self.gradient, self.clean), self.inner(self.clean, self.clean))
         pairs = zip(self.gradient, self.clean, ratios, strict=True)
         return [total - (ratio * g).to(g.dtype) for total, g, ratio in pairs]
 
@@ -101,7 +101,3 @@ class AfterSum:
         lengths = self._norms(self.gradient) / (self._norms(given) + _SMALL)
         for g, v, length in zip(self.gradient, given, lengths, strict=True):
             g.add_((alpha * length * v).to(g.dtype))
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))

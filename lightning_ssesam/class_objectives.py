@@ -10,7 +10,15 @@ from lightning_ssesam._validation import bad_argument, check_positive, check_rad
 from lightning_ssesam.ascent import Ascent, PACBayesRadius
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, check_probabilities, fill_ignored
-from lightning_ssesam.terms import Objective, Term, check_tensor, filled, weight_dtype
+from lightning_ssesam.terms import (
+    PARTLY_PERTURBED,
+    Objective,
+    Term,
+    check_tensor,
+    filled,
+    partly_perturbed,
+    weight_dtype,
+)
 
 
 class _ClassObjective(Objective):
@@ -58,7 +66,7 @@ class FocalSAM(_ClassObjective):
         ArgumentError: If an argument is out of range.
     """
 
-    term_names: tuple[str, ...] = ("clean", "perturbed")
+    term_names: tuple[str, ...] = PARTLY_PERTURBED
 
     def __init__(
         self,
@@ -81,7 +89,7 @@ class FocalSAM(_ClassObjective):
         assert self._split is not None
         counts = self._split.class_counts.to(masses.device, masses.dtype)
         shares = masses @ (self.sharpness * (1 - counts / counts.sum()) ** self.gamma)
-        return Term((1 - shares) * mean, 0.0), Term(shares * mean, self.rho, self.make_ascent())
+        return partly_perturbed(mean, shares, self.rho, self.make_ascent())
 
 
 class CCSAM(_ClassObjective):

@@ -16,7 +16,7 @@ from lightning_ssesam.ascent_states import AscentStates
 from lightning_ssesam.gradient_sum import Summand
 from lightning_ssesam.norms import ascend, gradient_norm, tensor_norms
 from lightning_ssesam.plan import Group
-from lightning_ssesam.tensors import Gradients, dense, local_part, wrapped
+from lightning_ssesam.tensors import Gradients, dense, local_part, quotient, wrapped
 from lightning_ssesam.weights import Weights
 
 
@@ -68,7 +68,7 @@ def _lengths(ascent: Ascent, rho: float, weights: Weights, scaled: Gradients) ->
         if isinstance(radius, Tensor) and radius.shape not in (norm.shape, ()):
             expected = f"one that returns a tensor of the shape {tuple(norm.shape)} of `norms.direction`"
             raise bad_argument("radius", expected, got_text=f"the shape {tuple(radius.shape)}")
-    length = torch.where(norm > 0, radius / norm, torch.zeros_like(norm))
+    length = quotient(radius, norm)
     return length.unbind() if per_tensor else [length] * len(parameters)
 
 

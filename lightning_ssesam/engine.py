@@ -234,9 +234,10 @@ class SharpnessEngine:
         is_perturbed = any(summand.is_perturbed for summand in summands)
         self._start = start = state.everything() if state.is_new and is_perturbed else state.moment()
         self._buffers.save_buffers(buffers)
-        step = GradientSum(batch, params, buffers, backward, summands, synchronize, state, start, self._clean_buffers)
-        step.plain_ratio, step.keeps_clean = ratio, keeps_clean
-        return step
+        saved = state, start, self._clean_buffers
+        return GradientSum(
+            batch, params, buffers, backward, summands, synchronize, *saved, plain_ratio=ratio, keeps_clean=keeps_clean
+        )
 
     def _all_passes(self, step: GradientSum, passes: str, reports_plain: bool) -> Tensor:
         """Leave in ``.grad`` the gradient of a step. Return the mean loss."""

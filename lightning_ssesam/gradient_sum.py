@@ -13,7 +13,16 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.objectives import Term
-from lightning_ssesam.plan import Forward, Group, MicroBatch, Plan, SampleLosses, plain_ratio, plan_forwards
+from lightning_ssesam.plan import (
+    Forward,
+    Group,
+    MicroBatch,
+    Plan,
+    SampleLosses,
+    plain_ratio,
+    plan_forwards,
+    sum_weights,
+)
 from lightning_ssesam.snapshots import Buffers, BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, move, set_gradients
@@ -74,8 +83,7 @@ class Summand:
 
     def weights(self, terms: Sequence[Term]) -> Tensor:
         """Return the sample weights of this summand, given the terms of one part of the batch."""
-        weights = [terms[number].weights for number in self.terms]
-        return weights[0] if len(weights) == 1 else torch.stack(weights).sum(0)
+        return sum_weights([terms[number].weights for number in self.terms])
 
     @torch.no_grad()
     def subtract(self, other: "Summand") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssesam.tensors import dense, is_sharded, local_part, wrapped
+from lightning_ssesam.tensors import dense, is_sharded, local_part, quotient, wrapped
 
 
 @torch.no_grad()
@@ -92,8 +92,7 @@ def ascend(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], norm
     if not pairs:
         return
     moved, direction = [p for p, _ in pairs], [g for _, g in pairs]
-    scale = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
-    torch._foreach_mul_(direction, scale)
+    torch._foreach_mul_(direction, quotient(rho, norm))
     torch._foreach_add_(moved, direction)
     # Autocast keeps low-precision copies of the weights it has met.
     torch.clear_autocast_cache()

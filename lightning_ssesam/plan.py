@@ -91,7 +91,7 @@ def plain_ratio(batch: Sequence[MicroBatch], groups: Sequence[Group]) -> float |
             return None
         if plain[0].numel() == 0:
             continue
-        total, of_plain = _sum(perturbed).reshape(-1), _sum(plain).reshape(-1)
+        total, of_plain = sum_weights(perturbed).reshape(-1), sum_weights(plain).reshape(-1)
         # The first sample most often tells: where head and tail are apart, it belongs to one of them.
         a, b = float(of_plain[0]), float(total[0])
         if b == 0 and a == 0 and bool(total.any()):
@@ -103,7 +103,8 @@ def plain_ratio(batch: Sequence[MicroBatch], groups: Sequence[Group]) -> float |
     return ratio
 
 
-def _sum(weights: Sequence[Tensor]) -> Tensor:
+def sum_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Return the sample weights of several terms together."""
     return weights[0] if len(weights) == 1 else torch.stack(tuple(weights)).sum(0)
 
 

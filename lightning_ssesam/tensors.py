@@ -32,6 +32,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
+def quotient(numerator: Tensor | float, denominator: Tensor) -> Tensor:
+    """Return a quotient, and 0 where the denominator >= 0 is 0."""
+    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(denominator))
+
+
 def gradients_of(parameters: list[Tensor]) -> Gradients:
     """Return the ``.grad`` of each parameter."""
     return [p.grad for p in parameters]

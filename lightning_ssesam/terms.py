@@ -36,6 +36,15 @@ class Term(NamedTuple):
     ascent: Ascent = PLAIN
 
 
+PARTLY_PERTURBED = "clean", "perturbed"
+"""Names of the terms of :func:`partly_perturbed`."""
+
+
+def partly_perturbed(weights: Tensor, share: Tensor | float, rho: float, ascent: Ascent) -> tuple[Term, Term]:
+    """Return the terms of a loss of which a share, perhaps another one for each sample, is perturbed."""
+    return Term((1 - share) * weights, 0.0), Term(share * weights, rho, ascent)
+
+
 def is_perturbed(terms: Sequence[Term]) -> bool:
     """Return whether a term has a radius."""
     return any(term.rho > 0 for term in terms)

@@ -16,7 +16,8 @@ from lightning_ssesam._validation import (
 from lightning_ssesam.ascent import Adaptive, Ascent, Friendly, InverseNorm, Momentum, Noise
 from lightning_ssesam.objectives import SAM
 from lightning_ssesam.targets import IGNORE_INDEX
-from lightning_ssesam.terms import InnerProducts, Objective, Term, filled
+from lightning_ssesam.tensors import quotient
+from lightning_ssesam.terms import PARTLY_PERTURBED, InnerProducts, Objective, Term, filled, partly_perturbed
 
 
 class ASAM(SAM):
@@ -120,8 +121,7 @@ class GSAM(SAM):
     @override
     def combine(self, clean: list[Tensor], gradient: list[Tensor], inner: InnerProducts) -> list[Tensor]:
         across, along = inner(clean, gradient).sum(), inner(gradient, gradient).sum()
-        share = torch.where(along > 0, across / along, torch.zeros_like(along))
-        torch._foreach_mul_(gradient, 1 + self.alpha * share)
+        torch._foreach_mul_(gradient, 1 + self.alpha * quotient(across, along))
         torch._foreach_add_(gradient, clean, alpha=-self.alpha)
         return gradient
 
@@ -143,7 +143,7 @@ class PGN(SAM):
         ArgumentError: If an argument is out of range.
     """
 
-    term_names: tuple[str, ...] = ("clean", "perturbed")
+    term_names: tuple[str, ...] = PARTLY_PERTURBED
 
     def __init__(
         self, rho: float = 0.1, alpha: float = 0.8, ignore_index: int = IGNORE_INDEX, *, ascent: Ascent | None = None
@@ -153,8 +153,7 @@ class PGN(SAM):
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        weights, alpha = self._mean_weights(targets), self.alpha
-        return Term((1 - alpha) * weights, 0.0), Term(alpha * weights, self.rho, self.make_ascent())
+        return partly_perturbed(self._mean_weights(targets), self.alpha, self.rho, self.make_ascent())
 
 
 class WSAM(SAM):
@@ -175,7 +174,7 @@ class WSAM(SAM):
         ArgumentError: If an argument is out of range.
     """
 
-    term_names: tuple[str, ...] = ("clean", "perturbed")
+    term_names: tuple[str, ...] = PARTLY_PERTURBED
 
     def __init__(
         self, rho: float = 0.01, gamma: float = 0.9, ignore_index: int = IGNORE_INDEX, *, ascent: Ascent | None = None
@@ -186,8 +185,7 @@ class WSAM(SAM):
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
         gamma = check_fraction("gamma", self.gamma)
-        weights, b = self._mean_weights(targets), gamma / (1 - gamma)
-        return Term((1 - b) * weights, 0.0), Term(b * weights, self.rho, self.make_ascent())
+        return partly_perturbed(self._mean_weights(targets), gamma / (1 - gamma), self.rho, self.make_ascent())
 
 
 class LESAM(Objective):
