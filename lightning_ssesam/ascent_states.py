@@ -79,6 +79,19 @@ class AscentStates:
         copy._states = dict(self._states)
         return copy
 
+    @property
+    def held(self) -> dict[str, State]:
+        """The states by key. To replace a tensor in one of them replaces it in every copy of these states."""
+        return {key: state for key, (_, state) in self._states.items()}
+
+    def hold(self, held: Mapping[str, State]) -> None:
+        """Replace the states of some keys, each of which there is one of already."""
+        self._states |= {key: (self._states[key][0], state) for key, state in held.items()}
+
+    def become(self, other: "AscentStates") -> None:
+        """Take the states of another one."""
+        self._states, self._pending = dict(other._states), {}
+
     def forget(self) -> None:
         """Forget what the step has changed and not committed."""
         self._pending = {}

@@ -71,10 +71,15 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 def losses_of(module: Any, batch: Any, batch_idx: int) -> Any:
     """Call ``module.sample_losses`` with a batch, and with its number if it has a parameter ``batch_idx``."""
+    if takes_batch_idx(module):
+        return module.sample_losses(batch, batch_idx=batch_idx)
+    return module.sample_losses(batch)
+
+
+def takes_batch_idx(module: Any) -> bool:
+    """Return whether ``sample_losses`` of a module has a parameter ``batch_idx``."""
     method = module.sample_losses
-    if _takes_batch_idx(getattr(method, "__func__", method)):
-        return method(batch, batch_idx=batch_idx)
-    return method(batch)
+    return _has_batch_idx(getattr(method, "__func__", method))
 
 
 class SkippedPart(Exception):
@@ -131,8 +136,31 @@ def skipped_by_one(name: str) -> MisconfigurationException:
     )
 
 
+def select_part(part: Part, index: Tensor, batch: Any, module: Any) -> Part:
+    """Return some samples of a part.
+
+    Args:
+        part: The part.
+        index: Their numbers ``(M,)``, on the CPU.
+        batch: The batch that has been picked for them.
+        module: The module.
+
+    Raises:
+        SelectionError: If the batch that was picked has another number of targets.
+    """
+    owner = type(module).__name__
+    chosen = Part(batch, module.sample_targets(batch), part.batch_idx)
+    if len(chosen) != len(index):
+        raise SelectionError(
+            f"`{owner}.select_samples` was asked for {len(index)} samples, but `sample_targets` finds {len(chosen)}"
+            " targets in the batch that it returned.",
+            owner,
+        )
+    return chosen
+
+
 @lru_cache(maxsize=16)
-def _takes_batch_idx(function: Callable[..., Any]) -> bool:
+def _has_batch_idx(function: Callable[..., Any]) -> bool:
     return "batch_idx" in signature(function).parameters
 
 

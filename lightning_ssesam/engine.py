@@ -92,6 +92,29 @@ class SharpnessEngine:
         """Return whether a perturbed step with this objective has left a difference that ``reuse`` can add."""
         return key_of_reuse(objective) in self.states
 
+    def protect(self, modules: Iterable[nn.Module]) -> Callable[[], None]:
+        """Return a function that puts back what the next step changes, apart from gradients.
+
+        Args:
+            modules: All modules of the model.
+        """
+        buffers, states = self._before, self.states.copy()
+        buffers.save_buffers(buffers_of(modules))
+        moment = None if self._state is None else self._state.moment()
+
+        def undo() -> None:
+            buffers.restore()
+            self.states.become(states)
+            if moment is not None:
+                moment.restore()
+
+        return undo
+
+    @property
+    def scratch(self) -> list[list[Tensor]]:
+        """The scratch memory that a step writes to."""
+        return [self._weights.memory, self._buffers.memory, self._clean_buffers.memory]
+
     def begin(self) -> None:
         """Begin a training: forget the states of ascents and the seed of an earlier one."""
         self.states = AscentStates()
@@ -102,6 +125,7 @@ class SharpnessEngine:
         self._weights = Snapshot()
         self._buffers = BufferSnapshot()
         self._clean_buffers = BufferSnapshot()
+        self._before = BufferSnapshot()
         self._start: Moment | None = None
         self._state: ForwardState | None = None
         self._modules: list[nn.Module] = []

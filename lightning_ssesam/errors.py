@@ -10,6 +10,10 @@ class ArgumentError(ValueError):
     """
 
 
+class CaptureError(RuntimeError):
+    """A training step cannot be recorded as a CUDA graph. The message says why."""
+
+
 class NonFiniteError(FloatingPointError):
     """The loss or the gradient of a step is infinite or not a number.
 

@@ -128,9 +128,7 @@ class ForwardState:
         self.backward_moves: bool | None = None
         self._modules = modules
         # Torch's own generators are always saved: it costs next to nothing, and dropout may begin at any time.
-        self._generators = [
-            _Generator(lambda: torch_random_state(device), lambda states: set_torch_random_state(states, device))
-        ]
+        self._generators = [_torchs_generator(device)]
         self._holders: list[_Holder] = []
         self._copied: list[_Holder] = []
 
@@ -169,6 +167,11 @@ class ForwardState:
         self.moves_parameters = any(id(holder.owner) in parameters for holder in self._holders)
 
 
+def generators_before(modules: Sequence[nn.Module], device: torch.device) -> Moment:
+    """Return the states of all generators that a forward may draw from, to be asked later for those it has used."""
+    return Moment([_torchs_generator(device), *_global_generators(), *_generators_of(modules)], [], [])
+
+
 def _are_same(first: Any, second: Any) -> bool:
     """Return whether two states of a generator are the same."""
     if isinstance(first, Tensor):
@@ -202,11 +205,11 @@ def _holders_of(modules: Sequence[nn.Module]) -> Iterator[_Holder]:
                 continue
             if isinstance(value, list | dict | deque):
                 yield _Holder(value)
-            elif _is_plain_object(value):
+            elif is_plain_object(value):
                 yield _Holder(vars(value))
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Return whether a value is an object of the user's that may hold state, such as a memory bank."""
     is_foreign = _leads_outside(value) or type(value).__module__.partition(".")[0] in ("builtins", "torch")
     is_data = isinstance(value, torch.utils.data.Dataset | torch.utils.data.DataLoader)
@@ -216,6 +219,10 @@ def _is_plain_object(value: Any) -> bool:
 def _leads_outside(value: Any) -> bool:
     """Return whether a value is Lightning's or this project's, such as the Trainer, and no part of the model."""
     return type(value).__module__.startswith("lightning")
+
+
+def _torchs_generator(device: torch.device) -> _Generator:
+    return _Generator(lambda: torch_random_state(device), lambda states: set_torch_random_state(states, device))
 
 
 def _global_generators() -> Iterator[_Generator]:

@@ -12,7 +12,6 @@ from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.norms import gradient_norm
-from lightning_ssesam.objectives import Term
 from lightning_ssesam.plan import (
     Forward,
     Group,
@@ -81,9 +80,11 @@ class Summand:
         """Whether perturbed passes follow its clean ones."""
         return self.rho > 0 and not self.is_displaced
 
-    def weights(self, terms: Sequence[Term]) -> Tensor:
-        """Return the sample weights of this summand, given the terms of one part of the batch."""
-        return sum_weights([terms[number].weights for number in self.terms])
+    def weights(self, part: MicroBatch, splits: bool) -> Tensor:
+        """Return the sample weights of this summand in one part of the batch."""
+        if splits or part.moved is None:
+            return sum_weights([part.terms[number].weights for number in self.terms])
+        return sum_weights([part.moved[number] for number in self.terms])
 
     @torch.no_grad()
     def subtract(self, other: "Summand") -> None:
@@ -161,7 +162,7 @@ class GradientSum:
     def plan(self, splits: bool) -> Plan:
         """Return the clean forward passes of every part of the batch."""
         are_perturbed = [summand.is_perturbed for summand in self.summands]
-        weights = ([summand.weights(part.terms) for summand in self.summands] for part in self.batch)
+        weights = ([summand.weights(part, splits) for summand in self.summands] for part in self.batch)
         return [plan_forwards(weights_of_part, are_perturbed, splits) for weights_of_part in weights]
 
     def hold(self, summand: Summand | None) -> None:

@@ -4,8 +4,10 @@ Paths of Lightning's files are relative to ``lightning/``. No other file of the 
 Lightning, or replaces a method of its loops.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, reduce
+from inspect import getattr_static
 from typing import Any
 
 import lightning.fabric.utilities.data as fabric_data
@@ -181,6 +183,34 @@ def share_saved_step_count(checkpoint: dict[str, Any]) -> None:
 def show_on_bar(trainer: pl.Trainer, name: str, value: float) -> None:
     """Put a value among the Trainer's ``progress_bar_metrics``."""
     trainer._logger_connector._progress_bar_metrics[name] = value
+
+
+@contextmanager
+def watching_progress(trainer: pl.Trainer) -> Iterator[set[str]]:
+    """Yield the names of the Trainer's counters that are read meanwhile: ``current_epoch`` and ``global_step``.
+
+    Both are properties of its class, which are replaced meanwhile. A module's counters ask its Trainer.
+    """
+    read: set[str] = set()
+    names = ("current_epoch", "global_step")
+    originals = {name: getattr_static(type(trainer), name) for name in names}
+
+    def watched(name: str) -> property:
+        def get(asked: pl.Trainer) -> int:
+            if asked is trainer:
+                read.add(name)
+            return int(originals[name].__get__(asked))
+
+        return property(get)
+
+    owners = {name: next(kind for kind in type(trainer).__mro__ if name in vars(kind)) for name in names}
+    for name, owner in owners.items():
+        setattr(owner, name, watched(name))
+    try:
+        yield read
+    finally:
+        for name, owner in owners.items():
+            setattr(owner, name, originals[name])
 
 
 # Checkpoints.

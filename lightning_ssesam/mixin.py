@@ -19,12 +19,14 @@ from lightning_ssesam.batches import (
     checked_losses,
     find_targets,
     losses_of,
+    select_part,
     skipped_by_one,
     terms_of_union,
 )
 from lightning_ssesam.engine import MicroBatch, Outcome, SampleLosses
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.exact_resume import ExactResume
+from lightning_ssesam.graph_step import GraphStep
 from lightning_ssesam.lightning_internals import count_step, skips_backward
 from lightning_ssesam.module_checks import check_bases, check_class, check_count, check_step
 from lightning_ssesam.optimizer_closure import OptimizerClosure
@@ -35,7 +37,7 @@ from lightning_ssesam.step_logs import norms_and_sharpness
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.targets import at_least_one, sum_counted
-from lightning_ssesam.terms import Objective, is_perturbed, unperturbed
+from lightning_ssesam.terms import Objective, Term, is_perturbed, unperturbed
 from lightning_ssesam.trainer_calls import (
     accumulates,
     between_forwards,
@@ -252,26 +254,37 @@ class SharpnessAwareMixin(pl.LightningModule):
         shares = processes.size > 1 and options.processes == "global"
         gather = partial(processes.gather, ignore_index=objective.ignore_index) if shares else None
         terms = terms_of_union(objective, [part.targets for part in parts], gather)
-        perturbs = options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse(objective))
+        if not options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse(objective)):
+            terms = [unperturbed(own) for own in terms]
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
-        return self.__step.engine.compute(
-            [
-                MicroBatch(self.__losses_of(part, own[0].weights), own, objective.find_ignored(part.targets))
-                for part, own in zip(parts, terms if perturbs else map(unperturbed, terms), strict=True)
-            ],
-            trained,
-            layers.modules,
-            processes.backward(partial(self.__backward, share=share)),
-            choose_passes(self, layers, options, processes),
+        reuse = options.reuse if is_perturbed(terms[0]) else None
+        compute = partial(
+            self.__step.engine.compute,
+            parameters=trained,
+            modules=layers.modules,
+            backward=processes.backward(partial(self.__backward, share=share)),
+            passes=choose_passes(self, layers, options, processes),
             synchronize=processes.synchronize,
             processes=options.processes,
-            check_finite=processes.all_agree if checks else None,
-            report=options.log_sharpness,
             objective=objective,
             optimizer=self.trainer.optimizers[0],
             loss_scale=loss_scale(self.trainer, share),
-            reuse=options.reuse if is_perturbed(terms[0]) else None,
+            reuse=reuse,
         )
+        if options.cuda_graphs:
+            graphed = GraphStep(self, self.__step, layers, trained, checks)
+            compute = partial(compute, report=options.log_sharpness or checks)
+            return graphed.compute(parts, terms, self.__micro_batch, compute, (options, share, reuse))
+        batch = [
+            self.__micro_batch(part, own, objective.find_ignored(part.targets))
+            for part, own in zip(parts, terms, strict=True)
+        ]
+        return compute(batch, check_finite=processes.all_agree if checks else None, report=options.log_sharpness)
+
+    def __micro_batch(
+        self, part: Part, terms: Sequence[Term], ignored: Tensor | None, moved: Sequence[Tensor] | None = None
+    ) -> MicroBatch:
+        return MicroBatch(self.__losses_of(part, terms[0].weights), terms, ignored, moved)
 
     def __backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may take no arguments, and needs none for a single term.
@@ -280,7 +293,7 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __losses_of(self, part: Part, weights: Tensor) -> SampleLosses:
         def sample_losses(index: Tensor | None, is_clean: bool) -> Tensor:
-            chosen = part if index is None else self.__select(part, index)
+            chosen = part if index is None else select_part(part, index, self.__select(part, index), self)
             # Kept until the next pass begins, since the backward may forward again (activation checkpointing).
             self.__step.is_clean = is_clean
             self.__step.logs.samples = len(chosen)
@@ -291,23 +304,14 @@ class SharpnessAwareMixin(pl.LightningModule):
 
         return sample_losses
 
-    def __select(self, part: Part, index: Tensor) -> Part:
-        """Return some samples of a part."""
+    def __select(self, part: Part, index: Tensor) -> Any:
+        """Return the batch of a part with only some samples."""
+        if getattr(self.select_samples, "__func__", None) is not SharpnessAwareMixin.select_samples:
+            return self.select_samples(part.batch, index)
         owner = type(self).__name__
-        if getattr(self.select_samples, "__func__", None) is SharpnessAwareMixin.select_samples:
-            if has_several_loaders(self.trainer, part.batch):
-                raise SelectionError("A batch joins those of several loaders, which have no samples in common.", owner)
-            batch = pick_samples(part.batch, index, len(part), owner)
-        else:
-            batch = self.select_samples(part.batch, index)
-        chosen = Part(batch, self.sample_targets(batch), part.batch_idx)
-        if len(chosen) != len(index):
-            raise SelectionError(
-                f"`{owner}.select_samples` was asked for {len(index)} samples, but `sample_targets` finds {len(chosen)}"
-                " targets in the batch that it returned.",
-                owner,
-            )
-        return chosen
+        if has_several_loaders(self.trainer, part.batch):
+            raise SelectionError("A batch joins those of several loaders, which have no samples in common.", owner)
+        return pick_samples(part.batch, index, len(part), owner)
 
     def __forward_only(self, batch: Any, batch_idx: int) -> Tensor | None:
         part = Part(batch, self.sample_targets(batch), batch_idx)

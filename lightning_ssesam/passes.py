@@ -1,7 +1,7 @@
 """Which passes a model and a strategy allow."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -58,6 +58,13 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
+def replays_by_itself(module: nn.Module) -> bool:
+    """Return whether a module is compiled with CUDA graphs of its own (``mode="reduce-overhead"``)."""
+    functions: tuple[Any, ...] = (module._compiled_call_impl, getattr(module, "forward", None))
+    configs = [f.get_compiler_config() or {} for f in functions if hasattr(f, "get_compiler_config")]
+    return any(config.get("triton.cudagraphs", False) for config in configs)
+
+
 def choose_passes(
     module: nn.Module, layers: Survey, options: StepOptions, processes: Processes
 ) -> Literal["auto", "full", "split", "difference"]:
@@ -66,7 +73,7 @@ def choose_passes(
     Raises:
         MisconfigurationException: If ``passes="split"`` cannot work with the module or the strategy.
     """
-    if options.passes == "full":
+    if options.passes == "full" or options.cuda_graphs:
         return "full"
     obstacle = next(_obstacles(module, layers, options, processes), None)
     if options.passes == "split":

@@ -25,11 +25,14 @@ class MicroBatch(NamedTuple):
         terms: The objective's terms, each with weights of the shape of this part's losses. Every part of a batch has
             the same number of terms, with the same radii.
         ignored: Mask of the losses, ``(N, ...)``, that are not part of the mean loss; None for none.
+        moved: The weights of the terms on the device of the losses, where they are there already. Passes over the whole
+            part take them; None to move the weights in every pass.
     """
 
     sample_losses: SampleLosses
     terms: Sequence[Term]
     ignored: Tensor | None = None
+    moved: Sequence[Tensor] | None = None
 
 
 class Forward(NamedTuple):

@@ -47,6 +47,11 @@ class Snapshot:
             torch._foreach_copy_(self._tensors, self._copies)
             torch.clear_autocast_cache()
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The copies themselves: the same list, as long as the memory is the same."""
+        return self._copies
+
     def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
         """Return clones of the copies, by the memory of their originals."""
         pairs = self._pairs(self._tensors) if self._tensors else ()
@@ -125,8 +130,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def torch_random_state(device: torch.device) -> list[Tensor]:
-    """Return the state of torch's random number generators: of the CPU, and of the GPU if ``device`` is one."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    """Return the state of torch's random number generators: of the CPU, and of the GPU if ``device`` is one.
+
+    While a CUDA graph is captured, that of the GPU cannot be read and is left out: what is captured draws nothing.
+    """
+    has_own = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if has_own else [])]
 
 
 def set_torch_random_state(states: list[Tensor], device: torch.device) -> None:

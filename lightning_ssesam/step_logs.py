@@ -104,6 +104,15 @@ class StepLogs:
         """Forget the calls of a step that was interrupted."""
         self._calls = {}
 
+    @property
+    def calls(self) -> dict[str, list[_Call]]:
+        """The calls of the present step, by name. Those of a recorded step stand for those of its replays."""
+        return self._calls
+
+    @calls.setter
+    def calls(self, calls: dict[str, list[_Call]]) -> None:
+        self._calls = calls
+
 
 def _checked(name: str, value: Any) -> Any:
     """Return a value that Lightning can log."""

@@ -50,11 +50,16 @@ class StepOptions:
             are not perturbed have no values.
         exact_resume: Whether checkpoints store the random state and the position in the data, so that a resumed run
             equals an uninterrupted one bit for bit (docs/trainer.md). Without it, runs resume as Lightning does.
+        cuda_graphs: Whether to record the passes of an update as a CUDA graph, and to replay it: the same numbers,
+            without the time that the host takes to start thousands of operations (docs/performance.md). The first
+            updates of each kind and shape of batch are made as usual. Needs one NVIDIA GPU, full passes, and a model
+            that draws no random numbers. ``sample_losses`` must not wait for the device.
         log_loss: Whether to log ``train/loss``, the mean loss at the unperturbed weights, which the progress bar shows,
             too. What ``sample_losses`` logs is logged in any case.
 
     Raises:
-        ArgumentError: If a value is out of range, or ``"group"`` is combined with other passes than ``"split"``.
+        ArgumentError: If a value is out of range, ``"group"`` is combined with other passes than ``"split"``, or
+            ``cuda_graphs`` with ``"split"``.
 
     Example:
         >>> StepOptions(passes="split", interval=2).interval
@@ -70,6 +75,7 @@ class StepOptions:
     log_sharpness: bool = False
     exact_resume: bool = True
     log_loss: bool = True
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         check_choice("passes", self.passes, ("auto", "full", "split"))
@@ -80,6 +86,7 @@ class StepOptions:
         check_flag("log_sharpness", self.log_sharpness)
         check_flag("exact_resume", self.exact_resume)
         check_flag("log_loss", self.log_loss)
+        check_flag("cuda_graphs", self.cuda_graphs)
         if self.reuse is not None:
             check_radius("reuse", self.reuse)
             if self.interval == 1:
@@ -88,6 +95,9 @@ class StepOptions:
             raise ArgumentError(
                 f"`batch_norm_statistics='group'` requires `passes='split'`, but `passes` is {self.passes!r}."
             )
+        if self.cuda_graphs and self.passes == "split":
+            expected = "'auto' or 'full' with `cuda_graphs=True`, which replays whole batches"
+            raise bad_argument("passes", expected, "split")
 
     def perturbs(self, step_idx: int, can_reuse: bool) -> bool:
         """Return whether the update after ``step_idx`` others is a perturbed one.

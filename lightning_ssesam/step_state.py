@@ -9,7 +9,21 @@ from torch import Tensor
 from lightning_ssesam.ascent_states import AscentStates
 from lightning_ssesam.batches import HostTargets, Part
 from lightning_ssesam.engine import SharpnessEngine
+from lightning_ssesam.graphs import StepGraphs
 from lightning_ssesam.step_logs import StepLogs
+
+
+class Counters:
+    """Counters of the Trainer that a step reads, as they are in the present step.
+
+    Attributes:
+        current_epoch: Number of the epoch; None if no step reads it.
+    """
+
+    current_epoch: int | None
+
+    def __init__(self) -> None:
+        self.current_epoch = None
 
 
 class StepState:
@@ -18,6 +32,8 @@ class StepState:
     Of all this, only the number of skipped updates is copied or pickled with the module.
 
     Attributes:
+        graphs: Recordings of the steps.
+        counters: Counters of the Trainer that a step reads.
         logs: Values that the clean passes of the current step have logged.
         host_targets: Targets of the current batch, as they were on the host.
         pending: Parts that wait for their update, where batches are accumulated.
@@ -33,6 +49,8 @@ class StepState:
 
     def __init__(self, skipped_updates: int = 0) -> None:
         self.engine = SharpnessEngine()
+        self.graphs = StepGraphs()
+        self.counters = Counters()
         self.logs = StepLogs()
         self.host_targets = HostTargets()
         self.pending: list[Part] = []
@@ -57,6 +75,8 @@ class StepState:
         """Called when a fit begins."""
         self.is_fitting, self.has_updated, self.pending, self.logs = True, False, [], StepLogs()
         self.engine.begin()
+        self.graphs.release()
+        self.counters = Counters()
         self.ascents_before = None
 
     def end(self) -> None:
@@ -65,6 +85,7 @@ class StepState:
         self.host_targets.forget()
         self.loss_on_bar = None
         self.engine.release()
+        self.graphs.release()
 
     def __reduce__(self) -> tuple[Callable[[int], "StepState"], tuple[int]]:
         return StepState, (self.skipped_updates,)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
+from lightning_ssesam.graph_step import check_graphs
 from lightning_ssesam.module_checks import check_ascents, check_attributes, check_optimizer
 from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
@@ -73,6 +74,7 @@ class TrainerSupport(Callback):
         objective, options = check_attributes(pl_module)
         Processes.check_supported(trainer.strategy, options.processes)
         check_ascents(pl_module, objective, options, trainer)
+        check_graphs(pl_module, objective, options, trainer)
         if trainer.world_size > 1:
             self._step.engine.seed = trainer.strategy.broadcast(torch.initial_seed())
         has_switch = any(getattr(callback, "switches_stages", False) for callback in callbacks_of(trainer))

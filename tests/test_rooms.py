@@ -16,17 +16,19 @@ from lightning_ssesam.lightning_internals import EXACT_RESUME, STEP
 PACKAGE = Path(lightning_ssesam.__file__).parent
 FLOORS = [
     # Torch alone: from the targets of a batch to the gradient.
-    ["_version", "errors", "tensors"],
+    ["_version", "errors", "tensors", "trees"],
     ["_validation", "class_order", "snapshots", "norms"],
     ["forward_state", "weights", "ascent", "after_sum"],
     ["split", "step_options", "targets"],
     ["terms", "objectives", "variants", "class_objectives"],
     ["staged"],
     ["plan", "mixing", "gradient_sum", "ascent_states", "displacement", "engine"],
+    ["graph_guard", "graphs"],
     # The step, and all that it needs of Lightning.
     ["factories"],
     ["lightning_internals", "trainer_calls", "step_logs", "batches", "selection", "optimizer_closure", "module_checks"],
     ["processes", "passes", "step_state"],
+    ["graph_step"],
     ["exact_resume", "trainer_support"],
     ["mixin"],
     # What people combine.
@@ -38,7 +40,7 @@ FLOORS = [
     # Import paths that are documented, and the package's own names.
     ["compare", "sweep", "runs", "curvature.command", "curvature.checkpoints", "cli", "__main__", ""],
 ]
-TORCH_ONLY = [room for floor in FLOORS[:7] for room in floor]
+TORCH_ONLY = [room for floor in FLOORS[:8] for room in floor]
 
 
 def module_name(path):
