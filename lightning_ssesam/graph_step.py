@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_ssesam.ascent import Momentum, Noise
@@ -120,6 +121,9 @@ class GraphStep:
         except CaptureError as error:
             raise refusal(self._module, f"{error}. Leave `cuda_graphs` out, or change that") from error
         outcome, step.logs.calls = result
+        if step.graphs.note is not None:
+            rank_zero_warn(f"`cuda_graphs=True` makes every step as usual: {step.graphs.note}.")
+            step.graphs.note = None
         if undo is not None:
             self._check(outcome, undo)
         return outcome

@@ -8,7 +8,7 @@ refused: to look at a value that comes from the inputs or the parameters.
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ssesam.trees import tensors_of
