@@ -5,6 +5,7 @@ recording's, what comes out is copied out of them, and weights, buffers and grad
 code does in a step is not done again; :class:`~lightning_ssesam.graph_guard.Guard` knows what it depends on.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ class CUDARecorder(Recorder):
         outside, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(outside)
         if is_strict:
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                # Torch says that the mode does not find every wait.
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self._stream):
                 yield
@@ -201,7 +205,7 @@ class StepGraphs:
         try:
             result, replay = self._recorder_on(scene.device).record(function, copies)
         except RuntimeError as error:
-            raise CaptureError(f"a step cannot be recorded ({str(error).splitlines()[0]})") from error
+            raise CaptureError(f"a step cannot be recorded ({_first_line(error)})") from error
         finally:
             # Low-precision copies of the weights that lie in the memory of the recording.
             torch.clear_autocast_cache()
@@ -261,6 +265,13 @@ class StepGraphs:
         if self._recorder is None:
             self._recorder = RECORDERS[device.type](device)
         return self._recorder
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of the error that others have followed, since a failed recording fails again as it ends."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).partition("\n")[0]
 
 
 def _place(tensor: Tensor | None) -> int:

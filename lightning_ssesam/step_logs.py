@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.engine import Outcome
+from lightning_ssesam.tensors import move
 
 _SIGNATURE = inspect.signature(pl.LightningModule.log)
 _DEFAULTS = {
@@ -159,7 +160,7 @@ def _merge(calls: list[_Call]) -> Any:
     if name != "mean":
         merged: Tensor = getattr(values, name)()
         return merged
-    sizes = torch.tensor([float(call.size) for call in calls]).to(values.device)
+    sizes = move(torch.tensor([float(call.size) for call in calls]), values.device)
     return (values * sizes).sum() / sizes.sum()
 
 
