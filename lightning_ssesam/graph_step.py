@@ -1,6 +1,7 @@
 """The gradient of an update by a recording, and what a module must not have for that."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -90,14 +91,10 @@ class GraphStep:
         inputs = [self._input(part, own, mask) for part, own, mask in zip(parts, terms, ignored, strict=True)]
 
         def batch_of(copies: Sequence[Input]) -> list[MicroBatch]:
+            triples = zip(parts, terms, copies, strict=True)
             return [
-                micro_batch(
-                    Part(copy.batch, part.targets, part.batch_idx),
-                    [term._replace(ascent=ascent) for term, ascent in zip(own, copy.ascents, strict=True)],
-                    copy.ignored,
-                    copy.weights,
-                )
-                for part, own, copy in zip(parts, terms, copies, strict=True)
+                micro_batch(replace(part, batch=copy.batch), _with_ascents(own, copy), copy.ignored, copy.weights)
+                for part, own, copy in triples
             ]
 
         def find(copies: Sequence[Input]) -> tuple[Outcome, Any]:
@@ -148,6 +145,10 @@ class GraphStep:
             undo()
             set_gradients(self._scene.parameters, None)
             raise NonFiniteError("The loss or the gradient is infinite or not a number.", outcome.loss)
+
+
+def _with_ascents(terms: Sequence[Term], given: Input) -> list[Term]:
+    return [term._replace(ascent=ascent) for term, ascent in zip(terms, given.ascents, strict=True)]
 
 
 def refusal(module: pl.LightningModule, reason: str) -> MisconfigurationException:

@@ -254,10 +254,10 @@ class SharpnessAwareMixin(pl.LightningModule):
         shares = processes.size > 1 and options.processes == "global"
         gather = partial(processes.gather, ignore_index=objective.ignore_index) if shares else None
         terms = terms_of_union(objective, [part.targets for part in parts], gather)
+        reuse = options.reuse if is_perturbed(terms[0]) else None
         if not options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse(objective)):
             terms = [unperturbed(own) for own in terms]
         checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
-        reuse = options.reuse if is_perturbed(terms[0]) else None
         compute = partial(
             self.__step.engine.compute,
             parameters=trained,
@@ -275,16 +275,12 @@ class SharpnessAwareMixin(pl.LightningModule):
             graphed = GraphStep(self, self.__step, layers, trained, checks)
             compute = partial(compute, report=options.log_sharpness or checks)
             return graphed.compute(parts, terms, self.__micro_batch, compute, (options, share, reuse))
-        batch = [
-            self.__micro_batch(part, own, objective.find_ignored(part.targets))
-            for part, own in zip(parts, terms, strict=True)
-        ]
+        pairs = zip(parts, terms, strict=True)
+        batch = [self.__micro_batch(part, own, objective.find_ignored(part.targets)) for part, own in pairs]
         return compute(batch, check_finite=processes.all_agree if checks else None, report=options.log_sharpness)
 
-    def __micro_batch(
-        self, part: Part, terms: Sequence[Term], ignored: Tensor | None, moved: Sequence[Tensor] | None = None
-    ) -> MicroBatch:
-        return MicroBatch(self.__losses_of(part, terms[0].weights), terms, ignored, moved)
+    def __micro_batch(self, part: Part, terms: Sequence[Term], *more: Any) -> MicroBatch:
+        return MicroBatch(self.__losses_of(part, terms[0].weights), terms, *more)
 
     def __backward(self, loss: Tensor, retain_graph: bool, share: float) -> None:
         # An override of `backward` may take no arguments, and needs none for a single term.

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset, WeightedRandomSampler
 
 import lightning_ssesam
-from lightning_ssesam import ERM, SAM, DigitsLT, ImbSAM
+from lightning_ssesam import ERM, SAM, DigitsLT, ImbSAM, StepOptions
 from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import (
     CIFAR10LT,
@@ -618,3 +618,11 @@ def test_arrays_of_a_sampler_count():
     data, split = DigitsLT(), DigitsLT().split(tail_fraction=0.2)
     made = [method.experiment("name", Recipe(), 0.7) for method in methods]
     assert len({experiment.fingerprint(split, "", data) for experiment in made}) == 2
+
+
+def test_recorded_steps_are_the_same_run():
+    # The text of versions that had no such option.
+    texts = {describe(StepOptions(interval=2, cuda_graphs=value)) for value in (False, True)}
+    (text,) = texts
+    assert text.startswith("StepOptions(passes='auto', batch_norm_statistics='batch', interval=2, ")
+    assert text.endswith(", exact_resume=True, log_loss=True)")

@@ -109,6 +109,7 @@ def test_the_ground_floor_needs_torch_only(name):
         "abc",
         "collections",
         "contextlib",
+        "warnings",
         "copy",
         "dataclasses",
         "functools",
@@ -158,7 +159,7 @@ OTHERS = {
     "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_NormBase", "_ConvTransposeNd", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch",
     "_modules", "_parameters", "_torchdynamo_orig_callable", "_version", "_foreach_add_", "_foreach_copy_",
-    "_foreach_mul_", "_foreach_norm", "_orig_mod", "_weight_norm",
+    "_foreach_mul_", "_foreach_norm", "_orig_mod", "_weight_norm", "_backward_hooks",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from lightning_ssesam.ascent import Ascent
 from lightning_ssesam.data.contents import hash_array, hash_files
+from lightning_ssesam.step_options import StepOptions
 
 # Options of data modules by which no sample changes.
 _SPEED = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "download"}
@@ -71,6 +73,9 @@ def _describe_object(value: Any, within: tuple[int, ...]) -> str:
         return f"{value.__qualname__} {describe(value.__self__, within)}"
     if isinstance(value, nn.Module):
         return describe_module(value)
+    if isinstance(value, StepOptions):
+        # Recorded steps compute the same numbers.
+        return repr(replace(value, cuda_graphs=False)).replace(", cuda_graphs=False", "")
     is_plain = type(value).__repr__ is object.__repr__  # type: ignore[comparison-overlap]
     if is_plain and len(within) <= _DEEPEST:
         return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), within)}"
