@@ -11,7 +11,10 @@ class ArgumentError(ValueError):
 
 
 class CaptureError(RuntimeError):
-    """A training step cannot be recorded as a CUDA graph. The message says why."""
+    """A training step cannot be recorded as a CUDA graph. The message says why.
+
+    With :class:`~lightning_ssesam.SharpnessAwareMixin`, it is the cause of a ``MisconfigurationException``.
+    """
 
 
 class NonFiniteError(FloatingPointError):
