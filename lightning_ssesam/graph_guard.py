@@ -1,8 +1,7 @@
 """What a recorded step has read and a replay does not look at again: if it changes, the recording is out of date."""
 
-import copy
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ssesam.forward_state import is_plain_object
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_GROWING = (list, dict, deque, set)
+_CONTAINERS = (list, tuple, dict, deque, set)
 # Longer containers are told by their length alone.
 _LONGEST = 64
 
@@ -43,14 +42,21 @@ class Guard:
     Args:
         modules: All modules of the model.
         others: Further objects whose attributes a step reads, such as the objective.
+        hidden: Names of attributes that are not looked at.
         is_strict: Whether to look at metrics too, which change between steps.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], others: Iterable[Any] = (), is_strict: bool = False) -> None:
-        self._is_strict = is_strict
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        others: Iterable[Any] = (),
+        hidden: Container[str] = (),
+        is_strict: bool = False,
+    ) -> None:
+        self._hidden, self._is_strict = hidden, is_strict
         self._numbers: list[_Attributes] = []
         self._tensors: list[_Attributes] = []
-        self._containers: list[tuple[str, Any, Any]] = []
+        self._containers: list[tuple[str, Any, list[Any] | int]] = []
         self._seen: set[int] = set()
         for module in modules:
             self._look_at_module(module)
@@ -74,7 +80,8 @@ class Guard:
         except KeyError as error:
             return f"`{entry.owner}.{error.args[0]}`"
         for name, container, before in self._containers:
-            if (len(container) if isinstance(before, int) else container) != before:
+            # Most are the empty dictionaries of hooks.
+            if (container or before) and not _are_same(container, before):
                 return f"`{name}`"
         for tensor, place, requires_grad in self._places:
             if tensor.data_ptr() != place or tensor.requires_grad is not requires_grad:
@@ -88,31 +95,48 @@ class Guard:
         name = type(module).__name__
         for tensors in (module._parameters, module._buffers):
             self._look_at(tensors, name)
-        # Lightning's own attributes, and the mixin's, change in every step.
-        attributes = vars(module)
-        self._look_at(attributes, name, [k for k in attributes if not ("lightning" in homes and k.startswith("_"))])
+        self._look_at(vars(module), name)
 
-    def _look_at(self, attributes: Any, owner: str, names: Iterable[str] | None = None) -> None:
+    def _look_at(self, attributes: Any, owner: str) -> None:
         if id(attributes) in self._seen:
             return
         self._seen.add(id(attributes))
         numbers, tensors = [], []
-        for name in list(attributes if names is None else names):
-            value = attributes[name]
+        for name, value in attributes.items():
+            if name in self._hidden:
+                continue
             if isinstance(value, _NUMBERS):
                 numbers.append(name)
             elif isinstance(value, Tensor):
                 tensors.append(name)
-            elif isinstance(value, _GROWING) and name not in ("_modules", "_parameters", "_buffers"):
+            elif name not in ("_modules", "_parameters", "_buffers"):
                 self._look_into(value, f"{owner}.{name}")
-            elif is_plain_object(value):
-                self._look_at(vars(value), f"{owner}.{name}")
         for found, entries in ((numbers, self._numbers), (tensors, self._tensors)):
             if found:
                 values = tuple(attributes[name] for name in found)
                 entries.append(_Attributes(owner, attributes, found, values, len(attributes)))
 
-    def _look_into(self, container: Any, name: str) -> None:
-        items = list(container.values() if isinstance(container, Mapping) else container)
-        is_simple = 0 < len(items) <= _LONGEST and all(isinstance(item, _NUMBERS) for item in items)
-        self._containers.append((name, container, copy.copy(container) if is_simple else len(items)))
+    def _look_into(self, value: Any, name: str) -> None:
+        """Look at what a container or an object of the user's holds."""
+        if isinstance(value, _CONTAINERS):
+            if id(value) in self._seen:
+                return
+            self._seen.add(id(value))
+            items = _items(value)
+            self._containers.append((name, value, items if len(items) <= _LONGEST else len(items)))
+            for item in items[:_LONGEST]:
+                self._look_into(item, name)
+        elif is_plain_object(value):
+            self._look_at(vars(value), name)
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, Mapping) else container)
+
+
+def _are_same(container: Any, before: list[Any] | int) -> bool:
+    if isinstance(before, int):
+        return len(container) == before
+    items = _items(container)
+    pairs = zip(items, before, strict=False)
+    return len(items) == len(before) and all(a is b or (isinstance(a, _NUMBERS) and a == b) for a, b in pairs)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ssesam.ascent import Momentum, Noise
 from lightning_ssesam.batches import Part, takes_batch_idx
@@ -26,6 +26,9 @@ from lightning_ssesam.terms import Objective, Term
 from lightning_ssesam.trainer_calls import callbacks_of, has_scaler
 from lightning_ssesam.trees import others_of, tensors_of
 from lightning_ssesam.weights import momentum_of
+
+# What Lightning itself notes in a module changes in every step.
+_HIDDEN = vars(pl.LightningModule()).keys() - vars(nn.Module()).keys()
 
 
 class Input(NamedTuple):
@@ -63,6 +66,7 @@ class GraphStep:
             [module.objective, *getattr(module.objective, "objectives", ()), step.counters],
             momentum_of(module.trainer.optimizers[0], params) if along_momentum else (),
             step.engine.scratch,
+            _HIDDEN,
         )
 
     def compute(

@@ -6,7 +6,7 @@ code does in a step is not done again; :class:`~lightning_ssesam.graph_guard.Gua
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,8 @@ from lightning_ssesam.trees import mapped, others_of, signature, tensors_of
 WARM_UP = 3
 # Recordings that are kept at a time: stages, plain steps between perturbed ones, a last batch that is smaller.
 _MOST = 8
+# Replays that are worth a recording, which takes as long as several steps.
+_WORTH = 20
 # Steps in a row that nobody could record or replay, until that is worth a message.
 _PATIENCE = 100
 
@@ -93,6 +95,7 @@ class Scene(NamedTuple):
         others: Further objects that it reads numbers from, such as the objective.
         tensors: Further tensors that it reads, such as the optimizer's momentum.
         scratch: Memory that it writes to, in lists that are the same as long as the memory is.
+        hidden: Names of attributes that it does not depend on.
     """
 
     parameters: list[Tensor]
@@ -101,6 +104,7 @@ class Scene(NamedTuple):
     others: Sequence[Any] = ()
     tensors: Sequence[Tensor | None] = ()
     scratch: Sequence[list[Tensor]] = ()
+    hidden: Container[str] = ()
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +136,8 @@ class _Recording:
     scene: "Scene"
     # Things that the signature knows by their place in memory, so that no others take it.
     kept: list[Any]
+    # Number of the step that used it last.
+    last_use: int = 0
 
 
 class StepGraphs:
@@ -149,7 +155,7 @@ class StepGraphs:
         self._recordings: dict[Hashable, _Recording] = {}
         self._recorder: Recorder | None = None
         self._seen: dict[Hashable, int] = {}
-        self._steps_in_vain, self._replays, self._changes, self._last_change = 0, 0, 0, ""
+        self._steps, self._steps_in_vain, self._replays, self._changes, self._last_change = 0, 0, 0, 0, ""
         self.note: str | None = None
 
     def run(self, function: Callable[[Any], Any], inputs: Any, kind: Hashable, scene: Scene) -> Any:
@@ -168,6 +174,7 @@ class StepGraphs:
             CaptureError: If the step cannot be recorded.
         """
         key = kind, signature(inputs), signature(scene.states.held)
+        self._steps += 1
         recording = self._recordings.get(key)
         if recording is not None and (change := self._change(recording, scene)) is not None:
             self._forget(change)
@@ -175,7 +182,7 @@ class StepGraphs:
         if recording is not None:
             return self._replay(recording, inputs, scene)
         count = self._seen[key] = self._seen.get(key, 0) + 1
-        if count <= WARM_UP or self._changes > _MOST:
+        if count <= WARM_UP or self._changes > _MOST or not self._has_room():
             self._count_in_vain()
             with nullcontext() if count > WARM_UP else self._warming_up(scene, is_strict=count == WARM_UP):
                 return function(inputs)
@@ -200,7 +207,8 @@ class StepGraphs:
         copies, held, before = mapped(lambda t: t.detach().clone(), inputs), scene.states.held, scene.states.copy()
         states = [t.clone() for t in tensors_of(held)]
         _rebind(held, states)
-        guard, strict = (Guard(scene.modules, scene.others, is_strict) for is_strict in (False, True))
+        seen = scene.modules, scene.others, scene.hidden
+        guard, strict = Guard(*seen), Guard(*seen, is_strict=True)
         torch.clear_autocast_cache()
         try:
             result, replay = self._recorder_on(scene.device).record(function, copies)
@@ -223,15 +231,25 @@ class StepGraphs:
             list(others_of(inputs)),
         )
         scene.states.become(before)
-        while len(self._recordings) >= _MOST:
-            del self._recordings[next(iter(self._recordings))]
+        # Those of an earlier stage take memory in vain.
+        self._recordings = {k: r for k, r in self._recordings.items() if self._change(r, scene) is None}
         self._recordings[key] = recording
         return recording
+
+    def _has_room(self) -> bool:
+        """Return whether there may be one recording more. One that was not used lately makes room."""
+        if len(self._recordings) < _MOST:
+            return True
+        key, oldest = min(self._recordings.items(), key=lambda item: item[1].last_use)
+        if self._steps - oldest.last_use < _PATIENCE:
+            return False
+        del self._recordings[key]
+        return True
 
     @torch.no_grad()
     def _replay(self, recording: _Recording, inputs: Any, scene: Scene) -> Any:
         """Replay a step with other inputs."""
-        self._steps_in_vain, self._replays = 0, self._replays + 1
+        self._steps_in_vain, self._replays, recording.last_use = 0, self._replays + 1, self._steps
         held = scene.states.held
         sources = [*tensors_of(inputs), *tensors_of(held)]
         if sources:
@@ -249,8 +267,7 @@ class StepGraphs:
     def _forget(self, change: str) -> None:
         """Throw all recordings away, since something has changed."""
         self._recordings, self._seen = {}, {}
-        # A change now and then is worth a new recording.
-        self._changes = 1 if self._replays >= _PATIENCE else self._changes + 1
+        self._changes = 1 if self._replays >= _WORTH else self._changes + 1
         self._replays, self._last_change = 0, change
 
     def _count_in_vain(self) -> None:

@@ -275,10 +275,14 @@ def test_memory_is_one_more_set_of_inputs_and_gradients():
     assert not model._SharpnessAwareMixin__step.graphs._recordings
 
 
-def test_only_a_few_recordings_are_kept(monkeypatch):
+@pytest.mark.parametrize(("patience", "replays"), [(10, 6 * 2), (1000, 3 * 2)])
+def test_only_a_few_recordings_are_kept(patience, replays, monkeypatch):
+    """A recording makes room if it was not used for a while; else steps of a new kind are made as usual."""
     monkeypatch.setattr(graphs_module, "_MOST", 3)
+    monkeypatch.setattr(graphs_module, "_PATIENCE", patience)
+    monkeypatch.setattr(Numbers, "found", [])
     given = [batch for n in range(4, 10) for batch in batches(WARM_UP + 2, n=n)]
-    train(mlp, lambda: SAM(0.1), given, True, callbacks=[Numbers])
+    same_both_ways(mlp, lambda: SAM(0.1), given, replays, callbacks=[Numbers])
     assert max(Numbers.found) == 3
 
 
@@ -300,13 +304,14 @@ class Smoothed(Model):
     def __init__(self, net, objective):
         super().__init__(net, objective)
         self.loss = nn.CrossEntropyLoss(reduction="none")
-        self.scales = [1.0]
-        self.settings = Settings()
+        self.scales, self._factors = [1.0], {"of": {"losses": torch.ones(())}}
+        self._shift, self.settings = 0.0, Settings()
 
     def sample_losses(self, batch):
         x, y = batch
         self.loss.label_smoothing = self.smoothing
-        return self.loss(self.net(x), y) * self.scales[0] * self.settings.factor
+        losses = self.loss(self.net(x), y) * self.scales[0] * self.settings.factor
+        return losses * self._factors["of"]["losses"] + self._shift * losses.square()
 
 
 class Settings:
@@ -318,6 +323,14 @@ class Settings:
 
 def set_scale(module):
     module.scales[0] = 0.5
+
+
+def set_private(module):
+    module._shift = 0.5
+
+
+def replace_nested_tensor(module):
+    module._factors["of"]["losses"] = torch.tensor(2.0)
 
 
 def set_factor(module):
