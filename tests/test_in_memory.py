@@ -354,6 +354,10 @@ def test_place_of_the_images(monkeypatch):
     assert not copies.found
     assert (batch.images.shape, batch.images.device, batch.images.dtype) == ((2, 3, 8, 8), device, torch.float32)
     assert batch.labels.tolist() == [0, 2]
+    # Another process, and a Trainer on the CPU, get what lies on the host. This device has nothing to copy.
+    for use in (pickle.dumps, lambda images: images.placed(host)):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            use(placed)
     # Only CUDA devices tell what is free.
     monkeypatch.undo()
     assert all(in_memory._free_memory(torch.device(name)) == 0 for name in ("cpu", "meta", "mps"))
