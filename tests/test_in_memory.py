@@ -208,6 +208,28 @@ def test_draws_have_the_distribution_of_the_transforms(size):
     assert {to_train(pil).numpy().tobytes() for _ in range(12 * combinations)} == set(counts)
 
 
+def test_training_images_are_those_that_the_transforms_make():
+    """Of one image of a data module, after many draws; validation and test images are not moved."""
+    noise_folder(a=9, b=3)
+    plain, fast = both(partial(ImageFolderLT, "images"), image_size=8)
+    sets = [data.train_dataloader().dataset for data in (plain, fast)]
+    reached = {sets[0][3][0].numpy().tobytes() for _ in range(300)}
+    found = Counter(row.tobytes() for row in sets[1].__getitems__([3] * 900).images.numpy())
+    assert set(found) == reached
+    assert len(reached) == 18
+    assert min(found.values()) > 20
+
+
+def test_cifar_has_its_own_statistics(monkeypatch):
+    write_cifar(monkeypatch, "data", CIFAR100LT, 4)
+    data = CIFAR100LT(imbalance_factor=2, val_per_class=1, in_memory=True)
+    data.setup("fit")
+    mean, std = CIFAR100LT._mean, CIFAR100LT._std
+    plain = BatchTransform(mean, std)
+    expected = {"train": BatchTransform(mean, std, 4), "val": plain, "test": plain}
+    assert {name: images.transform for name, images in data._sets.items()} == expected
+
+
 def test_draws_differ_from_batch_to_batch_and_follow_the_seed():
     images = noise_set(padding=4)
     torch.manual_seed(3)
@@ -317,7 +339,9 @@ def test_decoding_leaves_the_random_state_alone_and_workers_do_not_matter():
     made = [ImageFolderLT("images", image_size=8, in_memory=True, num_workers=number) for number in (0, 1)]
     for data in made:
         data.setup("fit")
-        assert data.train_dataloader().num_workers == 0
+        loaders = [getattr(data, f"{name}_dataloader")() for name in ("train", "val", "test")]
+        # Whole batches, as they are made.
+        assert {(loader.num_workers, loader.collate_fn) for loader in loaders} == {(0, in_memory.collate)}
     assert torch.equal(torch.get_rng_state(), before)
     for name, images in made[0]._sets.items():
         assert torch.equal(images.images, made[1]._sets[name].images)
@@ -548,6 +572,7 @@ def raw(own):
         (lambda own: (own.transforms(8, resize=False)[0](grey(9)), 0), ["with (3, 9, 9), torch.uint8"]),
         (lambda own: own.transforms(8)[0](grey()), ["a sample with Tensor"]),
         (lambda own: {"image": own.transforms(8)[0](grey())}, ["a sample with dict"]),
+        (lambda own: (own.transforms(8)[0](grey()), 0, "name"), ["a sample with tuple"]),
         (lambda own: (grey(), own.transforms(8)[0](grey())), ["a sample with tuple"]),
         (
             lambda own: (own.transforms(65)[0](grey()), 0),

@@ -187,8 +187,8 @@ def decode(dataset: Any, image_size: int, transform: BatchTransform, num_workers
     # A loader draws a seed for its processes.
     options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
     chunks = DataLoader(dataset, _CHUNK, collate_fn=partial(_stack, image_size=image_size), **options)
-    images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
-    targets, start = torch.empty(len(dataset), dtype=torch.int64), 0
+    images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8, device="cpu")
+    targets, start = torch.empty(len(dataset), dtype=torch.int64, device="cpu"), 0
     for pixels, labels in chunks:
         end = start + len(labels)
         images[start:end], targets[start:end] = pixels, labels
