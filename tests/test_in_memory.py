@@ -351,6 +351,16 @@ def test_decoding_leaves_the_random_state_alone_and_workers_do_not_matter():
     assert [len(labels) for _, labels in lists.train_dataloader()] == [3]
 
 
+def test_only_the_sets_of_a_stage_are_decoded():
+    noise_folder(a=20, b=9)
+    data = ImageFolderLT("images", image_size=8, in_memory=True)
+    for stage, used in (("test", {"test"}), ("validate", {"val", "test"}), ("fit", {"train", "val", "test"})):
+        data.setup(stage)
+        if stage != "fit":
+            getattr(data, "val_dataloader" if stage == "validate" else "test_dataloader")()
+        assert {name for name, images in data._sets.items() if isinstance(images, InMemoryImages)} == used
+
+
 def test_data_module_is_pickled_and_copied():
     noise_folder(a=6, b=3)
     data = ImageFolderLT("images", image_size=8, in_memory=True)
@@ -583,10 +593,19 @@ def raw(own):
 )
 def test_samples_that_cannot_be_kept_are_refused(make_one, parts):
     data = Own(make_one, in_memory=True)
-    for _ in range(2):
-        # Not only the first time.
-        refused(lambda: data.setup("fit"), *parts)
-        assert data._sets == {}
+    # Not only the first time.
+    for use in (lambda: data.setup("fit"), lambda: data.setup("fit"), data.train_dataloader, data.test_dataloader):
+        refused(use, *parts)
+
+
+def test_own_loaders_cannot_have_images_in_memory():
+    class OwnLoaders(ImageDataModule):
+        def train_dataloader(self):
+            return [(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))]
+
+    for stage in ("fit", "test"):
+        refused(lambda stage=stage: OwnLoaders(in_memory=True).setup(stage), "False for OwnLoaders", "`transforms`")
+        OwnLoaders().setup(stage)
 
 
 MODULES = {

@@ -98,20 +98,28 @@ class ImageDataModule(LongTailDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Called when a run starts: makes the data sets, once. With ``in_memory``, decodes their images."""
-        if self.in_memory and not self._sets:
-            self._sets = self._decoded(self.make_sets())
+        """Called when a run starts: makes the data sets, once. With ``in_memory``, decodes them before a training."""
         super().setup(stage)
+        if self.in_memory:
+            self._checked_transforms()
+            for name in list(self._sets) if stage == "fit" else ():
+                self._set(name)
 
-    def _decoded(self, sets: Mapping[str, Dataset[Any]]) -> dict[str, Dataset[Any]]:
+    @override
+    def _set(self, name: str) -> Dataset[Any]:
+        found = super()._set(name)
+        if not self.in_memory or isinstance(found, InMemoryImages):
+            return found
+        size, to_train, to_test = self._checked_transforms()
+        decoded = decode(found, size, to_train if name == "train" else to_test, self.num_workers)
+        self._sets[name] = decoded
+        return decoded
+
+    def _checked_transforms(self) -> tuple[int, BatchTransform, BatchTransform]:
         if self._batch_transforms is None:
             expected = f"False for {type(self).__name__}, whose sets do not get their transforms from `transforms`"
             raise bad_argument("in_memory", expected, self.in_memory)
-        size, to_train, to_test = self._batch_transforms
-        return {
-            name: decode(images, size, to_train if name == "train" else to_test, self.num_workers)
-            for name, images in sets.items()
-        }
+        return self._batch_transforms
 
     @override
     def _loader(self, name: str, **options: Any) -> DataLoader[Any]:
