@@ -1,6 +1,9 @@
 """What needs a GPU; skipped without one."""
 
 import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +22,12 @@ from helpers import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssesam import ASAM, ERM, GSAM, SAM, SSESAM, FriendlySAM, ImbSAM, MomentumSAM, StageSwitch
+from lightning_ssesam.data import ImageFolderLT, in_memory
 from lightning_ssesam.models import CIFARResNet
 
 pytestmark = [STRICT, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -111,6 +116,58 @@ def test_no_step_waits(passes):
     choose(model, log_sharpness=True)
     shape = (3, 5, 5) if passes == "group" else (8,)
     assert fit(model, [classification_batch(shape=shape) for _ in range(4)], **GPU).global_step == 4
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_images_in_memory(has_room, monkeypatch):
+    """No batch is waited for, and each has the images that the CPU makes of the same draws."""
+    for label, number in (("a", 60), ("b", 20)):
+        for part in ("train", "test"):
+            Path("images", part, label).mkdir(parents=True)
+            for index in range(number):
+                pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(f"images/{part}/{label}/{index}.png")
+    if not has_room:
+        monkeypatch.setattr(in_memory, "_free_memory", lambda device: 0)
+    data = ImageFolderLT("images", val_fraction=0, batch_size=16, in_memory=True)
+
+    class Watching(Model):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            # The next batch is made and moved.
+            torch.cuda.set_sync_debug_mode("error" if batch_idx < 4 else "default")
+
+        def on_train_batch_start(self, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("default")
+
+        def training_step(self, batch, batch_idx):
+            # The first step may look whether a forward changes buffers.
+            torch.cuda.set_sync_debug_mode("error" if batch_idx > 0 else "default")
+            return super().training_step(batch, batch_idx)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 2))
+    model = Watching(net, SSESAM(data.split(tail_below=30)), "split")
+    try:
+        run = trainer(limit_val_batches=0, **GPU)
+        run.fit(model, datamodule=data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    images = run.train_dataloader.dataset
+    assert images.images.device.type == ("cuda" if has_room else "cpu")
+    assert run.train_dataloader.pin_memory is not has_room
+    on_host = images.placed(torch.device("cpu"))
+    for transform in (images.transform, replace(images.transform, padding=None)):
+        made = []
+        for each in (images, on_host):
+            torch.manual_seed(3)
+            made.append(replaced(each, transform).__getitems__(range(80)))
+        assert torch.equal(made[0].images.cpu(), made[1].images)
+        assert torch.equal(made[0].labels, made[1].labels)
+    assert made[0].labels.is_pinned() is has_room
+    assert pickle.loads(pickle.dumps(images)).images.device.type == "cpu"
+
+
+def replaced(images, transform):
+    return in_memory.InMemoryImages(images.images, images.targets, transform)
 
 
 @pytest.mark.parametrize("passes", ["full", "split"])

@@ -742,6 +742,7 @@ def test_options_of_the_base_on_the_command_line(name, monkeypatch, capsys):
     if has_transforms:
         expected["train_transform"] = "by default random crops and flips, and normalisation. (type: "
         expected["test_transform"] = "by default the centre of the image, normalised. (type: "
+        expected["in_memory"] = "Flag that keeps the decoded images in memory, for images of up to 64x64 pixels"
     for option, text in expected.items():
         assert f"--data.{option} " in printed
         assert text in printed, option

@@ -1,5 +1,6 @@
 """Samplers: the probabilities of the paper, and draws that several processes share."""
 
+import itertools
 import json
 import os
 import time
@@ -11,14 +12,19 @@ import pytest
 import torch
 from helpers import STRICT, Model, mlp, start_process, trainer
 from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssesam.data import (
     ClassBalancedSampler,
+    ImageFolderLT,
     LongTailDataModule,
     ProgressivelyBalancedSampler,
     SquareRootSampler,
 )
+from lightning_ssesam.data.images import IMAGENET_MEAN, IMAGENET_STD
+from lightning_ssesam.data.in_memory import InMemoryImages
 from lightning_ssesam.data.samplers import ClassSampler
 
 pytestmark = STRICT
@@ -197,6 +203,30 @@ def seen(name, **options):
     return {"seen": list(model.seen.values()), "sampler": type(run.train_dataloader.sampler).__name__}
 
 
+class WatchingImages(Model):
+    """Keeps the index and the label of each image of a batch, which are its colours."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3)))
+        self.seen = []
+
+    def sample_losses(self, batch):
+        colours = (batch[0][:, :2, 4, 4] * torch.tensor(IMAGENET_STD[:2]) + torch.tensor(IMAGENET_MEAN[:2])) * 255
+        self.seen.append(colours.round().long().tolist())
+        assert [label for _, label in self.seen[-1]] == batch[1].tolist()
+        return super().sample_losses(batch)
+
+
+def seen_in_memory():
+    """Train on images in memory by two processes; return what this one saw, and the kind of sampler that was used."""
+    data, model = ImageFolderLT("images", val_fraction=0, batch_size=4, in_memory=True), WatchingImages()
+    strategy = DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
+    run = trainer(limit_val_batches=0, devices=2, strategy=strategy)
+    run.fit(model, datamodule=data)
+    assert isinstance(run.train_dataloader.dataset, InMemoryImages)
+    return {"seen": model.seen, "sampler": type(run.train_dataloader.sampler).__name__}
+
+
 def two_processes(rank, port):
     """Run by `test_two_processes`, one of two."""
     variables = {"MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "NODE_RANK": 0}
@@ -205,10 +235,15 @@ def two_processes(rank, port):
     for name in samplers():
         strategy = DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
         results[name] = seen(name, devices=2, strategy=strategy)
+    results["in memory"] = seen_in_memory()
     Path(f"{rank}.json").write_text(json.dumps(results))
 
 
 def test_two_processes(free_port):
+    for part, label, index in itertools.product(("train", "test"), range(3), range(8)):
+        path = Path("images", part, str(label), f"{index}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, label, 7)).save(path)
     processes = [start_process(two_processes, rank, free_port) for rank in range(2)]
     try:
         for process in processes:
@@ -218,6 +253,12 @@ def test_two_processes(free_port):
         for process in processes:
             process.kill()
     results = [json.loads(Path(f"{rank}.json").read_text()) for rank in range(2)]
+    # Lightning gives each process its share.
+    shares = [result["in memory"] for result in results]
+    assert [share["sampler"] for share in shares] == ["DistributedSampler"] * 2
+    assert [[len(batch) for batch in share["seen"]] for share in shares] == [[4, 4, 4]] * 2
+    both = [image for share in shares for batch in share["seen"] for image in batch]
+    assert sorted(both) == [[index, label] for index in range(8) for label in range(3)]
     for name in samplers():
         alone = seen(name)
         assert len({tuple(epoch) for epoch in alone["seen"]}) == 2, "two epochs have the same draws"

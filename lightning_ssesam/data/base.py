@@ -151,13 +151,8 @@ class LongTailDataModule(pl.LightningDataModule):
         return self._loader("test", batch_size=_EVALUATION_BATCH)
 
     def _loader(self, name: str, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            self._set(name),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        options = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available(), **options}
+        return DataLoader(self._set(name), persistent_workers=options["num_workers"] > 0, **options)
 
     def _set(self, name: str) -> Dataset[Any]:
         # Outside a Trainer, nobody calls these hooks.

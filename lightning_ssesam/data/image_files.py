@@ -82,7 +82,8 @@ class ImageFileModule(ImageDataModule):
         header can be read, the size is 64.
         """
         if image_size is not None:
-            return check_integer("image_size", image_size, minimum=1)
+            self.check_in_memory(check_integer("image_size", image_size, minimum=1), len(images))
+            return int(image_size)
         number = min(_SAMPLE, len(images))
         sizes = (size_of(images.path(k * len(images) // number), self.max_pixels) for k in range(number))
         sides = [min(size) for size in sizes if size is not None]

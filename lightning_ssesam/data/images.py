@@ -6,11 +6,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from lightning_ssesam._validation import check_integer
+from lightning_ssesam._validation import bad_argument, check_flag, check_integer
 from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.in_memory import BatchTransform, InMemoryImages, collate, decode
 from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown, unreadable
 from lightning_ssesam.errors import ArgumentError
 
@@ -31,24 +32,105 @@ class ImageDataModule(LongTailDataModule):
     Args:
         train_transform: Transform from PIL images to tensors; by default random crops and flips, and normalisation.
         test_transform: Transform from PIL images to tensors; by default the centre of the image, normalised.
+        in_memory: Flag that keeps the decoded images in memory, for images of up to 64x64 pixels and without transforms
+            of your own. Whole batches get the usual random crops and flips and are normalised at once, on a CUDA device
+            that trains if a quarter of its free memory holds the images of a set, else on the host. ``num_workers``
+            processes decode the images when a run starts, and the training process makes the batches. An image takes
+            ``3 * image_size**2`` bytes, in every process that trains.
         **kwargs: See :class:`~lightning_ssesam.data.LongTailDataModule`.
+
+    Raises:
+        ArgumentError: If ``in_memory`` comes with a transform, or with images above 64x64 pixels; from ``setup``, if
+            the samples are no such images.
     """
 
+    _batch_transforms: tuple[int, BatchTransform, BatchTransform] | None = None
+
     def __init__(
-        self, train_transform: Transform | None = None, test_transform: Transform | None = None, **kwargs: Any
+        self,
+        train_transform: Transform | None = None,
+        test_transform: Transform | None = None,
+        in_memory: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.train_transform, self.test_transform = train_transform, test_transform
+        self.in_memory = check_flag("in_memory", in_memory)
+        self.check_in_memory()
+
+    def check_in_memory(self, image_size: int | None = None, number: int | None = None) -> None:
+        """Refuse ``in_memory`` together with what it cannot work with.
+
+        Args:
+            image_size: Height and width of the images; None if they are not known yet.
+            number: Number of the images, for the message.
+
+        Raises:
+            ArgumentError: If there is a transform, or the images have more than 64x64 pixels.
+        """
+        if not self.in_memory:
+            return
+        for name in ("train_transform", "test_transform"):
+            if getattr(self, name) is not None:
+                expected = "None with in_memory=True, which makes whole batches by the usual transforms"
+                raise bad_argument(name, expected, getattr(self, name))
+        if image_size is not None and image_size > _SMALL:
+            size, images = 3 * image_size**2, "an image" if number is None else f"{number:,} training images"
+            got = f"{image_size} ({size * (number or 1) / 2**20:,.1f} MiB for {images})"
+            raise bad_argument("image_size", f"at most {_SMALL} with in_memory=True", got_text=got)
 
     def transforms(self, image_size: int, **options: Any) -> tuple[Transform, Transform]:
         """Return the transforms of training and of test images: the arguments, or the usual ones by default.
+
+        With ``in_memory`` they only decode and resize. The batches get the rest of the usual ones.
 
         Args:
             image_size: Height and width of the images, an integer >= 1.
             **options: See :func:`default_transforms`.
         """
+        if self.in_memory:
+            self.check_in_memory(image_size)
+            to_pixels, *of_batches = batch_transforms(image_size, **options)
+            self._batch_transforms = image_size, of_batches[0], of_batches[1]
+            return to_pixels, to_pixels
         to_train, to_test = default_transforms(image_size, **options)
         return self.train_transform or to_train, self.test_transform or to_test
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Called when a run starts: makes the data sets, once. With ``in_memory``, decodes them before a training."""
+        super().setup(stage)
+        if self.in_memory:
+            self._checked_transforms()
+            for name in list(self._sets) if stage == "fit" else ():
+                self._set(name)
+
+    @override
+    def _set(self, name: str) -> Dataset[Any]:
+        found = super()._set(name)
+        if not self.in_memory or isinstance(found, InMemoryImages):
+            return found
+        size, to_train, to_test = self._checked_transforms()
+        decoded = decode(found, size, to_train if name == "train" else to_test, self.num_workers)
+        self._sets[name] = decoded
+        return decoded
+
+    def _checked_transforms(self) -> tuple[int, BatchTransform, BatchTransform]:
+        if self._batch_transforms is None:
+            expected = f"False for {type(self).__name__}, whose sets do not get their transforms from `transforms`"
+            raise bad_argument("in_memory", expected, self.in_memory)
+        return self._batch_transforms
+
+    @override
+    def _loader(self, name: str, **options: Any) -> DataLoader[Any]:
+        images = self._set(name)
+        if not isinstance(images, InMemoryImages):
+            return super()._loader(name, **options)
+        if self.trainer is not None:
+            images = self._sets[name] = images.placed(self.trainer.strategy.root_device)
+        # What lies on a device cannot be pinned.
+        pin_memory = torch.cuda.is_available() and images.images.device.type == "cpu"
+        return super()._loader(name, **{"num_workers": 0, "collate_fn": collate, "pin_memory": pin_memory, **options})
 
     def with_transforms(self, sets: Mapping[str, "ImageFiles"], image_size: int) -> dict[str, Dataset[Any]]:
         """Give sets their transforms, and let them keep small images in memory, because decoding photos takes long.
@@ -58,12 +140,13 @@ class ImageDataModule(LongTailDataModule):
             image_size: Height and width of the images, an integer >= 1.
         """
         transforms = dict(zip(("train", "test"), self.transforms(image_size), strict=True))
+        may_keep = image_size <= _SMALL and not self.in_memory
         memory = 3 * image_size**2 * sum(map(len, sets.values()))
         for name, images in sets.items():
             kind = "train" if name == "train" else "test"
             images.transform = transforms[kind]
             is_own = (self.train_transform if kind == "train" else self.test_transform) is not None
-            if image_size <= _SMALL and memory * max(1, self.num_workers) <= _MEMORY and not is_own:
+            if may_keep and memory * max(1, self.num_workers) <= _MEMORY and not is_own:
                 images.keep_resized(image_size)
         return dict(sets)
 
@@ -161,8 +244,27 @@ def default_transforms(
         test = [v2.Lambda(_without_far_ends), v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
     else:
         test = [v2.Resize((size, size))] if resize else []
-        train = [*test, v2.RandomCrop(size, padding=size // 8)]
+        train = [*test, v2.RandomCrop(size, padding=_largest_shift(size))]
     return v2.Compose([*train, v2.RandomHorizontalFlip(), *to_tensor]), v2.Compose([*test, *to_tensor])
+
+
+def _largest_shift(size: int) -> int:
+    return size // 8
+
+
+def batch_transforms(
+    image_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD, resize: bool = True
+) -> tuple[Transform, BatchTransform, BatchTransform]:
+    """Return the transform from a PIL image to its pixels, uint8, and those of training and of test batches.
+
+    Together they do what :func:`default_transforms` does. The arguments are its, for images of up to 64x64 pixels.
+    """
+    from torchvision.transforms import v2
+
+    size = check_integer("image_size", image_size, minimum=1)
+    to_pixels = v2.Compose([*([v2.Resize((size, size))] if resize else []), v2.PILToTensor()])
+    means, deviations = tuple(mean), tuple(std)
+    return to_pixels, BatchTransform(means, deviations, _largest_shift(size)), BatchTransform(means, deviations)
 
 
 # A strip of 1 x 10,000 pixels would be enlarged to 256 x 2,560,000 ones before its centre is cropped.

@@ -21,6 +21,8 @@ from lightning_ssesam.step_options import StepOptions
 
 # Options of data modules by which no sample changes.
 _SPEED = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "download"}
+# Options of data modules by which no sample changes as long as they are off.
+_OFF = {"in_memory"}
 # Attributes of data modules and callbacks that belong to Lightning.
 _LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
 # Options of the Trainer that say where it runs, what it writes and what it shows.
@@ -95,7 +97,7 @@ def describe_module(module: nn.Module) -> str:
 
 def data_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the public attributes or arguments of a data module on which its samples depend."""
-    skipped = _SPEED | _LIGHTNING
+    skipped = _SPEED | _LIGHTNING | {name for name in _OFF if values.get(name) is False}
     return {name: _as_path(value) for name, value in values.items() if not name.startswith("_") and name not in skipped}
 
 
