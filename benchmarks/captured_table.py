@@ -30,7 +30,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from lightning_ssesam import ClassSplit
-from lightning_ssesam.data.cifar import CIFAR10LT
+from lightning_ssesam.data.images import IMAGENET_MEAN, IMAGENET_STD
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 from lightning_ssesam.models import CIFARResNet, SmallConvNet
 
@@ -45,7 +45,7 @@ class Data:
         pixels = [torch.from_numpy(np.stack([np.array(Image.open(p).convert("RGB")) for p, _ in s])) for s in sets]
         train, self.test_images = (values.permute(0, 3, 1, 2).to(device) for values in pixels)
         self.targets, self.test_targets = (torch.tensor([label for _, label in s], device=device) for s in sets)
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (CIFAR10LT._mean, CIFAR10LT._std))
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.padded, self.places = F.pad(train, [4] * 4), torch.arange(train.shape[-1], device=device)
         self.counts = self.targets.bincount().tolist()
         self.log_counts = torch.tensor(self.counts, device=device).log()
@@ -127,10 +127,11 @@ class Training:
         self.update.add_(1).remainder_(len(self.rates))
 
     def logits(self, batch):
-        """Return the logits of the loss, float32."""
+        """Return the logits of the loss, adjusted in training."""
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.is_cuda):
-            logits = self.net(batch).float()
-        return logits + self.data.log_counts if self.run.loss == "LA" and self.net.training else logits
+            logits = self.net(batch)
+        # The sum is float32 in any case.
+        return logits + self.data.log_counts * float(self.run.loss == "LA" and self.net.training)
 
     def stage_at(self, epoch):
         """Return the stage of an epoch, counted from 0."""

@@ -32,7 +32,8 @@ from pathlib import Path
 from gpu_parts import images, tables
 from gpu_parts.children import Child, Children
 from gpu_parts.results import COMMITTED, read_all, read_json, write_json
-from gpu_parts.settings import Settings
+from gpu_parts.settings import NO_GPU, Settings
+from gpu_parts.timetable import NUMBERS, add_up, best_number
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("ResNet-32", "ResNet-34", "ResNet-50", "ViT-B/16")
@@ -114,7 +115,10 @@ class Call:
         if until < time.time() + 1:
             self.say(f"{name}: no time left")
             return
-        self.say(f"{name}: {self.children.run(name.replace('/', '_'), command, until)}")
+        status, end = self.children.run(name.replace("/", "_"), command, until)
+        if status == NO_GPU:
+            raise SystemExit("Expected a GPU that torch can use, but there is none (torch.cuda.is_available()).")
+        self.say(f"{name}: {end}")
 
     def say(self, text: str) -> None:
         """Print a line, with the seconds that are left."""
@@ -131,10 +135,9 @@ class Call:
 
     def sharing(self) -> None:
         """Measure several processes at a time, once for a GPU."""
-        from gpu_parts.timetable import NUMBERS, add_up
-
-        measured = [read_json(Path(folder) / "sharing.json") for folder in self.settings.folders]
-        if any(measured):
+        found = read_all(map(Path, self.settings.folders))
+        measured, steps = found.get("sharing.json"), found.get("steps/ResNet-32.json")
+        if measured and (steps is None or steps["hardware"] == measured["hardware"]):
             self.say("sharing: measured already")
             return
         folder, number = self.scratch / "sharing", 2 if self.settings.tiny else max(NUMBERS)
@@ -153,14 +156,12 @@ class Call:
 
     def trainings(self, places: dict[str, Path]) -> None:
         """Train for the rest of the time."""
-        from gpu_parts.timetable import best_number
-
         for name, place in places.items():
             target = self.scratch / "images" / name
             command = [sys.executable, "-m", "gpu_parts.images", name, str(place), str(target)]
-            done = self.children.run(f"images_{name}", command, self.end - _END)
-            self.say(f"images of {name}: {done}")
-            if done.startswith("done"):
+            status, end = self.children.run(f"images_{name}", command, self.end - _END)
+            self.say(f"images of {name}: {end}")
+            if status == 0:
                 self.settings.images[name] = str(target)
         if not self.settings.images:
             self.say("trainings: none, since there are no images (--images)")
@@ -176,7 +177,7 @@ class Call:
                 status = worker.process.poll()
                 if status is not None:
                     del workers[k]
-                    if status != 0 and restarts:
+                    if status not in (0, NO_GPU) and restarts:
                         restarts -= 1
                         self.say(f"trainings: process {k} failed (status {status}), and starts again")
                         workers[k] = self.children.start(f"training_{k}", command)

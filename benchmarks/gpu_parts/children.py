@@ -76,13 +76,17 @@ class Children:
         self.all.append(child)
         return child
 
-    def run(self, name: str, command: Sequence[str], until: float) -> str:
-        """Run a process to its end, or to a time. Return what became of it, in words."""
+    def run(self, name: str, command: Sequence[str], until: float) -> tuple[int | None, str]:
+        """Run a process to its end, or to a time.
+
+        Returns:
+            Its exit status, None if it was ended; and what became of it, in words.
+        """
         start, child = time.time(), self.start(name, command)
         status = child.wait(until)
         child.kill()
         end = "ended at its time limit" if status is None else "done" if status == 0 else f"failed (status {status})"
-        return f"{end} after {time.time() - start:.0f} s"
+        return status, f"{end} after {time.time() - start:.0f} s"
 
     def __enter__(self) -> "Children":
         self._handlers = {n: signal.signal(n, _leave) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}

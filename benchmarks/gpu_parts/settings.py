@@ -9,6 +9,9 @@ from typing import Any
 
 from gpu_parts.results import read_json, write_json
 
+NO_GPU = 78
+"""Exit status of a part that needs a GPU and finds none."""
+
 
 @dataclass
 class Settings:
@@ -62,11 +65,20 @@ def settings_of_child(is_silent: bool = True) -> tuple[Settings, list[str]]:
 
     Args:
         is_silent: Whether to silence Lightning, too.
+
+    Raises:
+        SystemExit: With :data:`NO_GPU`, if the settings ask for a GPU and there is none.
     """
+    settings = Settings(**read_json(Path(sys.argv[1])))
+    if settings.on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit(NO_GPU)
     if is_silent:
         warnings.filterwarnings("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    return Settings(**read_json(Path(sys.argv[1]))), sys.argv[2:]
+    return settings, sys.argv[2:]
 
 
 def about(settings: Settings) -> dict[str, Any]:
