@@ -133,6 +133,7 @@ class TestDocumentation:
         text = tables.steps({"steps/ResNet-32.json": {**one, "waits": {"SAM eager": "", "SAM with graphs": "waits"}}})
         assert "| SAM | 10.0 | 36.0 (3.60) | 9.0 (0.90) | 8.0 (0.80) | 50 | 60 | 70 | |" in text
         assert "| ImbSAM | 10.0 | | | | | | | |" in text
+        assert "through the Trainer, in steps of the engine alone: SAM 1.12." in text
         assert "ImbSAM, eager: OutOfMemoryError: full." in text
         assert "with graphs are the eager ones to the last bit: SAM." in text
         assert "with graphs are not the eager ones for ERM: 2 of 9 tensors differ, by 1.2e-03 of the way." in text

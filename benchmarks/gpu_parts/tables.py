@@ -198,8 +198,19 @@ def _steps_of(one: Mapping[str, Any]) -> str:
     ]
     about = f"batches of {one['batch']}, {one['image_size']}x{one['image_size']} pixels, {one['precision']}"
     text = f"**{one['network']}**, {about}. {where([one])}.\n\n{table(head, lines)}"
-    notes = [*errors, *_bits(one.get("bits", {})), *_waits(one.get("waits"))]
+    notes = [*errors, *_over_engine(one["methods"]), *_bits(one.get("bits", {})), *_waits(one.get("waits"))]
     return text + "".join(f"\n\n{note}" for note in notes)
+
+
+def _over_engine(methods: Mapping[str, Any]) -> list[str]:
+    """Return how much longer a step with graphs takes in the Trainer than the engine alone."""
+    both = {name: (row.get("graphs", {}).get("ms"), row.get("engine", {}).get("ms")) for name, row in methods.items()}
+    ratios = [f"{name} {graphs / engine:.2f}" for name, (graphs, engine) in both.items() if graphs and engine]
+    return (
+        [f"A step with graphs through the Trainer, in steps of the engine alone: {', '.join(ratios)}."]
+        if ratios
+        else []
+    )
 
 
 def _number(row: Mapping[str, Any], name: str, key: str, form: str) -> str:
