@@ -31,6 +31,7 @@ from pathlib import Path
 
 from gpu_parts import images, tables
 from gpu_parts.children import Child, Children
+from gpu_parts.folders import thrown_away
 from gpu_parts.results import COMMITTED, read_all, read_json, write_json
 from gpu_parts.settings import NO_GPU, Settings
 from gpu_parts.timetable import NUMBERS, add_up, best_number
@@ -41,7 +42,7 @@ PARTS = ("tests", "steps", "sharing", "trainings")
 # Seconds that the parts may take at most, each network by itself.
 LIMITS = {"tests": 120, "ResNet-32": 110, "ResNet-34": 70, "ResNet-50": 70, "ViT-B/16": 70, "sharing": 75}
 # Seconds at the end to write the tables and to remove the images.
-_END = 10
+_END = 8
 _RESTARTS = 3
 
 
@@ -154,10 +155,10 @@ class Call:
             write_json(Path(self.settings.output) / "sharing.json", add_up(files, read_json(folder / "ready_0")))
         self.say("sharing: done" if all(path.exists() for path in files) else "sharing: failed")
 
-    def trainings(self, places: dict[str, Path]) -> None:
-        """Train for the rest of the time."""
+    def trainings(self, places: dict[str, Path], folder: Path) -> None:
+        """Lay out the images in a folder, and train for the rest of the time."""
         for name, place in places.items():
-            target = self.scratch / "images" / name
+            target = folder / name
             command = [sys.executable, "-m", "gpu_parts.images", name, str(place), str(target)]
             status, end = self.children.run(f"images_{name}", command, self.end - _END)
             self.say(f"images of {name}: {end}")
@@ -195,21 +196,21 @@ def _wait_for(files: list[Path], processes: list[Child], until: float) -> None:
 
 def run(options: argparse.Namespace, places: dict[str, Path], output: Path) -> None:
     """Run the parts."""
-    end, scratch = time.time() + 60 * options.minutes, output / ".scratch"
+    end = time.time() + 60 * options.minutes
     folders = [str(output / "results")] if options.tiny else [str(COMMITTED), str(output / "results")]
-    settings = Settings(str(output / "results"), str(scratch), folders)
+    settings = Settings(str(output / "results"), "", folders)
     settings.device, settings.tiny, settings.source = options.device, options.tiny, fingerprint()
     settings.epochs, settings.seeds, settings.jobs = options.epochs, options.seeds, options.jobs
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with Children(output / "logs", scratch, environment(scratch)) as children:
-            call = Call(settings, children, end)
-            for part in options.parts:
-                getattr(call, part)(*([places] if part == "trainings" else []))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for path in (output / "results").rglob("*.tmp"):
-            path.unlink()
+    with thrown_away(output) as (scratch, folder):
+        settings.scratch = str(scratch)
+        try:
+            with Children(output / "logs", scratch, environment(scratch)) as children:
+                call = Call(settings, children, end)
+                for part in options.parts:
+                    getattr(call, part)(*([places, folder] if part == "trainings" else []))
+        finally:
+            for path in (output / "results").rglob("*.tmp"):
+                path.unlink()
 
 
 def write_tables(options: argparse.Namespace, output: Path) -> None:

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it plans, trains, measures, keeps and writes, with tiny networks on the CPU."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import captured_table  # noqa: E402
 import gpu  # noqa: E402
-from gpu_parts import contenders, cuda_tests, images, plan, sharing, steps, tables, timetable, training  # noqa: E402
+from gpu_parts import contenders, cuda_tests, folders, images, plan, sharing, steps, tables, timetable, training  # noqa: E402
 from gpu_parts.captures import Captured  # noqa: E402
 from gpu_parts.children import Children  # noqa: E402
 from gpu_parts.plan import Run  # noqa: E402
@@ -99,6 +100,10 @@ class TestDocumentation:
         other = Run("cifar10lt", "CE", "ERM", None, 0, 60)
         found |= {run.path: result_of(run, 0.25) for run in (other, asam, erm)}
         text = tables.trainings(found)
+        # Trainings of a search are in no table of accuracies.
+        searched = plan.search("cifar10lt", "LA", "SAM", 1000)[0]
+        assert searched.epochs == 200
+        assert "SAM | 0.05 |" not in tables.trainings(found | {searched.path: result_of(searched)})
         accuracy = f"{100 * statistics.mean((0.5, 0.6, 0.64)):.1f} ± {100 * statistics.stdev((0.5, 0.6, 0.64)):.1f}"
         lines = [line for line in text.splitlines() if line.startswith(("| logit", "| cross", "**"))]
         assert lines == [
@@ -490,14 +495,15 @@ class TestSteps:
                 assert one["quartiles"][0] <= one["ms"] <= one["quartiles"][1]
         assert result["bits"]["SSE-SAM stage 1"]["eager again"]["differing"] == []
         assert set(result["waits"]) == {f"{method} eager" for method in result["methods"]}
-        # It is not made again, unless something has changed.
+        # It is not made again, unless something has changed, or it was not finished.
         path.write_text(json.dumps({**result, "marked": True}))
         steps.main()
         assert read_json(path)["marked"]
         monkeypatch.setattr(contenders, "race", lambda *args: {})
-        path.write_text(json.dumps({**result, "source": "another", "marked": True}))
-        steps.main()
-        assert "marked" not in read_json(path)
+        for changes in ({"source": "another"}, {"is_whole": False}):
+            path.write_text(json.dumps({**result, **changes, "marked": True}))
+            steps.main()
+            assert "marked" not in read_json(path)
 
     def test_difference(self):
         start = {"start a": torch.zeros(2), "start b": torch.zeros(1)}
@@ -551,6 +557,14 @@ class TestSteps:
         assert torch.equal(nets[0].state_dict()["features.0.weight"], nets[1].state_dict()["features.0.weight"])
         before = make_net(contenders.options_of("ResNet-32", settings)).state_dict()["features.0.weight"]
         assert not torch.equal(nets[0].state_dict()["features.0.weight"], before)
+
+    @pytest.mark.parametrize("name", ["plain", "engine"])
+    def test_seconds_of_one_step(self, settings, monkeypatch, name):
+        contender = contenders.makers("ResNet-32", "ERM", settings)[name]()
+        times = iter([100.0, 108.0])
+        monkeypatch.setattr(contenders, "time", type("Time", (), {"perf_counter": staticmethod(lambda: next(times))}))
+        assert contender.steps(4) == 2.0
+        contender.end()
 
     def test_every_step_but_the_first_ones_is_watched(self, monkeypatch):
         modes = []
@@ -657,6 +671,49 @@ def is_running(pid):
         return False
 
 
+class TestFolders:
+    def test_images_are_in_memory_if_there_is_room(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "MEMORY", tmp_path / "memory")
+        for has_room, place in ((True, "memory/.ssesam_gpu_"), (False, "out/.ssesam_gpu_")):
+            (tmp_path / "memory").mkdir(exist_ok=True)
+            monkeypatch.setattr(folders, "_has_room", lambda folder, has_room=has_room: has_room)
+            with contextlib.suppress(KeyError), folders.thrown_away(tmp_path / "out") as (scratch, made):
+                assert scratch == tmp_path / f"out/.ssesam_gpu_{os.getpid()}"
+                assert str(made).startswith(str(tmp_path / place))
+                (made / "file").touch()
+                raise KeyError
+            assert not os.listdir("out")
+            assert not os.listdir("memory")
+
+    def test_room(self, tmp_path, monkeypatch):
+        assert folders._has_room(tmp_path)
+        assert not folders._has_room(Path("/proc"))
+        monkeypatch.setattr(folders, "_ROOM", 1 << 60)
+        assert not folders._has_room(tmp_path)
+
+    def test_what_a_killed_call_has_left_behind(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "MEMORY", tmp_path / "memory")
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        for parent in ("out", "memory"):
+            for name in (f".ssesam_gpu_{ended.pid}", f".ssesam_gpu_{os.getppid()}", ".ssesam_gpu_x", "results"):
+                Path(parent, name).mkdir(parents=True)
+        with folders.thrown_away(tmp_path / "out"):
+            expected = sorted([f".ssesam_gpu_{os.getppid()}", ".ssesam_gpu_x", "results"])
+            wait_for(lambda: f".ssesam_gpu_{ended.pid}" not in os.listdir("out") + os.listdir("memory"))
+        assert sorted(os.listdir("out")) == sorted(os.listdir("memory")) == expected
+
+    def test_a_slow_removal_goes_on_by_itself(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "_has_room", lambda folder: False)
+        Path("slow").mkdir()
+        Path("slow/rm").write_text("#!/bin/sh\nsleep 1\ntouch removed\n")
+        Path("slow/rm").chmod(0o755)
+        with folders.thrown_away(tmp_path / "out", seconds=0.1):
+            monkeypatch.setenv("PATH", "slow", prepend=os.pathsep)
+        assert not Path("removed").exists()
+        wait_for(lambda: Path("removed").exists())
+
+
 class TestScript:
     def test_stopped_in_the_middle_and_called_again(self, tmp_path):
         """A run that SIGTERM ends leaves whole results, the tables, and nothing else; the next call goes on."""
@@ -668,9 +725,11 @@ class TestScript:
         script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         results = tmp_path / "out" / "results"
         wait_for(lambda: len(list(results.rglob("*.json"))) > 4, seconds=60)
-        assert Path("out/.scratch/images/tiny100lt/train").is_dir()
+        made = [Path("out", f".ssesam_gpu_{script.pid}"), folders.MEMORY / f".ssesam_gpu_{script.pid}"]
+        assert any((path / name / "train").is_dir() for path in made for name in ("tiny100lt", "images/tiny100lt"))
         script.terminate()
         assert script.wait(3) == 128 + signal.SIGTERM
+        assert not any(path.exists() for path in made)
         assert sorted(os.listdir("out")) == ["docs", "logs", "results"]
         found = read_all([results])
         assert len(found) == len([path for path in results.rglob("*") if path.is_file()]) > 4
@@ -716,7 +775,7 @@ class TestScript:
         (tmp_path / "lightning_ssesam" / "a.py").write_text("2")
         assert gpu.fingerprint() != first
 
-    def test_crashed_processes_start_again_a_few_times(self, trains, monkeypatch):
+    def test_crashed_processes_start_again_a_few_times(self, trains, monkeypatch, tmp_path):
         call = gpu.Call(trains, Children(Path("logs"), Path(), dict(os.environ)), time.time() + 60)
         monkeypatch.setattr(gpu.images, "SOURCES", {})
         monkeypatch.setattr(gpu, "_RESTARTS", 2)
@@ -724,7 +783,7 @@ class TestScript:
         monkeypatch.setattr(
             call, "command", lambda part: [sys.executable, "-S", "-c", "print('begun'); raise SystemExit(1)"]
         )
-        call.trainings({})
+        call.trainings({}, tmp_path)
         assert Path("logs/training_0.txt").read_text() == "begun\n" * 3
 
     def test_no_gpu_ends_the_call(self, settings):

@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 import lightning_ssesam
 from gpu_parts import plan
+from gpu_parts.folders import is_alive
 from gpu_parts.images import SOURCES
 from gpu_parts.plan import Run
 from gpu_parts.results import read_json, write_json
@@ -218,19 +218,11 @@ class Claims:
 
     def are_pending(self) -> bool:
         """Return whether another process still trains."""
-        return any(_is_alive(read_json(path)) for path in self.folder.iterdir())
+        begun = [read_json(path) for path in self.folder.iterdir()]
+        return any(isinstance(pid, int) and pid != os.getpid() and is_alive(pid) for pid in begun)
 
     def _file(self, run: Run) -> Path:
         return self.folder / run.path.replace("/", "_")
-
-
-def _is_alive(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid == os.getpid():
-        return False
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
 
 
 def next_run(settings: Settings, claims: Claims) -> Run | None:
