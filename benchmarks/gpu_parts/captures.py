@@ -1,0 +1,65 @@
+"""Functions that a CUDA graph replays, on a stream of their own. On a CPU they are called."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lightning_ssesam import forward_state
+
+_WARM_UP = 3
+
+
+class Captured:
+    """Captures functions, and replays them on one stream with one pool of memory.
+
+    Args:
+        device: Device of the functions.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.functions: dict[Any, Callable[[], Any]] = {}
+        self.pool: Any = None
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Return a context whose work goes to the stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def add(self, key: Any, function: Callable[[], Any]) -> None:
+        """Call a function a few times, then capture it.
+
+        What it allocates in its first calls exists before the capture, and cuDNN has chosen its kernels.
+        """
+        if self.stream is None:
+            self.functions[key] = function
+            return
+        torch.cuda.synchronize()
+        with _WithoutRandomState():
+            with torch.cuda.stream(self.stream):
+                for _ in range(_WARM_UP):
+                    function()
+            self.stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                function()
+        self.pool = self.pool or graph.pool()
+        self.functions[key] = graph.replay
+
+    def replay(self, key: Any) -> None:
+        """Make the work of a function."""
+        with self.on_stream():
+            self.functions[key]()
+
+
+class _WithoutRandomState:
+    """Keeps the engine from reading the state of the GPU's generator, which a capture forbids."""
+
+    def __enter__(self) -> None:
+        self.kept = forward_state.torch_random_state, forward_state.set_torch_random_state
+        forward_state.torch_random_state = lambda device: []
+        forward_state.set_torch_random_state = lambda states, device: None
+
+    def __exit__(self, *error: object) -> None:
+        forward_state.torch_random_state, forward_state.set_torch_random_state = self.kept
