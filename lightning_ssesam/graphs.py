@@ -94,7 +94,7 @@ class Scene(NamedTuple):
         states: What ascents keep from step to step.
         others: Further objects that it reads numbers from, such as the objective.
         tensors: Further tensors that it reads, such as the optimizer's momentum.
-        scratch: Memory that it writes to, in lists that are the same as long as the memory is.
+        scratch: Memory that it writes to, and that a recording keeps.
         hidden: Names of attributes that it does not depend on.
     """
 
@@ -117,8 +117,6 @@ class Scene(NamedTuple):
             return "the list of layers or of trained parameters"
         if list(map(_place, self.tensors)) != list(map(_place, before.tensors)):
             return "the memory of the optimizer's momentum"
-        if any(a is not b for a, b in zip(self.scratch, before.scratch, strict=True)):
-            return "the scratch memory"
         return None
 
 

@@ -49,7 +49,7 @@ class Snapshot:
 
     @property
     def memory(self) -> list[Tensor]:
-        """The copies themselves: the same list, as long as the memory is the same."""
+        """The copies themselves."""
         return self._copies
 
     def copies(self) -> dict[tuple[int, torch.Size], Tensor]:

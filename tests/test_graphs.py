@@ -295,6 +295,29 @@ class Numbers(Callback):
         self.found.append(len(module._SharpnessAwareMixin__step.graphs._recordings))
 
 
+def test_recordings_of_an_earlier_stage_are_freed(monkeypatch):
+    monkeypatch.setattr(Numbers, "found", [])
+    callbacks = [lambda: StageSwitch(step=6), Numbers]
+    same_both_ways(mlp, lambda: SSESAM(SPLIT, 0.1, 0.2), batches(12), 3 + 3, callbacks=callbacks)
+    assert Numbers.found == [0] * 12 + [*[0] * WARM_UP, *[1] * 9]
+
+
+def test_batches_in_which_plain_terms_follow_from_the_others():
+    """Of a single class, the plain term is a multiple of the perturbed one, and needs no backward pass."""
+    one, several = batches(8, classes=[3]), batches(8)
+    same_both_ways(mlp, lambda: FocalSAM(SPLIT, 0.5), [b for pair in zip(one, several, strict=True) for b in pair], 10)
+
+
+def test_momentum_that_is_loaded_anew():
+    class Load(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 6:
+                optimizer = trainer.optimizers[0]
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    same_both_ways(mlp, lambda: MomentumSAM(0.3), batches(12), 3 + 3, callbacks=[Load])
+
+
 # What a replay would not see.
 
 
