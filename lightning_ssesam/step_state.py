@@ -75,7 +75,6 @@ class StepState:
         """Called when a fit begins."""
         self.is_fitting, self.has_updated, self.pending, self.logs = True, False, [], StepLogs()
         self.engine.begin()
-        self.graphs.release()
         self.counters = Counters()
         self.ascents_before = None
 
