@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.forward_state import ForwardState, Moment
+from lightning_ssesam.layers import Buffers
 from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.objectives import Term
 from lightning_ssesam.plan import (
@@ -23,7 +24,7 @@ from lightning_ssesam.plan import (
     plan_forwards,
     sum_weights,
 )
-from lightning_ssesam.snapshots import Buffers, BufferSnapshot
+from lightning_ssesam.snapshots import BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
 from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, move, set_gradients
 

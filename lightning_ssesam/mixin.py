@@ -25,10 +25,11 @@ from lightning_ssesam.batches import (
 from lightning_ssesam.engine import MicroBatch, Outcome, SampleLosses
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.exact_resume import ExactResume
+from lightning_ssesam.layers import Layers, survey
 from lightning_ssesam.lightning_internals import count_step, skips_backward
 from lightning_ssesam.module_checks import check_bases, check_class, check_count, check_step
 from lightning_ssesam.optimizer_closure import OptimizerClosure
-from lightning_ssesam.passes import Survey, choose_passes, survey
+from lightning_ssesam.passes import choose_passes
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.selection import SelectionError, pick_samples
 from lightning_ssesam.step_logs import norms_and_sharpness
@@ -207,7 +208,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         """Update the weights for the batches that are kept. Return their loss; None if the last one is skipped."""
         step = self.__step
         parts, step.pending = step.pending, []
-        layers, outcome, last = survey(self), None, parts[-1] if parts else None
+        layers, outcome, last = survey(self, step.engine.layers), None, parts[-1] if parts else None
         trained = trained_parameters(self.trainer, layers.parameters)
         with between_forwards(self.trainer, step.outer_dtype):
             try:
@@ -229,7 +230,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.__log_outcome(outcome, sum(map(len, parts)), share)
         return outcome.loss if parts[-1] is last else None
 
-    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Survey, trained: list[Tensor]) -> None:
+    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Layers, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
         step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
@@ -246,7 +247,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             if p.grad is not None:
                 p.grad = None
 
-    def __find_gradient(self, parts: list[Part], share: float, layers: Survey, trained: list[Tensor]) -> Outcome:
+    def __find_gradient(self, parts: list[Part], share: float, layers: Layers, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
         options, objective, processes = self.step_options, self.objective, Processes(self.trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
@@ -260,7 +261,7 @@ class SharpnessAwareMixin(pl.LightningModule):
                 for part, own in zip(parts, terms if perturbs else map(unperturbed, terms), strict=True)
             ],
             trained,
-            layers.modules,
+            layers,
             processes.backward(partial(self.__backward, share=share)),
             choose_passes(self, layers, options, processes),
             synchronize=processes.synchronize,

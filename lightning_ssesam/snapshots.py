@@ -1,14 +1,14 @@
 """What a step changes and has to put back: weights, buffers, random state."""
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-Buffers = dict[str, Tensor | None]
+from lightning_ssesam.layers import Buffers
 
 
 class Snapshot:
@@ -18,47 +18,60 @@ class Snapshot:
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._originals: list[Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+        self._kinds: list[tuple[list[Tensor], list[Tensor]]] = []
 
     @torch.no_grad()
     def save(self, tensors: list[Tensor]) -> None:
         """Copy the tensors."""
         self.forget()
-        if not self._has_room_for(tensors):
-            self._copies = [torch.empty_like(t) for t in tensors]
-        self._originals = tensors
-        if tensors:
-            torch._foreach_copy_(self._copies, tensors)
+        are_same = len(tensors) == len(self._originals) and all(map(operator.is_, tensors, self._originals))
+        dtypes = [t.dtype for t in tensors]
+        if not (dtypes == self._dtypes and (are_same or self._has_room_for(tensors))):
+            self._copies, self._dtypes, are_same = [torch.empty_like(t) for t in tensors], dtypes, False
+        if not are_same:
+            self._originals, self._kinds = tensors, _by_kind(tensors, self._copies)
+        for originals, copies in self._kinds:
+            torch._foreach_copy_(copies, originals)
         self._tensors = tensors
 
     def _has_room_for(self, tensors: list[Tensor]) -> bool:
-        """Return whether the copies can hold the values of these tensors; most often they are the ones of before."""
-        if len(tensors) != len(self._copies) or any(t.dtype is not c.dtype for t, c in self._pairs(tensors)):
-            return False
-        are_same = all(map(operator.is_, tensors, self._originals))
-        return are_same or all(t.shape == c.shape and t.device == c.device for t, c in self._pairs(tensors))
-
-    def _pairs(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(tensors, self._copies, strict=True)
+        """Return whether the copies can hold the values of other tensors of the same dtypes."""
+        return all(t.shape == c.shape and t.device == c.device for t, c in zip(tensors, self._copies, strict=True))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the copies back, if there are any since the last :meth:`forget`."""
         if self._tensors:
-            torch._foreach_copy_(self._tensors, self._copies)
+            for originals, copies in self._kinds:
+                torch._foreach_copy_(originals, copies)
             torch.clear_autocast_cache()
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._tensors, self._copies if self._tensors else (), strict=True)
 
     def copies(self) -> dict[tuple[int, torch.Size], Tensor]:
         """Return clones of the copies, by the memory of their originals."""
-        pairs = self._pairs(self._tensors) if self._tensors else ()
-        return {(t.data_ptr(), t.shape): copy.clone() for t, copy in pairs}
+        return {(t.data_ptr(), t.shape): copy.clone() for t, copy in self._pairs()}
 
     def differs(self) -> bool:
         """Return whether a tensor has another value than when it was saved."""
-        return not all(torch.equal(t, c) for t, c in self._pairs(self._tensors))
+        return not all(torch.equal(t, c) for t, c in self._pairs())
 
     def forget(self) -> None:
         """Discard the saved values but keep the allocated memory."""
         self._tensors = []
+
+
+def _by_kind(tensors: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return tensors and their copies, those of each dtype and device together."""
+    # On a GPU torch copies a list at once (ForeachBinaryOpList.cu), but one by one if its dtypes or devices differ.
+    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for tensor, copy in zip(tensors, copies, strict=True):
+        originals, copies_of_kind = kinds.setdefault((tensor.dtype, tensor.device), ([], []))
+        originals.append(tensor)
+        copies_of_kind.append(copy)
+    return list(kinds.values())
 
 
 class BufferSnapshot(Snapshot):
@@ -110,12 +123,6 @@ def rebind(names: Buffers, saved: Buffers) -> None:
     for name, tensor in saved.items():
         if name not in names or names[name] is not tensor:
             names[name] = tensor
-
-
-def buffers_of(modules: Iterable[nn.Module]) -> list[Buffers]:
-    """Return the dictionaries in which modules keep their own buffers."""
-    # `named_buffers` gives no access to the bindings, which a layer may change and a restore has to undo.
-    return [module._buffers for module in modules if module._buffers]
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -83,8 +83,10 @@ def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
 
 def trained_parameters(trainer: pl.Trainer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return a module's parameters and those that only the optimizer has, each once."""
-    others = (p for group in trainer.optimizers[0].param_groups for p in group["params"])
-    return list({id(p): p for p in (*parameters, *others)}.values())
+    found = list(parameters)
+    known = set(map(id, found))
+    others = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if id(p) not in known]
+    return [*found, *{id(p): p for p in others}.values()]
 
 
 def has_several_loaders(trainer: pl.Trainer, batch: Any) -> bool:
