@@ -27,7 +27,7 @@ from lightning_ssesam.plan import (
     group_terms,
 )
 from lightning_ssesam.snapshots import BufferSnapshot, Snapshot
-from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.tensors import gradients_of, is_sharded, local_parts, set_gradients
 from lightning_ssesam.terms import Objective
 from lightning_ssesam.weights import Names, Weights
 
@@ -281,7 +281,7 @@ class SharpnessEngine:
             step.keep_clean(perturbed)
         if perturbed:
             end = step.state.moment()
-            self._weights.save([local_part(p) for p in step.params])
+            self._weights.save(local_parts(step.params))
             for summand in perturbed:
                 self._ascended_passes(step, summand, end)
             end.restore(step.state.returning)
@@ -295,7 +295,7 @@ class SharpnessEngine:
             step.keep_clean([])
         step.summands = terms
         end = step.state.moment()
-        self._weights.save([local_part(p) for p in step.params])
+        self._weights.save(local_parts(step.params))
         for number, summand in enumerate(terms):
             if summand.rho > 0:
                 plan = [[forward for forward in forwards if number in forward.shares] for forwards in split_plan]
@@ -316,7 +316,7 @@ class SharpnessEngine:
         The only pass is at the ascended weights, so that it counts as the clean one.
         """
         assert self._ascender is not None
-        self._weights.save([local_part(p) for p in step.params])
+        self._weights.save(local_parts(step.params))
         self._ascender.ascend(step.summands[0])
         loss = step.clean_passes(step.plan(splits=False))
         self._weights.restore()

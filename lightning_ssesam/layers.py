@@ -1,6 +1,6 @@
 """The layers of a model: found by one walk, and found again only if the model has changed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Buffers = dict[str, Tensor | None]
 
 # Functions in C, because they run for every layer in every step.
-_ITEMS = methodcaller("items")
+_NAMES, _VALUES = methodcaller("keys"), methodcaller("values")
 _CONTAINERS, _BUFFERS = attrgetter("_modules", "_parameters"), attrgetter("_buffers")
 _MODE, _COMPILED = attrgetter("training"), attrgetter("_compiled_call_impl")
 
@@ -19,13 +19,16 @@ _MODE, _COMPILED = attrgetter("training"), attrgetter("_compiled_call_impl")
 class Contents:
     """Dictionaries and what is in them, by identity: no two tensors are compared by their values."""
 
-    def __init__(self, dictionaries: Sequence[Mapping[str, object]] = ()) -> None:
-        self._sizes = list(map(len, dictionaries))
-        names_and_values = chain.from_iterable(chain.from_iterable(map(_ITEMS, dictionaries)))
-        self._objects = [*dictionaries, *names_and_values]
+    def __init__(self, dictionaries: Iterable[Mapping[str, object]]) -> None:
+        filled = list(filter(len, dictionaries))
+        self._sizes = list(map(len, filled))
+        self._objects = [*filled, *chain.from_iterable(chain(map(_NAMES, filled), map(_VALUES, filled)))]
 
     def are_same(self, other: "Contents") -> bool:
-        """Return whether the dictionaries are the same ones, with the same names and values in the same order."""
+        """Return whether the dictionaries are the same ones, with the same names and values in the same order.
+
+        Empty dictionaries do not count.
+        """
         return self._sizes == other._sizes and all(map(is_, self._objects, other._objects))
 
 
@@ -60,7 +63,7 @@ class Layers:
         return is_same and self._tree.are_same(self._find_tree())
 
     def _find_tree(self) -> Contents:
-        return Contents(list(chain.from_iterable(map(_CONTAINERS, self.modules))))
+        return Contents(chain.from_iterable(map(_CONTAINERS, self.modules)))
 
     @property
     def buffers(self) -> list[Buffers]:

@@ -40,14 +40,15 @@ class OptimizerClosure:
             MisconfigurationException: If the optimizer has moved the weights since the gradient was taken.
         """
         self._has_run = True
-        for p, version in zip(self._parameters, self._versions, strict=True):
-            if p._version != version or p.grad is None:
-                raise self._refusal("moves the weights and then asks for their gradient again")
-            if p.grad.requires_grad:
-                raise self._refusal("differentiates the gradient (`create_graph=True`)")
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        has_moved = [p._version for p in self._parameters] != self._versions or len(gradients) < len(self._parameters)
+        if not has_moved and True in [g.requires_grad for g in gradients]:
+            raise self._refusal("differentiates the gradient (`create_graph=True`)")
         # Some write into `p.data`, which the version does not tell.
-        if self._writes.found or any(
-            local_part(p).data_ptr() != place for p, place in zip(self._parameters, self._places, strict=False)
+        if (
+            has_moved
+            or self._writes.found
+            or any(local_part(p).data_ptr() != place for p, place in zip(self._parameters, self._places, strict=False))
         ):
             raise self._refusal("moves the weights and then asks for their gradient again")
         return self._loss

@@ -1,7 +1,7 @@
 """What is asked of the Trainer, by public names of Lightning."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,7 +66,8 @@ def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
     inside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.autocast(trainer.strategy.root_device.type, enabled=False):
+        device = trainer.strategy.root_device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             yield
     finally:
         torch.set_default_dtype(inside)
