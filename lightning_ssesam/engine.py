@@ -188,7 +188,7 @@ class SharpnessEngine:
             self._ascender.refuse_states(groups)
         gradients = gradients_of(step.params)
         try:
-            if any(gradient is not None for gradient in gradients):
+            if [g for g in gradients if g is not None]:
                 set_gradients(step.params, None)
             loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
             if synchronize is not None:

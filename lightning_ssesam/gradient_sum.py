@@ -26,7 +26,7 @@ from lightning_ssesam.plan import (
 )
 from lightning_ssesam.snapshots import BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
-from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, move, set_gradients
+from lightning_ssesam.tensors import Gradients, dtype_of_sums, gradients_of, is_sharded, move, set_gradients
 
 
 class Outcome(NamedTuple):
@@ -247,7 +247,7 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
             "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
             f" {tuple(weights.shape)} (reduction='none'), but got {got}."
         )
-    weights = weights.to(torch.promote_types(losses.dtype, torch.float32))
+    weights = weights.to(dtype_of_sums(losses.dtype))
     return (move(weights, losses.device) * losses).sum()
 
 

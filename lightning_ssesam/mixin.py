@@ -206,17 +206,17 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __update(self, batch_idx: int) -> Tensor | None:
         """Update the weights for the batches that are kept. Return their loss; None if the last one is skipped."""
-        step = self.__step
+        step, trainer = self.__step, self.trainer
         parts, step.pending = step.pending, []
         layers, outcome, last = survey(self, step.engine.layers), None, parts[-1] if parts else None
-        trained = trained_parameters(self.trainer, layers.parameters)
-        with between_forwards(self.trainer, step.outer_dtype):
+        trained = trained_parameters(trainer, layers.parameters)
+        with between_forwards(trainer, step.outer_dtype):
             try:
                 with step.having(is_clean=None):
                     while parts and outcome is None:
                         try:
                             # There may be fewer parts at last. Lightning divides their gradients by k all the same.
-                            share = len(parts) / self.trainer.accumulate_grad_batches
+                            share = len(parts) / trainer.accumulate_grad_batches
                             outcome = self.__find_gradient(parts, share, layers, trained)
                         except SkippedPart as skipped:
                             step.logs.clear()
@@ -232,17 +232,18 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Layers, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
-        step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
+        step, trainer, optimizer = self.__step, self.trainer, pl.LightningModule.optimizers(self)
+        steps = trainer.global_step
         assert not isinstance(optimizer, list)
         closure = OptimizerClosure(loss, trained, is_first=not step.has_updated)
         with step.having(is_by_hand=False), closure.watch():
-            self.optimizer_step(self.trainer.current_epoch, batch_idx, optimizer, closure)
+            self.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
         step.has_updated = True
-        if self.trainer.global_step == steps:
+        if trainer.global_step == steps:
             # An override may make no step with the optimizer; Lightning counts it all the same.
-            count_step(self.trainer)
+            count_step(trainer)
         # Free the gradients now: until the next step they would only take up memory.
-        zero_grad(self.trainer, batch_idx)
+        zero_grad(trainer, batch_idx)
         for p in layers.parameters:
             if p.grad is not None:
                 p.grad = None

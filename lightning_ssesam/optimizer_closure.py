@@ -30,7 +30,8 @@ class OptimizerClosure:
         self._versions = [p._version for p in self._parameters]
         self._copies = [local_part(p).clone() for p in self._parameters] if is_first else []
         self._places = [local_part(p).data_ptr() for p in self._parameters] if is_first else []
-        self._writes = _Writes(self._places)
+        # Watches only the first step, because it costs time for each operation.
+        self._writes = _Writes(self._places) if is_first else None
         self._has_run = False
 
     def __call__(self) -> Tensor | None:
@@ -47,7 +48,7 @@ class OptimizerClosure:
         # Some write into `p.data`, which the version does not tell.
         if (
             has_moved
-            or self._writes.found
+            or (self._writes is not None and self._writes.found)
             or any(local_part(p).data_ptr() != place for p, place in zip(self._parameters, self._places, strict=False))
         ):
             raise self._refusal("moves the weights and then asks for their gradient again")
@@ -62,8 +63,7 @@ class OptimizerClosure:
         """
         try:
             try:
-                # Only in the first step, because it costs time for each operation.
-                with self._writes if self._copies else nullcontext():
+                with self._writes or nullcontext():
                     yield
             except RuntimeError as error:
                 if "grad_fn" not in str(error):

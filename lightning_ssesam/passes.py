@@ -1,6 +1,5 @@
 """Which passes a model and a strategy allow."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,26 +23,28 @@ def choose_passes(
     """
     if options.passes == "full":
         return "full"
-    obstacle = next(_obstacles(module, layers, options, processes), None)
-    if options.passes == "split":
-        if obstacle is not None:
-            raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
-    elif obstacle is not None or layers.is_compiled:
-        return "full"
-    return "difference" if layers.batch_norms else options.passes
+    batch_norms = layers.batch_norms
+    if options.passes == "auto":
+        return "full" if batch_norms or processes.is_sharded or layers.is_compiled else "auto"
+    if obstacle := _find_obstacle(module, batch_norms, options, processes):
+        raise MisconfigurationException(f"`passes='split'` cannot work with {obstacle}")
+    return "difference" if batch_norms else "split"
 
 
-def _obstacles(module: nn.Module, layers: Layers, options: StepOptions, processes: Processes) -> Iterator[str]:
-    """Yield what split passes cannot work with, and the ways out."""
-    if layers.batch_norms and options.batch_norm_statistics == "batch":
-        name = next(name for name, layer in module.named_modules() if layer is layers.batch_norms[0])
-        yield (
+def _find_obstacle(
+    module: nn.Module, batch_norms: list[nn.Module], options: StepOptions, processes: Processes
+) -> str | None:
+    """Return what split passes cannot work with, and the ways out; None if there is nothing."""
+    if batch_norms and options.batch_norm_statistics == "batch":
+        name = next(name for name, layer in module.named_modules() if layer is batch_norms[0])
+        return (
             f"`{name}`, whose batch statistics are those of the whole batch. Use `passes='auto'` or `passes='full'`, or"
             " put batch norm in evaluation mode; or set `batch_norm_statistics='group'`, which gives each group of"
             " samples statistics of its own."
         )
-    elif processes.size > 1 and any(isinstance(layer, SyncBatchNorm) for layer in layers.batch_norms):
-        yield "`batch_norm_statistics='group'` and `sync_batchnorm`, because the processes differ in their groups."
-    elif processes.is_sharded:
+    if processes.size > 1 and any(isinstance(layer, SyncBatchNorm) for layer in batch_norms):
+        return "`batch_norm_statistics='group'` and `sync_batchnorm`, because the processes differ in their groups."
+    if processes.is_sharded:
         # Every process must make the same passes, and each has samples of its own.
-        yield "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."
+        return "ModelParallelStrategy, under which every pass communicates. Use `passes='auto'` or 'full'."
+    return None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_ssesam.layers import Buffers
+from lightning_ssesam.layers import Buffers, Contents
 
 
 class Snapshot:
@@ -79,43 +79,55 @@ class BufferSnapshot(Snapshot):
 
     def __init__(self) -> None:
         super().__init__()
+        # What was found of the buffers, as long as the names are bound to the same tensors.
+        self._bound: Contents | None = None
         self._bindings: list[tuple[Buffers, Buffers]] = []
+        self._writable: list[Tensor] = []
+        self._is_saved = False
         self._versions: list[int] = []
 
     def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
-        tensors = [t for names in buffers for t in names.values() if t is not None]
-        try:
-            tensors = [t for t in tensors if t.is_contiguous() or not overlaps_itself(t)]
-        except ValueError:
+        bound = Contents(buffers)
+        if self._bound is None or not bound.are_same(self._bound):
+            found = [t for names in buffers for t in names.values() if t is not None]
             # Lazy modules make their buffers in the first forward.
-            tensors = [t for t in tensors if not is_lazy(t) and not overlaps_itself(t)]
-        self.save(tensors)
-        self._versions = [t._version for t in self._tensors]
-        self._bindings = [(names, dict(names.items())) for names in buffers]
+            made = [t for t in found if not is_lazy(t)]
+            self._bound = bound if len(made) == len(found) else None
+            self._bindings = [(names, dict(names.items())) for names in buffers]
+            self._writable = [t for t in made if t.is_contiguous() or not overlaps_itself(t)]
+        self.save(self._writable)
+        self._is_saved, self._versions = True, [t._version for t in self._tensors]
 
     @override
     def restore(self) -> None:
-        for names, saved in self._bindings:
-            rebind(names, saved)
+        if self._is_saved and not self._has_same_names():
+            for names, saved in self._bindings:
+                rebind(names, saved)
         super().restore()
         self._versions = [t._version for t in self._tensors]
 
     def has_moved(self) -> bool:
         """Return whether a buffer is another tensor than when it was saved, or was written to. Looks at no values."""
-        return self._is_rebound() or any(t._version != v for t, v in zip(self._tensors, self._versions, strict=True))
+        return self._is_rebound() or [t._version for t in self._tensors] != self._versions
 
     @override
     def differs(self) -> bool:
         return self._is_rebound() or super().differs()
 
+    def _has_same_names(self) -> bool:
+        """Return whether the names are those that were saved, and bound to the same tensors."""
+        return self._bound is not None and Contents([names for names, _ in self._bindings]).are_same(self._bound)
+
     def _is_rebound(self) -> bool:
+        if not self._is_saved or self._has_same_names():
+            return False
         return any(names[name] is not t for names, saved in self._bindings for name, t in saved.items())
 
     @override
     def forget(self) -> None:
         super().forget()
-        self._bindings = []
+        self._is_saved = False
 
 
 def rebind(names: Buffers, saved: Buffers) -> None:

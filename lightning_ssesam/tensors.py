@@ -10,6 +10,11 @@ Gradients = list[Tensor | None]
 _WHOLE = (Tensor, nn.Parameter)
 
 
+def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of a dtype are summed: float32 at least."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
+
+
 def rows(tensor: Tensor, index: Tensor) -> Tensor:
     """Return the rows of a tensor at an index that is on the host."""
     return tensor[move(index, tensor.device)]
