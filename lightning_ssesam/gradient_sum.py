@@ -174,7 +174,7 @@ class GradientSum:
             return
         gradient = None if summand is None else summand.gradient
         if self._holder is not None:
-            self._holder.gradient = [_owned(g) for g in gradients_of(self.params)]
+            self._holder.gradient = _owned(gradients_of(self.params))
         if self._holder is not None or gradient is not None:
             set_gradients(self.params, gradient)
         if summand is not None:
@@ -262,11 +262,9 @@ def sum_gradients(gradients: Sequence[Gradients], factor: float, size: int) -> G
     return total
 
 
-def _owned(gradient: Tensor | None) -> Tensor | None:
+def _owned(gradients: Gradients) -> Gradients:
     # A view into a larger buffer (DDP's buckets) is overwritten by the next backward pass.
-    if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
-        return gradient
-    return gradient.clone()
+    return [g if g is None or g.is_sparse or g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in gradients]
 
 
 def make_summands(

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
