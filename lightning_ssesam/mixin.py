@@ -36,6 +36,7 @@ from lightning_ssesam.step_logs import norms_and_sharpness
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.targets import at_least_one, sum_counted
+from lightning_ssesam.tensors import set_gradients
 from lightning_ssesam.terms import Objective, is_perturbed, unperturbed
 from lightning_ssesam.trainer_calls import (
     accumulates,
@@ -232,21 +233,18 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Layers, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
-        step, trainer, optimizer = self.__step, self.trainer, pl.LightningModule.optimizers(self)
-        steps = trainer.global_step
+        step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
         closure = OptimizerClosure(loss, trained, is_first=not step.has_updated)
         with step.having(is_by_hand=False), closure.watch():
-            self.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
+            self.optimizer_step(self.trainer.current_epoch, batch_idx, optimizer, closure)
         step.has_updated = True
-        if trainer.global_step == steps:
+        if self.trainer.global_step == steps:
             # An override may make no step with the optimizer; Lightning counts it all the same.
-            count_step(trainer)
+            count_step(self.trainer)
         # Free the gradients now: until the next step they would only take up memory.
-        zero_grad(trainer, batch_idx)
-        for p in layers.parameters:
-            if p.grad is not None:
-                p.grad = None
+        zero_grad(self.trainer, batch_idx)
+        set_gradients(layers.parameters, None)
 
     def __find_gradient(self, parts: list[Part], share: float, layers: Layers, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""

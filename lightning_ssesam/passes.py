@@ -6,11 +6,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import SyncBatchNorm
 
-from lightning_ssesam.layers import Layers, survey
+from lightning_ssesam.layers import Layers
+from lightning_ssesam.layers import survey as survey
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_options import StepOptions
-
-__all__ = ["choose_passes", "survey"]
 
 
 def choose_passes(
