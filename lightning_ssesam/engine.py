@@ -1,6 +1,5 @@
 """From terms to the gradient, in the fewest passes over the model. Needs torch only."""
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,6 +15,7 @@ from lightning_ssesam.displacement import Ascender
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.gradient_sum import GradientSum, Outcome, Summand, make_summands, outcome_of, weighted_sum
+from lightning_ssesam.layers import Layers, survey
 from lightning_ssesam.mixing import MixingMemory
 from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.plan import (
@@ -26,8 +26,8 @@ from lightning_ssesam.plan import (
     divides_batch,
     group_terms,
 )
-from lightning_ssesam.snapshots import BufferSnapshot, Snapshot, buffers_of
-from lightning_ssesam.tensors import gradients_of, is_sharded, local_part, set_gradients
+from lightning_ssesam.snapshots import BufferSnapshot, Snapshot
+from lightning_ssesam.tensors import gradients_of, is_sharded, local_parts, set_gradients
 from lightning_ssesam.terms import Objective
 from lightning_ssesam.weights import Names, Weights
 
@@ -92,14 +92,10 @@ class SharpnessEngine:
         """Return whether a perturbed step with this objective has left a difference that ``reuse`` can add."""
         return key_of_reuse(objective) in self.states
 
-    def protect(self, modules: Iterable[nn.Module]) -> Callable[[], None]:
-        """Return a function that puts back what the next step changes, apart from gradients.
-
-        Args:
-            modules: All modules of the model.
-        """
+    def protect(self, layers: Layers) -> Callable[[], None]:
+        """Return a function that puts back what the next step changes, apart from gradients."""
         buffers, states = self._before, self.states.copy()
-        buffers.save_buffers(buffers_of(modules))
+        buffers.save_buffers(layers.buffers)
         moment = None if self._state is None else self._state.moment()
 
         def undo() -> None:
@@ -128,7 +124,7 @@ class SharpnessEngine:
         self._before = BufferSnapshot()
         self._start: Moment | None = None
         self._state: ForwardState | None = None
-        self._modules: list[nn.Module] = []
+        self.layers = Layers()
         self._mixing = MixingMemory()
         self._names: Names | None = None
         self._ascender: Ascender | None = None
@@ -212,7 +208,7 @@ class SharpnessEngine:
             self._ascender.refuse_states(groups)
         gradients = gradients_of(step.params)
         try:
-            if any(gradient is not None for gradient in gradients):
+            if [g for g in gradients if g is not None]:
                 set_gradients(step.params, None)
             loss = self._all_passes(step, passes, reports_plain=report and synchronize is None)
             if synchronize is not None:
@@ -251,10 +247,8 @@ class SharpnessEngine:
         if not params:
             raise bad_argument("parameters", "at least one that requires a gradient", got_text="none")
         summands, ratio = make_summands(batch, groups, passes, keeps_clean, params)
-        modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
-        buffers = buffers_of(modules)
-        mark = bytes([module.training for module in modules]) + bytes([p.requires_grad for p in parameters])
-        state = self._state_of(modules, zlib.crc32(mark + bytes([len(b) % 256 for b in buffers])), params[0].device)
+        layers = survey(modules, self.layers)
+        state, buffers = self._state_of(layers, layers.mark(parameters), params[0].device), layers.buffers
         is_perturbed = any(summand.is_perturbed for summand in summands)
         self._start = start = state.everything() if state.is_new and is_perturbed else state.moment()
         self._buffers.save_buffers(buffers)
@@ -274,18 +268,19 @@ class SharpnessEngine:
                 return self._difference_passes(step, plan)
             passes, reports_plain = "full", False
         if passes == "auto":
-            passes = self._mixing.passes(step, self._buffers, self._modules)
+            passes = self._mixing.passes(step, self._buffers, self.layers)
         loss = step.clean_passes(step.plan(splits=passes == "split"))
         self._mixing.look_at(self._buffers)
         self._perturbed_passes(step, reports_plain)
         return loss
 
-    def _state_of(self, modules: list[nn.Module], mark: int, device: torch.device) -> ForwardState:
+    def _state_of(self, layers: Layers, mark: bytes, device: torch.device) -> ForwardState:
         """Return what the forwards of the model move. A change of the model asks for a new one."""
-        if modules != self._modules:
-            self._state, self._modules, self._mixing, self._names = None, modules, MixingMemory(), None
+        if layers.modules != self.layers.modules:
+            self._state, self._mixing, self._names = None, MixingMemory(), None
+        self.layers = layers
         if self._state is None or mark != self._mixing.mark:
-            self._state, self._mixing.mark = ForwardState(modules, device), mark
+            self._state, self._mixing.mark = ForwardState(layers.modules, device), mark
         return self._state
 
     def _perturbed_passes(self, step: GradientSum, reports_plain: bool) -> None:
@@ -306,7 +301,7 @@ class SharpnessEngine:
             step.keep_clean(perturbed)
         if perturbed:
             end = step.state.moment()
-            self._weights.save([local_part(p) for p in step.params])
+            self._weights.save(local_parts(step.params))
             for summand in perturbed:
                 self._ascended_passes(step, summand, end)
             end.restore(step.state.returning)
@@ -320,7 +315,7 @@ class SharpnessEngine:
             step.keep_clean([])
         step.summands = terms
         end = step.state.moment()
-        self._weights.save([local_part(p) for p in step.params])
+        self._weights.save(local_parts(step.params))
         for number, summand in enumerate(terms):
             if summand.rho > 0:
                 plan = [[forward for forward in forwards if number in forward.shares] for forwards in split_plan]
@@ -341,7 +336,7 @@ class SharpnessEngine:
         The only pass is at the ascended weights, so that it counts as the clean one.
         """
         assert self._ascender is not None
-        self._weights.save([local_part(p) for p in step.params])
+        self._weights.save(local_parts(step.params))
         self._ascender.ascend(step.summands[0])
         loss = step.clean_passes(step.plan(splits=False))
         self._weights.restore()
@@ -370,7 +365,7 @@ class SharpnessEngine:
 
         def find() -> Weights:
             if self._names is None or not self._names.knows(params):
-                self._names = Names(self._modules, params)
+                self._names = Names(self.layers.modules, params)
             return self._names.weights(params, optimizer, torch.initial_seed() if self.seed is None else self.seed)
 
         return find

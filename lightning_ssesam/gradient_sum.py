@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.forward_state import ForwardState, Moment
+from lightning_ssesam.layers import Buffers
 from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.plan import (
     Forward,
@@ -22,9 +23,9 @@ from lightning_ssesam.plan import (
     plan_forwards,
     sum_weights,
 )
-from lightning_ssesam.snapshots import Buffers, BufferSnapshot
+from lightning_ssesam.snapshots import BufferSnapshot
 from lightning_ssesam.targets import at_least_one, sum_counted
-from lightning_ssesam.tensors import Gradients, gradients_of, is_sharded, move, set_gradients
+from lightning_ssesam.tensors import Gradients, dtype_of_sums, gradients_of, is_sharded, move, set_gradients
 
 
 class Outcome(NamedTuple):
@@ -174,7 +175,7 @@ class GradientSum:
             return
         gradient = None if summand is None else summand.gradient
         if self._holder is not None:
-            self._holder.gradient = [_owned(g) for g in gradients_of(self.params)]
+            self._holder.gradient = _owned(gradients_of(self.params))
         if self._holder is not None or gradient is not None:
             set_gradients(self.params, gradient)
         if summand is not None:
@@ -247,7 +248,7 @@ def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
             "Expected `sample_losses` to return one unreduced loss for each target, a tensor of shape"
             f" {tuple(weights.shape)} (reduction='none'), but got {got}."
         )
-    weights = weights.to(torch.promote_types(losses.dtype, torch.float32))
+    weights = weights.to(dtype_of_sums(losses.dtype))
     return (move(weights, losses.device) * losses).sum()
 
 
@@ -262,11 +263,9 @@ def sum_gradients(gradients: Sequence[Gradients], factor: float, size: int) -> G
     return total
 
 
-def _owned(gradient: Tensor | None) -> Tensor | None:
+def _owned(gradients: Gradients) -> Gradients:
     # A view into a larger buffer (DDP's buckets) is overwritten by the next backward pass.
-    if gradient is None or gradient.is_sparse or gradient.untyped_storage().nbytes() == gradient.nbytes:
-        return gradient
-    return gradient.clone()
+    return [g if g is None or g.is_sparse or g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in gradients]
 
 
 def make_summands(

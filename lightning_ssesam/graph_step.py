@@ -16,8 +16,8 @@ from lightning_ssesam.batches import Part, takes_batch_idx
 from lightning_ssesam.engine import MicroBatch, Outcome
 from lightning_ssesam.errors import CaptureError, NonFiniteError
 from lightning_ssesam.graphs import RECORDERS, Scene
+from lightning_ssesam.layers import Layers, replays_by_itself
 from lightning_ssesam.lightning_internals import watching_progress
-from lightning_ssesam.passes import Survey, replays_by_itself
 from lightning_ssesam.plan import group_terms, plain_ratio
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
@@ -52,9 +52,9 @@ class GraphStep:
     """
 
     def __init__(
-        self, module: Any, step: StepState, layers: Survey, trained: list[Tensor], checks_finite: bool
+        self, module: Any, step: StepState, layers: Layers, trained: list[Tensor], checks_finite: bool
     ) -> None:
-        self._module, self._step, self._checks_finite = module, step, checks_finite
+        self._module, self._step, self._layers, self._checks_finite = module, step, layers, checks_finite
         self._device = module.trainer.strategy.root_device
         ascents = module.objective.ascents()
         along_momentum = any(isinstance(ascent.direction, Momentum) for ascent in ascents)
@@ -115,7 +115,7 @@ class GraphStep:
             counters.current_epoch = self._module.trainer.current_epoch
         batch = batch_of(inputs)
         radii = tuple(term.rho for term in batch[0].terms)
-        undo = step.engine.protect(self._scene.modules) if self._checks_finite else None
+        undo = step.engine.protect(self._layers) if self._checks_finite else None
         try:
             kind = (*kind, radii, plain_ratio(batch, group_terms(batch)))
             result: tuple[Outcome, Any] = step.graphs.run(find, inputs, kind, self._scene)

@@ -27,16 +27,18 @@ from lightning_ssesam.engine import MicroBatch, Outcome, SampleLosses
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.exact_resume import ExactResume
 from lightning_ssesam.graph_step import GraphStep
+from lightning_ssesam.layers import Layers, survey
 from lightning_ssesam.lightning_internals import count_step, skips_backward
 from lightning_ssesam.module_checks import check_bases, check_class, check_count, check_step
 from lightning_ssesam.optimizer_closure import OptimizerClosure
-from lightning_ssesam.passes import Survey, choose_passes, survey
+from lightning_ssesam.passes import choose_passes
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.selection import SelectionError, pick_samples
 from lightning_ssesam.step_logs import norms_and_sharpness
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.targets import at_least_one, sum_counted
+from lightning_ssesam.tensors import set_gradients
 from lightning_ssesam.terms import Objective, Term, is_perturbed, unperturbed
 from lightning_ssesam.trainer_calls import (
     accumulates,
@@ -207,17 +209,17 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __update(self, batch_idx: int) -> Tensor | None:
         """Update the weights for the batches that are kept. Return their loss; None if the last one is skipped."""
-        step = self.__step
+        step, trainer = self.__step, self.trainer
         parts, step.pending = step.pending, []
-        layers, outcome, last = survey(self), None, parts[-1] if parts else None
-        trained = trained_parameters(self.trainer, layers.parameters)
-        with between_forwards(self.trainer, step.outer_dtype):
+        layers, outcome, last = survey(self, step.engine.layers), None, parts[-1] if parts else None
+        trained = trained_parameters(trainer, layers.parameters)
+        with between_forwards(trainer, step.outer_dtype):
             try:
                 with step.having(is_clean=None):
                     while parts and outcome is None:
                         try:
                             # There may be fewer parts at last. Lightning divides their gradients by k all the same.
-                            share = len(parts) / self.trainer.accumulate_grad_batches
+                            share = len(parts) / trainer.accumulate_grad_batches
                             outcome = self.__find_gradient(parts, share, layers, trained)
                         except SkippedPart as skipped:
                             step.logs.clear()
@@ -231,7 +233,7 @@ class SharpnessAwareMixin(pl.LightningModule):
             self.__log_outcome(outcome, sum(map(len, parts)), share)
         return outcome.loss if parts[-1] is last else None
 
-    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Survey, trained: list[Tensor]) -> None:
+    def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Layers, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
         step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
@@ -244,11 +246,9 @@ class SharpnessAwareMixin(pl.LightningModule):
             count_step(self.trainer)
         # Free the gradients now: until the next step they would only take up memory.
         zero_grad(self.trainer, batch_idx)
-        for p in layers.parameters:
-            if p.grad is not None:
-                p.grad = None
+        set_gradients(layers.parameters, None)
 
-    def __find_gradient(self, parts: list[Part], share: float, layers: Survey, trained: list[Tensor]) -> Outcome:
+    def __find_gradient(self, parts: list[Part], share: float, layers: Layers, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
         options, objective, processes = self.step_options, self.objective, Processes(self.trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
@@ -261,7 +261,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         compute = partial(
             self.__step.engine.compute,
             parameters=trained,
-            modules=layers.modules,
+            modules=layers,
             backward=processes.backward(partial(self.__backward, share=share)),
             passes=choose_passes(self, layers, options, processes),
             synchronize=processes.synchronize,

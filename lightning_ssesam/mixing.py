@@ -26,9 +26,9 @@ class MixingMemory:
     """
 
     def __init__(self) -> None:
-        self.mark = 0
+        self.mark = b""
         self.note: str | None = None
-        self._mixes: dict[int, bool] = {}
+        self._mixes: dict[bytes, bool] = {}
 
     def passes(
         self, step: GradientSum, buffers: BufferSnapshot, modules: Iterable[nn.Module]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssesam.tensors import dense, is_sharded, local_part, quotient, wrapped
+from lightning_ssesam.tensors import are_plain, dense, is_sharded, local_parts, quotient, wrapped
 
 
 @torch.no_grad()
@@ -28,14 +28,15 @@ def gradient_norm(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None
         >>> gradient_norm([torch.zeros(2), torch.zeros(1)], [torch.tensor([3.0, 0.0]), torch.tensor([4.0])])
         tensor(5.)
     """
-    dtype = _norm_dtype(parameters)
-    tensors = [_as_real(g) for g in gradient if g is not None]
+    dtype, tensors = _norm_dtype(parameters), [g for g in gradient if g is not None]
     if not tensors:
         return torch.zeros((), dtype=dtype, device=parameters[0].device)
     norms: list[Tensor] = []
-    if whole := [t for t in tensors if not is_sharded(t)]:
+    whole = tensors if are_plain(tensors) else [t for t in map(_as_real, tensors) if not is_sharded(t)]
+    if whole:
         norms += torch._foreach_norm(whole, 2, dtype)
-    if sharded := [t.to(dtype) for t in tensors if is_sharded(t)]:
+    if len(whole) < len(tensors):
+        sharded = [t.to(dtype) for t in map(_as_real, tensors) if is_sharded(t)]
         # One communication for all of them. Sharded tensors know no norm in another dtype than their own.
         norm_of_sharded: Any = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sharded, 2)))
         norms.append(norm_of_sharded.full_tensor())
@@ -88,10 +89,11 @@ def ascend(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None], norm
         >>> weights
         tensor([0.0600, 0.0800])
     """
-    pairs = [(local_part(p), dense(local_part(g))) for p, g in zip(parameters, gradient, strict=True) if g is not None]
+    pairs = [(p, g) for p, g in zip(parameters, gradient, strict=True) if g is not None]
     if not pairs:
         return
-    moved, direction = [p for p, _ in pairs], [g for _, g in pairs]
+    moved, direction = local_parts([p for p, _ in pairs]), local_parts([g for _, g in pairs])
+    direction = direction if are_plain(direction) else list(map(dense, direction))
     torch._foreach_mul_(direction, quotient(rho, norm))
     torch._foreach_add_(moved, direction)
     # Autocast keeps low-precision copies of the weights it has met.
@@ -104,5 +106,5 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 def _norm_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    is_double = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
+    is_double = not {torch.float64, torch.complex128}.isdisjoint([p.dtype for p in parameters])
     return torch.float64 if is_double else torch.float32

@@ -30,7 +30,8 @@ class OptimizerClosure:
         self._versions = [p._version for p in self._parameters]
         self._copies = [local_part(p).clone() for p in self._parameters] if is_first else []
         self._places = [local_part(p).data_ptr() for p in self._parameters] if is_first else []
-        self._writes = _Writes(self._places)
+        # Watches only the first step, because it costs time for each operation.
+        self._writes = _Writes(self._places) if is_first else None
         self._has_run = False
 
     def __call__(self) -> Tensor | None:
@@ -40,14 +41,15 @@ class OptimizerClosure:
             MisconfigurationException: If the optimizer has moved the weights since the gradient was taken.
         """
         self._has_run = True
-        for p, version in zip(self._parameters, self._versions, strict=True):
-            if p._version != version or p.grad is None:
-                raise self._refusal("moves the weights and then asks for their gradient again")
-            if p.grad.requires_grad:
-                raise self._refusal("differentiates the gradient (`create_graph=True`)")
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        has_moved = [p._version for p in self._parameters] != self._versions or len(gradients) < len(self._parameters)
+        if not has_moved and True in [g.requires_grad for g in gradients]:
+            raise self._refusal("differentiates the gradient (`create_graph=True`)")
         # Some write into `p.data`, which the version does not tell.
-        if self._writes.found or any(
-            local_part(p).data_ptr() != place for p, place in zip(self._parameters, self._places, strict=False)
+        if (
+            has_moved
+            or (self._writes is not None and self._writes.found)
+            or any(local_part(p).data_ptr() != place for p, place in zip(self._parameters, self._places, strict=False))
         ):
             raise self._refusal("moves the weights and then asks for their gradient again")
         return self._loss
@@ -61,8 +63,7 @@ class OptimizerClosure:
         """
         try:
             try:
-                # Only in the first step, because it costs time for each operation.
-                with self._writes if self._copies else nullcontext():
+                with self._writes or nullcontext():
                     yield
             except RuntimeError as error:
                 if "grad_fn" not in str(error):

@@ -68,6 +68,11 @@ class StepLogs:
 
     def note(self, module: pl.LightningModule, name: str, value: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Check the options of a call of ``log`` within the training step, and return them."""
+        if not args and not isinstance(value, Metric):
+            # Most often the same call as in the step before.
+            given = {key: option for key, option in kwargs.items() if key != "batch_size"}
+            if self._as_given.get(name) == given:
+                return kwargs
         options = dict(_SIGNATURE.bind(module, name, value, *args, **kwargs).arguments)
         given = {key: option for key, option in options.items() if key not in ("self", "name", "value", "batch_size")}
         if isinstance(value, Metric):

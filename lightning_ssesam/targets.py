@@ -2,11 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
-from lightning_ssesam.tensors import move, rows
+from lightning_ssesam.tensors import dtype_of_sums, move, rows
 
 IGNORE_INDEX = -100
 """The target that is ignored by default, as in :func:`torch.nn.functional.cross_entropy`."""
@@ -51,7 +50,7 @@ def sum_counted(losses: Tensor, ignored: Tensor | None, samples: Tensor | None =
         ignored: Mask of the ignored positions of all samples; None for none.
         samples: Indices ``(N,)`` of the samples, on the CPU; None for all.
     """
-    losses = losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
+    losses = losses.detach().to(dtype_of_sums(losses.dtype))
     if ignored is None:
         return losses.sum(), losses.numel()
     ignored = ignored if samples is None else rows(ignored, samples)

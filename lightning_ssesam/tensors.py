@@ -1,9 +1,18 @@
 """Rows, moves and local parts of tensors."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Gradients = list[Tensor | None]
+
+_WHOLE = (Tensor, nn.Parameter)
+
+
+def dtype_of_sums(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of a dtype are summed: float32 at least."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
 
 
 def rows(tensor: Tensor, index: Tensor) -> Tensor:
@@ -20,6 +29,17 @@ def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a ``DTensor``, whose parts lie on several processes."""
     # An isinstance check would import torch.distributed.tensor, which takes a second.
     return hasattr(tensor, "to_local")
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are real, dense and whole, which takes less time than to ask each one of them."""
+    kinds = {(type(t), t.layout, t.dtype) for t in tensors}
+    return all(kind in _WHOLE and layout is torch.strided and not dtype.is_complex for kind, layout, dtype in kinds)
+
+
+def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the :func:`local_part` of each tensor."""
+    return list(tensors) if are_plain(tensors) else [local_part(t) for t in tensors]
 
 
 def local_part(tensor: Tensor) -> Tensor:

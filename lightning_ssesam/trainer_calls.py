@@ -1,7 +1,7 @@
 """What is asked of the Trainer, by public names of Lightning."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,7 +66,8 @@ def between_forwards(trainer: pl.Trainer, dtype: torch.dtype) -> Iterator[None]:
     inside = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.autocast(trainer.strategy.root_device.type, enabled=False):
+        device = trainer.strategy.root_device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             yield
     finally:
         torch.set_default_dtype(inside)
@@ -83,8 +84,10 @@ def zero_grad(trainer: pl.Trainer, batch_idx: int) -> None:
 
 def trained_parameters(trainer: pl.Trainer, parameters: Iterable[Tensor]) -> list[Tensor]:
     """Return a module's parameters and those that only the optimizer has, each once."""
-    others = (p for group in trainer.optimizers[0].param_groups for p in group["params"])
-    return list({id(p): p for p in (*parameters, *others)}.values())
+    found = list(parameters)
+    known = set(map(id, found))
+    others = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if id(p) not in known]
+    return [*found, *{id(p): p for p in others}.values()]
 
 
 def has_several_loaders(trainer: pl.Trainer, batch: Any) -> bool:

@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_ssesam import lightning_internals as internals
 from lightning_ssesam.graph_step import check_graphs
+from lightning_ssesam.layers import Layers
 from lightning_ssesam.module_checks import check_ascents, check_attributes, check_optimizer
-from lightning_ssesam.passes import is_compiled
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_state import StepState
 from lightning_ssesam.trainer_calls import callbacks_of, is_fitting, monitored
@@ -62,7 +62,7 @@ class TrainerSupport(Callback):
         if getattr(vars(pl_module).get("training_step"), "_torchdynamo_orig_callable", None) == step:
             # torch.compile(module) would compile the arithmetic too; `forward` and the networks stay compiled.
             replace(pl_module, "training_step", step)
-        if any(is_compiled(module) for module in pl_module.modules()):
+        if Layers(pl_module).is_compiled:
             # One step may make one backward from a forward, and the next step two; compiled code must bear both.
             replace(torch._functorch.config, "donated_buffer", False)
 

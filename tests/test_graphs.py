@@ -57,8 +57,8 @@ from lightning_ssesam import graphs as graphs_module
 from lightning_ssesam.callbacks import DeferredReweighting
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.graphs import RECORDERS, WARM_UP
+from lightning_ssesam.layers import replays_by_itself
 from lightning_ssesam.losses import LDAMLoss
-from lightning_ssesam.passes import replays_by_itself
 from lightning_ssesam.snapshots import torch_random_state
 from lightning_ssesam.trees import mapped, signature, tensors_of
 

@@ -17,7 +17,7 @@ PACKAGE = Path(lightning_ssesam.__file__).parent
 FLOORS = [
     # Torch alone: from the targets of a batch to the gradient.
     ["_version", "errors", "tensors", "trees"],
-    ["_validation", "class_order", "snapshots", "norms"],
+    ["_validation", "class_order", "layers", "snapshots", "norms"],
     ["forward_state", "weights", "ascent", "after_sum"],
     ["split", "step_options", "targets"],
     ["terms", "objectives", "variants", "class_objectives"],
