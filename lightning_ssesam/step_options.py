@@ -50,10 +50,8 @@ class StepOptions:
             are not perturbed have no values.
         exact_resume: Whether checkpoints store the random state and the position in the data, so that a resumed run
             equals an uninterrupted one bit for bit (docs/trainer.md). Without it, runs resume as Lightning does.
-        cuda_graphs: Whether to record the passes of an update as a CUDA graph, and to replay it: the same numbers,
-            without the time that the host takes to start thousands of operations (docs/performance.md). The first
-            updates of each kind and shape of batch are made as usual. Needs one NVIDIA GPU, full passes, and a model
-            that draws no random numbers. ``sample_losses`` must not wait for the device.
+        cuda_graphs: Whether to record the passes of an update as a CUDA graph and replay it: the same numbers in less
+            time. Needs one NVIDIA GPU, full passes, and no random numbers (docs/performance.md).
         log_loss: Whether to log ``train/loss``, the mean loss at the unperturbed weights, which the progress bar shows,
             too. What ``sample_losses`` logs is logged in any case.
 

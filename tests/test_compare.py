@@ -522,7 +522,7 @@ def test_a_worker_with_a_gpu_trains_on_the_cpu_if_told_so():
         (
             ['--model={"step_options": {"intervall": 2, "pases": 1}}'],
             "`step_options` to be any of passes, batch_norm_statistics, interval, reuse, processes, on_nonfinite,"
-            " log_sharpness, exact_resume, log_loss, but got 'intervall', 'pases'.",
+            " log_sharpness, exact_resume, log_loss, cuda_graphs, but got 'intervall', 'pases'.",
         ),
         (["--model={step_options: {interval: 0}}"], "`interval` to be an integer >= 1, but got 0."),
         (["--model={step_options: split}"], "`step_options` to be a StepOptions"),
