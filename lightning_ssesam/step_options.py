@@ -51,9 +51,9 @@ class StepOptions:
         exact_resume: Whether checkpoints store the random state and the position in the data, so that a resumed run
             equals an uninterrupted one bit for bit (docs/trainer.md). Without it, runs resume as Lightning does.
         cuda_graphs: Whether to record the passes of an update as a CUDA graph and replay it: the same numbers in less
-            time. Needs one NVIDIA GPU, full passes, and no random numbers (docs/performance.md).
-        log_loss: Whether to log ``train/loss``, the mean loss at the unperturbed weights, which the progress bar shows,
-            too. What ``sample_losses`` logs is logged in any case.
+            time. Needs a GPU, full passes, and no random numbers (docs/performance.md).
+        log_loss: Whether to log ``train/loss``, the mean loss at the unperturbed weights, also on the bar. What
+            ``sample_losses`` logs is logged anyway.
 
     Raises:
         ArgumentError: If a value is out of range, ``"group"`` is combined with other passes than ``"split"``, or
