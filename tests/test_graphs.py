@@ -147,7 +147,7 @@ def same_both_ways(make_net, objective, given, replays, **kwargs):
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("name", [*OBJECTIVES, *FAMILY])
-def test_every_step_is_the_same_to_the_bit(name, net):
+def test_every_step_is_the_same_to_the_bit(name, net, float64):
     make_net, shape = NETS[net]
     make = {**OBJECTIVES, **FAMILY}[name]
     # A term that remembers has other first steps than later ones.
