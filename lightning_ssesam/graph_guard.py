@@ -12,12 +12,12 @@ from lightning_ssesam.forward_state import is_plain_object
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (list, tuple, dict, deque, set)
-# Longer containers are told by their length alone.
-_LONGEST = 64
+# Arrays and containers of other things than numbers are not looked into beyond this size.
+_LARGEST = 1000
 
 
 class _Attributes(NamedTuple):
-    """Some of the attributes of an object, and the values that they had: all of them tensors, or none."""
+    """Attributes of an object, and the values that they had."""
 
     owner: str
     attributes: Mapping[str, Any]
@@ -25,19 +25,23 @@ class _Attributes(NamedTuple):
     values: tuple[Any, ...]
     size: int
 
-    def now(self) -> tuple[Any, ...]:
-        # The first name again, since for a single one the getter returns no tuple.
-        found: tuple[Any, ...] = itemgetter(*self.names, self.names[0])(self.attributes)
-        return found[:-1]
-
-    def changed(self) -> str:
-        """Return the first name whose value is another one."""
-        pairs = zip(self.names, self.values, strict=True)
-        return next((name for name, value in pairs if self.attributes.get(name, self) is not value), self.names[0])
+    def change(self) -> str | None:
+        """Return the first attribute that is another object now, and no equal number; None if there is none."""
+        try:
+            # The first name again, since for a single one the getter returns no tuple.
+            now = itemgetter(*self.names, self.names[0])(self.attributes)
+        except KeyError as error:
+            return f"`{self.owner}.{error.args[0]}`"
+        if not all(map(is_, now, self.values)):
+            for name, a, b in zip(self.names, now, self.values, strict=False):
+                if not _is_same(a, b):
+                    return f"`{self.owner}.{name}`"
+        # An attribute of a class may be hidden by a new one of the object.
+        return None if len(self.attributes) == self.size else f"the set of attributes of `{self.owner}`"
 
 
 class Guard:
-    """Remembers numbers and texts by their values, and tensors by their place in memory.
+    """Remembers numbers and texts by their values, and all else by its identity or its place in memory.
 
     Args:
         modules: All modules of the model.
@@ -54,34 +58,28 @@ class Guard:
         is_strict: bool = False,
     ) -> None:
         self._hidden, self._is_strict = hidden, is_strict
-        self._numbers: list[_Attributes] = []
-        self._tensors: list[_Attributes] = []
-        self._containers: list[tuple[str, Any, list[Any] | int]] = []
+        self._attributes: list[_Attributes] = []
+        self._containers: list[tuple[str, Any, list[Any]]] = []
+        self._arrays: list[tuple[str, Any, bytes]] = []
         self._seen: set[int] = set()
         for module in modules:
             self._look_at_module(module)
         for other in others:
             self._look_at(vars(other), type(other).__name__)
-        found = [t for entry in self._tensors for t in entry.values if t.layout == torch.strided]
-        self._places = [(t, t.data_ptr(), t.requires_grad) for t in found]
+        tensors = {id(t): t for entry in self._attributes for t in entry.values if isinstance(t, Tensor)}.values()
+        self._places = [(t, t.data_ptr(), t.requires_grad) for t in tensors if t.layout == torch.strided]
 
     def change(self) -> str | None:
         """Return what is no longer as it was, in words; None if everything is. Takes a fraction of a millisecond."""
-        try:
-            for entry in self._numbers:
-                if entry.now() != entry.values:
-                    return f"`{entry.owner}.{entry.changed()}`"
-                # An attribute of a class may be hidden by a new one of the object.
-                if len(entry.attributes) != entry.size:
-                    return f"the set of attributes of `{entry.owner}`"
-            for entry in self._tensors:
-                if not all(map(is_, entry.now(), entry.values)):
-                    return f"`{entry.owner}.{entry.changed()}`"
-        except KeyError as error:
-            return f"`{entry.owner}.{error.args[0]}`"
+        for entry in self._attributes:
+            if (change := entry.change()) is not None:
+                return change
         for name, container, before in self._containers:
             # Most are the empty dictionaries of hooks.
-            if (container or before) and not _are_same(container, before):
+            if (container or before) and not _are_same(_items(container), before):
+                return f"`{name}`"
+        for name, array, content in self._arrays:
+            if array.tobytes() != content:
                 return f"`{name}`"
         for tensor, place, requires_grad in self._places:
             if tensor.data_ptr() != place or tensor.requires_grad is not requires_grad:
@@ -101,42 +99,38 @@ class Guard:
         if id(attributes) in self._seen:
             return
         self._seen.add(id(attributes))
-        numbers, tensors = [], []
-        for name, value in attributes.items():
-            if name in self._hidden:
-                continue
-            if isinstance(value, _NUMBERS):
-                numbers.append(name)
-            elif isinstance(value, Tensor):
-                tensors.append(name)
-            elif name not in ("_modules", "_parameters", "_buffers"):
-                self._look_into(value, f"{owner}.{name}")
-        for found, entries in ((numbers, self._numbers), (tensors, self._tensors)):
-            if found:
-                values = tuple(attributes[name] for name in found)
-                entries.append(_Attributes(owner, attributes, found, values, len(attributes)))
+        names = [name for name in attributes if name not in self._hidden]
+        if names:
+            values = itemgetter(*names, names[0])(attributes)
+            self._attributes.append(_Attributes(owner, attributes, names, values, len(attributes)))
+        for name in names:
+            if name not in ("_modules", "_parameters", "_buffers"):
+                self._look_into(attributes[name], f"{owner}.{name}")
 
     def _look_into(self, value: Any, name: str) -> None:
-        """Look at what a container or an object of the user's holds."""
+        """Look at what a container, an array or an object of the user's holds."""
         if isinstance(value, _CONTAINERS):
             if id(value) in self._seen:
                 return
             self._seen.add(id(value))
             items = _items(value)
-            self._containers.append((name, value, items if len(items) <= _LONGEST else len(items)))
-            for item in items[:_LONGEST]:
+            self._containers.append((name, value, items))
+            for item in items[:_LARGEST]:
                 self._look_into(item, name)
+        elif hasattr(value, "__array_interface__"):
+            if value.size <= _LARGEST:
+                self._arrays.append((name, value, value.tobytes()))
         elif is_plain_object(value):
             self._look_at(vars(value), name)
 
 
 def _items(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, Mapping) else container)
+    return [*container, *container.values()] if isinstance(container, Mapping) else list(container)
 
 
-def _are_same(container: Any, before: list[Any] | int) -> bool:
-    if isinstance(before, int):
-        return len(container) == before
-    items = _items(container)
-    pairs = zip(items, before, strict=False)
-    return len(items) == len(before) and all(a is b or (isinstance(a, _NUMBERS) and a == b) for a, b in pairs)
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before or (isinstance(before, _NUMBERS) and type(now) is type(before) and now == before)
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and (all(map(is_, now, before)) or all(map(_is_same, now, before)))

@@ -265,14 +265,17 @@ class StepGraphs:
     def _forget(self, change: str) -> None:
         """Throw all recordings away, since something has changed."""
         self._recordings, self._seen = {}, {}
+        # Torch frees the memory that recordings share with the last of them, unless a state lies in it.
+        self._recorder = None
         self._changes = 1 if self._replays >= _WORTH else self._changes + 1
         self._replays, self._last_change = 0, change
 
     def _count_in_vain(self) -> None:
         self._steps_in_vain += 1
         if self._steps_in_vain == _PATIENCE:
-            why = f"{self._last_change} changes again and again" if self._last_change else "no two steps are alike"
-            self.note = f"{why}, so that none is replayed"
+            self.note = "no two steps are alike, so that none is replayed"
+            if self._last_change:
+                self.note = f"{self._last_change} changes again and again. If no step reads it, keep it in a callback"
         if len(self._seen) > 10 * _PATIENCE:
             self._seen = {}
 

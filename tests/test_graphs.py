@@ -4,6 +4,7 @@ import copy
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -329,12 +330,15 @@ class Smoothed(Model):
         self.loss = nn.CrossEntropyLoss(reduction="none")
         self.scales, self._factors = [1.0], {"of": {"losses": torch.ones(())}}
         self._shift, self.settings = 0.0, Settings()
+        self.array, self.long = np.ones(3), [1.0] * 200
+        self.by_name, self.power = {"losses": 1.0, "others": 2.0}, lambda losses: losses
 
     def sample_losses(self, batch):
         x, y = batch
         self.loss.label_smoothing = self.smoothing
         losses = self.loss(self.net(x), y) * self.scales[0] * self.settings.factor
-        return losses * self._factors["of"]["losses"] + self._shift * losses.square()
+        losses = losses * self._factors["of"]["losses"] + self._shift * losses.square()
+        return self.power(losses * float(self.array[1]) * self.long[150] * self.by_name["losses"])
 
 
 class Settings:
@@ -354,6 +358,40 @@ def set_private(module):
 
 def replace_nested_tensor(module):
     module._factors["of"]["losses"] = torch.tensor(2.0)
+
+
+def replace_list(module):
+    module.scales = [0.5]
+
+
+def replace_settings(module):
+    module.settings = Settings()
+    module.settings.factor = 0.5
+
+
+def replace_function(module):
+    module.power = torch.square
+
+
+def replace_forward(module):
+    module.net[1].forward = torch.relu
+
+
+def swap_names(module):
+    module.by_name = {"others": 1.0, "losses": 2.0}
+
+
+def swap_names_in_place(module):
+    first, second = module.by_name.pop("losses"), module.by_name.pop("others")
+    module.by_name |= {"others": first, "losses": second}
+
+
+def set_in_array(module):
+    module.array[1] = 0.5
+
+
+def set_in_long_list(module):
+    module.long[150] = 0.5
 
 
 def set_factor(module):
@@ -392,21 +430,12 @@ def set_alpha(module):
     module.objective.alpha = 0.1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        set_scale,
-        set_factor,
-        set_smoothing,
-        replace_weight,
-        freeze,
-        replace_data,
-        replace_layer,
-        change_mode,
-        add_hook,
-        set_alpha,
-    ],
-)
+NUMBERS = [set_scale, set_private, set_factor, set_smoothing, set_alpha, set_in_array, set_in_long_list]
+NAMES = [replace_list, replace_settings, replace_function, replace_forward, swap_names, swap_names_in_place]
+PARTS = [replace_weight, replace_nested_tensor, freeze, replace_data, replace_layer, change_mode, add_hook]
+
+
+@pytest.mark.parametrize("change", [*NUMBERS, *NAMES, *PARTS])
 def test_a_change_that_python_code_would_see_ends_a_recording(change):
     class At(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -457,7 +486,7 @@ def test_something_that_changes_in_every_step_is_named(monkeypatch):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             module.seen = batch_idx
 
-    with pytest.warns(UserWarning, match=r"`Model.seen` changes again and again, so that none is replayed"):
+    with pytest.warns(UserWarning, match=r"`Model.seen` changes again and again. If no step reads it"):
         train(mlp, lambda: SAM(0.1), batches(100), True, callbacks=[Often])
 
 
