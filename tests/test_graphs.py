@@ -2,7 +2,7 @@
 
 import copy
 import random
-import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +56,7 @@ from lightning_ssesam import (
 )
 from lightning_ssesam import graphs as graphs_module
 from lightning_ssesam.callbacks import DeferredReweighting
+from lightning_ssesam.cli import main
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
 from lightning_ssesam.graphs import RECORDERS, WARM_UP
 from lightning_ssesam.layers import replays_by_itself
@@ -767,21 +768,17 @@ def test_the_random_state_of_a_gpu_is_not_read_while_it_records(monkeypatch):
         assert len(torch_random_state(torch.device("cuda"))) == number
 
 
-def test_the_command_line_refuses_without_a_gpu(monkeypatch, capsys):
-    from lightning_ssesam.cli import main
-
+@pytest.mark.parametrize("command", ["fit", "compare", "sweep"])
+def test_the_commands_refuse_without_a_gpu(command, monkeypatch, capsys):
+    """In one line, before anything is written."""
     monkeypatch.delitem(RECORDERS, "cpu")
+    options = ["--trainer.accelerator", "cpu", "--model.step_options.cuda_graphs", "true"]
+    if command != "fit":
+        Path("graphs.yaml").write_text("model: {step_options: {cuda_graphs: true}}\ntrainer: {accelerator: cpu}\n")
+        options = ["--config", "graphs.yaml"]
     with pytest.raises(SystemExit) as caught:
-        main(
-            [
-                "fit",
-                "--trainer.accelerator",
-                "cpu",
-                "--trainer.max_epochs",
-                "1",
-                "--model.step_options.cuda_graphs",
-                "true",
-            ]
-        )
-    assert caught.value.code == 2
-    assert re.search("needs an NVIDIA GPU", capsys.readouterr().err)
+        main([command, *options])
+    assert caught.value.code == 2 or "needs an NVIDIA GPU" in str(caught.value.code)
+    (line,) = [x for x in f"{capsys.readouterr().err}{caught.value.code}".splitlines() if "NVIDIA" in x]
+    assert len(line) < 400
+    assert sorted(path.name for path in Path().iterdir()) == ["graphs.yaml"] * (command != "fit")

@@ -654,3 +654,21 @@ def test_benchmark(monkeypatch, capsys):
     assert len(found) == 4
     # Ten times as many, on a machine that does something else, too.
     assert found["train", "in_memory=True"] > 4 * found["train", "transforms"]
+
+
+def test_processes_of_the_same_seed_draw_differently(monkeypatch):
+    """Lightning seeds all processes alike."""
+    images = torch.arange(256, dtype=torch.uint8).expand(3, 3, 16, 256)[..., :16].repeat(4, 1, 1, 1)
+    transform, index = BatchTransform((0.0,) * 3, (1.0,) * 3, 2), torch.arange(12)
+
+    def draw(rank):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        torch.manual_seed(3)
+        return [transform(images, index) for _ in range(2)]
+
+    found = [draw(rank) for rank in (None, 0, 1)]
+    pairs = [(a, b) for number, a in enumerate(found) for b in found[number + 1 :]]
+    assert not any(torch.equal(a, b) for first, second in pairs for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(draw(1), found[2], strict=True))
+    assert not torch.equal(*found[2])

@@ -53,9 +53,20 @@ class BatchTransform:
 
     def _draw(self, number: int) -> tuple[Tensor, ...]:
         """Return the row and the column where each padded image is cropped, and 1 if it is mirrored, else 0."""
-        places = 2 * (self.padding or 0) + 1
-        top, left = torch.randint(places, (2, number), device="cpu")
-        return top, left, torch.randint(2, (number,), device="cpu")
+        places, generator = 2 * (self.padding or 0) + 1, _own_generator()
+        top, left = torch.randint(places, (2, number), device="cpu", generator=generator)
+        return top, left, torch.randint(2, (number,), device="cpu", generator=generator)
+
+
+def _own_generator() -> torch.Generator | None:
+    """Return a generator for the next draws of this process; None, for torch's own, if there is no other process.
+
+    Several processes often have the same seed, and would shift and mirror their images in the same way.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    seed = int(torch.randint(2**48, (), device="cpu"))
+    return torch.Generator().manual_seed(seed + torch.distributed.get_rank())
 
 
 def _moved(images: Tensor, draws: Sequence[Tensor], padding: int) -> Tensor:

@@ -136,6 +136,10 @@ class Experiment(Recipe):
         defaults: dict[str, Any] = {**dict.fromkeys(outputs, False), "num_sanity_val_steps": 0, "devices": devices}
         return pl.Trainer(max_epochs=self.epochs, callbacks=callbacks, **{**defaults, **given})
 
+    def _plain_trainer(self) -> pl.Trainer:
+        with quiet():
+            return self.make_trainer([])
+
     def check(self, split: ClassSplit, data: LongTailDataModule | None = None) -> LongTailClassifier:
         """Build every part, and return the module. The random state does not change.
 
@@ -153,7 +157,10 @@ class Experiment(Recipe):
             expected = "methods on data with the same training samples per class"
             raise bad_argument("methods", expected, got_text=f"other class counts for {self.method!r}")
         optimizer = self.optimizer(model.parameters())
-        problems = [problem_of(model.objective, self.callbacks), *problems_of_parts(model, optimizer).values()]
+        problems = [
+            problem_of(model.objective, self.callbacks),
+            *problems_of_parts(model, optimizer, self._plain_trainer).values(),
+        ]
         if problem := next(filter(None, problems), ""):
             raise ArgumentError(f"The method {self.method!r} cannot be trained. {problem}")
         return model

@@ -76,8 +76,9 @@ def _describe_object(value: Any, within: tuple[int, ...]) -> str:
     if isinstance(value, nn.Module):
         return describe_module(value)
     if isinstance(value, StepOptions):
-        # Recorded steps compute the same numbers.
-        return repr(replace(value, cuda_graphs=False)).replace(", cuda_graphs=False", "")
+        # Recorded steps compute the numbers of full passes.
+        passes = "full" if value.cuda_graphs else value.passes
+        return repr(replace(value, passes=passes, cuda_graphs=False)).replace(", cuda_graphs=False", "")
     is_plain = type(value).__repr__ is object.__repr__  # type: ignore[comparison-overlap]
     if is_plain and len(within) <= _DEEPEST:
         return f"{type(value).__qualname__} {describe(getattr(value, '__dict__', {}), within)}"

@@ -18,6 +18,7 @@ from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import quiet
+from lightning_ssesam.graph_step import check_graphs
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.module_checks import check_momentum, check_optimizer, check_selections
 from lightning_ssesam.staged import Staged
@@ -64,13 +65,21 @@ def check_network(model: LongTailClassifier, data: LongTailDataModule) -> None:
         _check_loss(loss, logits, targets)
 
 
-def problems_of_parts(model: LongTailClassifier, optimizer: Optimizer) -> dict[str, str]:
+def problems_of_parts(
+    model: LongTailClassifier, optimizer: Optimizer, make_trainer: Callable[[], pl.Trainer]
+) -> dict[str, str]:
     """Return what the training would refuse when it starts, by the part of the model that is wrong.
 
     Args:
         model: Model, before the training.
         optimizer: Optimizer of its parameters.
+        make_trainer: Returns the Trainer of the training. Called only if the options of the step need it.
     """
+
+    def check_options() -> None:
+        if model.step_options.cuda_graphs:
+            check_graphs(model, model.objective, model.step_options, make_trainer())
+
     objective, parameters = model.objective, list(model.parameters())
     # The ascents of a Staged are those of the objectives within it.
     selection = "objective" if isinstance(objective, Staged) else "objective.ascent.only"
@@ -78,6 +87,7 @@ def problems_of_parts(model: LongTailClassifier, optimizer: Optimizer) -> dict[s
         ("optimizer", partial(check_optimizer, optimizer)),
         ("optimizer", partial(check_momentum, objective, optimizer, parameters)),
         (selection, partial(check_selections, objective, model, parameters)),
+        ("step_options", check_options),
     ]
     problems: dict[str, str] = {}
     for part, check in checks:

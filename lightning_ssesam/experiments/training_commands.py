@@ -186,7 +186,7 @@ class TrainingCLI(LightningCLI):
             return
         optimizer = made["optimizer"] if isinstance(made, dict) else made
         check_optimizer(optimizer)
-        for part, problem in problems_of_parts(self.model, optimizer).items():
+        for part, problem in problems_of_parts(self.model, optimizer, lambda: self.trainer).items():
             raise ArgumentError(f"`--model.{part}`: {problem}")
 
     before_fit = before_validate = before_test = before_run
