@@ -2,7 +2,9 @@
 
 import copy
 import random
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +60,8 @@ from lightning_ssesam import graphs as graphs_module
 from lightning_ssesam.callbacks import DeferredReweighting
 from lightning_ssesam.cli import main
 from lightning_ssesam.errors import ArgumentError, NonFiniteError
-from lightning_ssesam.graphs import RECORDERS, WARM_UP
+from lightning_ssesam.graph_step import check_graphs
+from lightning_ssesam.graphs import RECORDERS, WARM_UP, CUDARecorder
 from lightning_ssesam.layers import replays_by_itself
 from lightning_ssesam.losses import LDAMLoss
 from lightning_ssesam.snapshots import torch_random_state
@@ -658,6 +661,63 @@ def test_networks_that_replay_by_themselves_are_told():
     ]
     # On a CPU they do not.
     fit(Model(nn.Sequential(own)), [])
+
+
+def test_networks_that_replay_by_themselves_are_refused_on_a_gpu():
+    model = Model(nn.Sequential(torch.compile(mlp(), mode="reduce-overhead")))
+    on_gpu = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    with pytest.raises(MisconfigurationException, match=r"`Model.net.0` is compiled with .*cuda_graphs=True"):
+        check_graphs(model, model.objective, model.step_options, on_gpu)
+
+
+class Device:
+    """Notes what a recorder asks of torch.cuda."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.mode = [], 0
+        own, outside = (SimpleNamespace(name=name) for name in ("own", "outside"))
+        for stream in (own, outside):
+            stream.wait_stream = lambda other, s=stream: self.calls.append(f"{s.name} waits for {other.name}")
+        graph = SimpleNamespace(replay=lambda: self.calls.append("replay"))
+        names = {
+            "Stream": lambda device: own,
+            "current_stream": lambda device: outside,
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: graph,
+            "graph": lambda *args, **kwargs: self.noted(f"capture {args == (graph, 'pool', own)} {kwargs}"),
+            "stream": lambda stream: self.noted(f"on {stream.name}"),
+            "get_sync_debug_mode": lambda: self.mode,
+            "set_sync_debug_mode": self.set_mode,
+        }
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def set_mode(self, mode):
+        self.mode = mode
+        self.calls.append(f"mode {mode}")
+
+    @contextmanager
+    def noted(self, text):
+        self.calls.append(text)
+        yield
+
+
+def test_what_is_asked_of_a_gpu(monkeypatch):
+    device = Device(monkeypatch)
+    recorder = CUDARecorder(torch.device("cuda"))
+    for is_strict, error in ((False, None), (True, KeyError)):
+        device.calls.clear()
+        with suppress(KeyError), recorder.apart(is_strict):
+            assert device.mode == ("error" if is_strict else 0)
+            if error is not None:
+                raise error
+        strict = ["mode error"] * is_strict
+        assert device.calls == ["own waits for outside", *strict, "on own", "mode 0", "outside waits for own"]
+    device.calls.clear()
+    result, replay = recorder.record(lambda inputs: 2 * inputs, 21)
+    replay()
+    assert result == 42
+    assert device.calls == ["capture True {'capture_error_mode': 'thread_local'}", "replay"]
 
 
 # Steps that fail, and going on.
