@@ -14,7 +14,6 @@ after five epochs of warm-up, then a cosine; bfloat16, channels last. The last e
 import argparse
 import math
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +21,11 @@ import numpy as np
 import step_cost
 import torch
 import torch.nn.functional as F
-from gpu_parts import images, plan
-from gpu_parts.captures import Captured
+from gpu_parts import images, plan, tables
+from gpu_parts.captures import Captured, seconds_of
+from gpu_parts.folders import make_folder
 from gpu_parts.results import write_json
-from gpu_parts.training import WARM_UP, make_objective, share_of_rate
+from gpu_parts.training import RECIPE, WARM_UP, make_objective, share_of_rate
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -35,6 +35,8 @@ from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 from lightning_ssesam.models import CIFARResNet, SmallConvNet
 
 RATE = 0.1
+TIMED = {"ERM": "ERM::CE:0", "SAM": "SAM:0.1:CE:0", "ImbSAM": "ImbSAM:0.1:CE:0", "SSE-SAM stage 1": "SSE-SAM:0.1:CE:0"}
+"""Trainings whose updates are timed, for the cost of all others."""
 
 
 class Data:
@@ -137,15 +139,45 @@ class Training:
         """Return the stage of an epoch, counted from 0."""
         return 1 + sum(epoch >= round(share * self.run.epochs) for share in self.run.switches)
 
-    @torch.no_grad()
     def recall(self):
         """Return the recall of each class on the test set."""
-        self.net.eval()
-        chunks = self.data.test_images.split(2500)
-        predicted = torch.cat([self.logits(self.data.normalised(chunk)).argmax(1) for chunk in chunks])
-        self.net.train()
-        right, targets = predicted == self.data.test_targets, self.data.test_targets
+        right, targets = self.right(self.data.test_images, self.data.test_targets), self.data.test_targets
         return [round(right[targets == label].float().mean().item(), 5) for label in range(len(self.data.counts))]
+
+    @torch.no_grad()
+    def right(self, pixels, targets):
+        """Return for each image whether the network knows its class."""
+        self.net.eval()
+        logits = [self.logits(self.data.normalised(chunk)) for chunk in pixels.split(2500)]
+        self.net.train()
+        return torch.cat(logits).argmax(1) == targets
+
+    def result(self):
+        """Return the result, with what ``gpu_parts.tables.captured`` reads."""
+        data, targets = self.data, self.data.targets
+        right = self.right(data.padded[:, :, 4:-4, 4:-4], targets) & data.split.tail.to(targets.device)[targets]
+        method = f"{self.run.method} {'/'.join(f'{radius:g}' for radius in self.run.radii.values())}".rstrip()
+        train = {"right_tail_a_batch": round(right.double().mean().item() * data.batch, 5)}
+        known = {**plan.describe(self.run), "method": method, "stages": stages_of(self.run)}
+        return {**known, "recall": self.recall(), "train": train}
+
+
+def stages_of(run):
+    """Return of each stage the share of the training at which it ends, and its radii: head (None: no groups), tail."""
+    radius = run.radius or 0.0
+    last = {"SAM": [(None, radius)], "ImbSAM": [(0.0, radius)], "SSE-SAM": [(radius / 2, radius), (0.0, radius)]}
+    method, is_late = run.method.removeprefix("late "), run.method.startswith("late ")
+    radii = [(None, 0.0)] * (is_late or method == "ERM") + last.get(method, [])
+    return [[until, *pair] for until, pair in zip([*run.switches, 1.0], radii, strict=True)]
+
+
+def replayed_ms(make_training, name, epochs, number):
+    """Return the milliseconds of an update of each kind, which nothing else delays."""
+    found = {}
+    for kind, text in TIMED.items():
+        training = make_training(plan.parse_run(text, name, epochs))
+        found[kind] = round(1000 * training.captured.seconds(1, number), 3)
+    return found
 
 
 def train_all(trainings, epochs):
@@ -159,38 +191,54 @@ def train_all(trainings, epochs):
                 training.captured.replay(training.stage_at(epoch))
 
 
-def main():
-    """Make the trainings that are asked for, and write their table."""
+def parse_arguments():
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder or archive of the images")
-    parser.add_argument("--output", type=Path, default=Path("build/captured"), help="folder for the results")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--output", type=Path, help="folder (default: build/captured, or build/captured_tiny)")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs of each training (default: 60)")
     parser.add_argument("--runs", nargs="+", required=True, metavar="METHOD:RADIUS:LOSS:SEED")
     parser.add_argument("--tiny", action="store_true", help="a tiny network, to try the script")
     options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error(f"Expected argument `--epochs` to be at least 1, but got {options.epochs}.")
+    options.output = options.output or Path("build/captured_tiny" if options.tiny else "build/captured")
+    return options
+
+
+def main():
+    """Make the trainings that are asked for, and write their table."""
+    options = parse_arguments()
     ((name, place), *_) = images.find([options.images]).items()
     runs = [plan.parse_run(text, name, options.epochs) for text in options.runs]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_folder(options.output)
+    source, device = images.SOURCES[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     network = partial(SmallConvNet, in_channels=3, width=8) if options.tiny else partial(CIFARResNet, depth=32)
-    options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output) as folder:
         images.lay_out(name, place, Path(folder) / name)
-        data = Data(images.SOURCES[name], Path(folder) / name, batch=128, device=device)
-    trainings = [Training(run, data, network, device) for run in runs]
-    start = time.time()
-    train_all(trainings, options.epochs)
-    step_cost.synchronize()
-    seconds = round(time.time() - start, 1)
-    results = [{**plan.describe(training.run), "recall": training.recall()} for training in trainings]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    written = {"hardware": hardware, "seconds": seconds, "class_counts": data.counts, "runs": results}
+        data = Data(source, Path(folder) / name, batch=128, device=device)
+    make_training = partial(Training, data=data, network=network, device=device)
+    ms = replayed_ms(make_training, name, options.epochs, number=20 if device.type == "cuda" else 3)
+    trainings = [make_training(run) for run in runs]
+    seconds = seconds_of(partial(train_all, trainings, options.epochs))
+    written = {
+        "data": source.title,
+        "network": type(trainings[0].net).__name__,
+        "epochs": options.epochs,
+        "batch": data.batch,
+        "recipe": RECIPE,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": str(torch.__version__),
+        "tiny": options.tiny,
+        "class_counts": data.counts,
+        "tail_below": source.tail_below,
+        "replayed_ms": ms,
+        "seconds": round(seconds, 1),
+        "runs": [training.result() for training in trainings],
+    }
     write_json(options.output / f"captured_{options.epochs}_epochs.json", written)
-    print("| loss | method | radius | seed | all | head | tail |\n|---|---|---|---|---|---|---|")
-    for run, result in zip(runs, results, strict=True):
-        recall, tail = torch.tensor(result["recall"]), data.split.tail
-        cells = " | ".join(f"{100 * recall[group].mean():.1f}" for group in (tail | ~tail, ~tail, tail))
-        print(f"| {run.loss} | {run.method} | {run.radius or ''} | {run.seed} | {cells} |")
+    print(tables.captured({"captured/new.json": written}))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ It runs, one after the other:
 Each runs in a process of its own with a time limit. A crash, a hang or a lack of memory loses nothing else.
 
 The results are small JSON files. A result that exists is not made again, so the next call goes on where this one ended.
+Only one call at a time can use a folder. Results of ``--tiny`` have a folder of their own, and are never published.
 The folder ``logs`` has the outputs of the processes. Without ``--output``, the results go to ``benchmarks/results``,
 and their tables into the documentation. With it, nothing is written elsewhere, and this does both afterwards:
 
@@ -22,17 +23,18 @@ They are not part of the project. Without them, nothing is trained. docs/perform
 """
 
 import argparse
-import hashlib
+import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from gpu_parts import images, tables
 from gpu_parts.children import Child, Children
-from gpu_parts.folders import thrown_away
-from gpu_parts.results import COMMITTED, read_all, read_json, write_json
+from gpu_parts.folders import locked, thrown_away
+from gpu_parts.results import COMMITTED, fingerprint, read_all, read_json, write_json
 from gpu_parts.settings import NO_GPU, Settings
 from gpu_parts.timetable import NUMBERS, add_up, best_number
 
@@ -51,7 +53,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="time after which it has ended (default: 8)")
     parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="PATH", help="folders or archives")
-    parser.add_argument("--output", type=Path, help="folder for all files (default: build/gpu)")
+    parser.add_argument("--output", type=Path, help="folder for all files (default: build/gpu, or build/gpu_tiny)")
     parser.add_argument("--epochs", type=int, default=200, help="epochs of a training (default: 200)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
     parser.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: as many as are fastest)")
@@ -66,14 +68,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.device == "cpu" and not options.tiny:
         parser.error("Expected argument `--device` to be gpu, or cpu with `--tiny`, but got cpu without it.")
     return options
-
-
-def fingerprint() -> str:
-    """Return a text that changes with the project's code."""
-    found = hashlib.sha256()
-    for path in sorted((ROOT / "lightning_ssesam").rglob("*.py")):
-        found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def environment(scratch: Path) -> dict[str, str]:
@@ -112,14 +106,18 @@ class Call:
 
     def run(self, name: str, command: list[str]) -> None:
         """Run a process to its end, or to its time limit."""
-        until = min(time.time() + LIMITS[name], self.end - _END)
-        if until < time.time() + 1:
-            self.say(f"{name}: no time left")
-            return
-        status, end = self.children.run(name.replace("/", "_"), command, until)
-        if status == NO_GPU:
-            raise SystemExit("Expected a GPU that torch can use, but there is none (torch.cuda.is_available()).")
-        self.say(f"{name}: {end}")
+        if (until := self.limit(name)) is not None:
+            status, end = self.children.run(name.replace("/", "_"), command, until)
+            _check_gpu([status])
+            self.say(f"{name}: {end}")
+
+    def limit(self, name: str) -> float | None:
+        """Return the time at which a part has to end; None, and a line that says so, if there is no time left."""
+        until = min(time.time() + LIMITS.get(name, math.inf), self.end - _END)
+        if until > time.time() + 1:
+            return until
+        self.say(f"{name}: no time left")
+        return None
 
     def say(self, text: str) -> None:
         """Print a line, with the seconds that are left."""
@@ -136,62 +134,82 @@ class Call:
 
     def sharing(self) -> None:
         """Measure several processes at a time, once for a GPU."""
-        found = read_all(map(Path, self.settings.folders))
+        found = self.settings.found()
         measured, steps = found.get("sharing.json"), found.get("steps/ResNet-32.json")
         if measured and (steps is None or steps["hardware"] == measured["hardware"]):
             self.say("sharing: measured already")
             return
         folder, number = self.scratch / "sharing", 2 if self.settings.tiny else max(NUMBERS)
-        until = min(time.time() + LIMITS["sharing"], self.end - _END)
+        if (until := self.limit("sharing")) is None:
+            return
         command = self.command("sharing")
         processes = [self.children.start(f"sharing_{k}", [*command, str(k)]) for k in range(number)]
-        _wait_for([folder / f"ready_{k}" for k in range(number)], processes, until)
-        write_json(folder / "start", time.time() + 0.5)
+        end = _wait_for([folder / f"ready_{k}" for k in range(number)], processes, until)
         files = [folder / f"rates_{k}.json" for k in range(number)]
-        _wait_for(files, processes, until)
+        if end == "done":
+            write_json(folder / "start", time.time() + 0.5)
+            end = _wait_for(files, processes, until)
         for process in processes:
             process.kill()
-        if all(path.exists() for path in files):
+        if end == "done":
             write_json(Path(self.settings.output) / "sharing.json", add_up(files, read_json(folder / "ready_0")))
-        self.say("sharing: done" if all(path.exists() for path in files) else "sharing: failed")
+        self.say(f"sharing: {end}")
 
     def trainings(self, places: dict[str, Path], folder: Path) -> None:
         """Lay out the images in a folder, and train for the rest of the time."""
         for name, place in places.items():
-            target = folder / name
-            command = [sys.executable, "-m", "gpu_parts.images", name, str(place), str(target)]
-            status, end = self.children.run(f"images_{name}", command, self.end - _END)
-            self.say(f"images of {name}: {end}")
-            if status == 0:
-                self.settings.images[name] = str(target)
-        if not self.settings.images:
-            self.say("trainings: none, since there are no images (--images)")
+            if (until := self.limit(f"images of {name}")) is not None:
+                command = [sys.executable, "-m", "gpu_parts.images", name, str(place), str(folder / name)]
+                status, end = self.children.run(f"images_{name}", command, until)
+                self.say(f"images of {name}: {end}")
+                if status == 0:
+                    self.settings.images[name] = str(folder / name)
+        if (until := self.limit("trainings")) is None:
             return
-        self.settings.deadline = self.end - _END
+        if not self.settings.images:
+            reason = "the images could not be laid out (logs)" if places else "there are no images (--images)"
+            self.say(f"trainings: none, since {reason}")
+            return
+        self.settings.deadline = until
         self.settings.jobs = self.settings.jobs or best_number(self.settings)
         command, jobs = self.command("training"), self.settings.jobs
         workers = {k: self.children.start(f"training_{k}", command) for k in range(jobs)}
-        restarts = _RESTARTS * jobs
+        restarts, failed = _RESTARTS * jobs, 0
         while workers and time.time() < self.settings.deadline:
             time.sleep(0.2)
             for k, worker in list(workers.items()):
                 status = worker.process.poll()
+                _check_gpu([status])
                 if status is not None:
                     del workers[k]
-                    if status not in (0, NO_GPU) and restarts:
+                    if status != 0 and restarts:
                         restarts -= 1
                         self.say(f"trainings: process {k} failed (status {status}), and starts again")
                         workers[k] = self.children.start(f"training_{k}", command)
+                    else:
+                        failed += status != 0
         for worker in workers.values():
             worker.kill()
-        self.say(f"trainings: done, {jobs} at a time")
+        ended = f"{failed} of {jobs} processes failed (logs)" if failed else f"done, {jobs} at a time"
+        self.say(f"trainings: {ended}")
 
 
-def _wait_for(files: list[Path], processes: list[Child], until: float) -> None:
-    while time.time() < until and not all(path.exists() for path in files):
-        if any(process.process.poll() not in (None, 0) for process in processes):
-            return
+def _check_gpu(statuses: Iterable[int | None]) -> None:
+    if NO_GPU in statuses:
+        raise SystemExit("Expected a GPU that torch can use, but there is none (torch.cuda.is_available()).")
+
+
+def _wait_for(files: list[Path], processes: list[Child], until: float) -> str:
+    """Wait until all files are there, a process fails or the time is over. Return what has happened, in words."""
+    while not all(path.exists() for path in files):
+        statuses = [process.process.poll() for process in processes]
+        _check_gpu(statuses)
+        if failed := next(filter(None, statuses), None):
+            return f"failed (status {failed})"
+        if time.time() > until:
+            return "ended at its time limit"
         time.sleep(0.05)
+    return "done"
 
 
 def run(options: argparse.Namespace, places: dict[str, Path], output: Path) -> None:
@@ -199,7 +217,8 @@ def run(options: argparse.Namespace, places: dict[str, Path], output: Path) -> N
     end = time.time() + 60 * options.minutes
     folders = [str(output / "results")] if options.tiny else [str(COMMITTED), str(output / "results")]
     settings = Settings(str(output / "results"), "", folders)
-    settings.device, settings.tiny, settings.source = options.device, options.tiny, fingerprint()
+    settings.device, settings.tiny = options.device, options.tiny
+    settings.source = fingerprint(sorted((ROOT / "lightning_ssesam").rglob("*.py")), ROOT)
     settings.epochs, settings.seeds, settings.jobs = options.epochs, options.seeds, options.jobs
     with thrown_away(output) as (scratch, folder):
         settings.scratch = str(scratch)
@@ -213,29 +232,45 @@ def run(options: argparse.Namespace, places: dict[str, Path], output: Path) -> N
                 path.unlink()
 
 
+def check_results(output: Path, tiny: bool) -> None:
+    """Check that a folder does not have both results of ``--tiny`` and others.
+
+    Raises:
+        SystemExit: If it has the other kind.
+    """
+    found = read_all([output / "results"], tiny=True)
+    if other := [name for name, one in found.items() if bool(one.get("tiny")) != tiny]:
+        expected = "only results of `--tiny`" if tiny else "no results of `--tiny`"
+        got = f"{str(output)!r}, which has {other[0]}"
+        raise SystemExit(f"Expected argument `--output` to be a folder with {expected}, but got {got}.")
+
+
 def write_tables(options: argparse.Namespace, output: Path) -> None:
     """Write the tables, into the documentation unless a run has an output folder of its own."""
     in_place = options.write or (options.output is None and not options.tiny)
     if options.write and options.output is not None and not (output / "results").is_dir():
         raise SystemExit(f"No such folder: {str(output / 'results')!r}.")
     if in_place and (output / "results").is_dir():
-        shutil.copytree(output / "results", COMMITTED, dirs_exist_ok=True)
-    found = read_all([COMMITTED] if in_place else [COMMITTED, output / "results"])
+        check_results(output, tiny=False)
+        shutil.copytree(output / "results", COMMITTED, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.tmp"))
+    found = read_all([COMMITTED] if in_place else [COMMITTED, output / "results"], options.tiny)
     tables.write(found, ROOT / "docs", ROOT / "docs" if in_place else output / "docs")
 
 
 def main() -> None:
     """Run the parts, and write the tables."""
     options = parse_arguments()
-    output = (options.output or Path("build/gpu")).resolve()
+    output = (options.output or Path("build/gpu_tiny" if options.tiny else "build/gpu")).resolve()
     if options.write:
         write_tables(options, output)
         return
     places = images.find([path.resolve() for path in options.images])
-    try:
-        run(options, places, output)
-    finally:
-        write_tables(options, output)
+    with locked(output):
+        check_results(output, options.tiny)
+        try:
+            run(options, places, output)
+        finally:
+            write_tables(options, output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures how many images a second the loaders make: transforms of one image at a time, and ``in_memory=True``.
 
-    python benchmarks/loader.py                       # a minute on one core
+    python benchmarks/loader.py                       # half a minute on one core
     python benchmarks/loader.py --device cuda
 
 The images are noise of 32x32 pixels in the folders of ten classes. Each round makes every batch of an epoch with each

@@ -4,18 +4,20 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import wait_for
+from helpers import start_process, wait_for
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -23,17 +25,30 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import captured_table  # noqa: E402
 import gpu  # noqa: E402
-from gpu_parts import contenders, cuda_tests, folders, images, plan, sharing, steps, tables, timetable, training  # noqa: E402
+from gpu_parts import (  # noqa: E402
+    captures,
+    contenders,
+    cuda_tests,
+    folders,
+    images,
+    plan,
+    sharing,
+    steps,
+    tables,
+    timetable,
+    training,
+)
 from gpu_parts.captures import Captured  # noqa: E402
 from gpu_parts.children import Children  # noqa: E402
 from gpu_parts.plan import Run  # noqa: E402
-from gpu_parts.results import COMMITTED, read_all, read_json, write_json  # noqa: E402
+from gpu_parts.results import COMMITTED, fingerprint, read_all, read_json, write_json  # noqa: E402
 from gpu_parts.settings import Settings  # noqa: E402
 
-from lightning_ssesam import forward_state  # noqa: E402
 from lightning_ssesam.experiments.methods import METHODS  # noqa: E402
+from lightning_ssesam.models import SmallConvNet  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
+CPU = torch.device("cpu")
 
 
 def make_images(folder, train=(12, 9, 6, 4), test=3):
@@ -116,6 +131,24 @@ class TestDocumentation:
             " time: 1.",
             "| cross-entropy | ERM | | 1 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | | 25.0 | 10 |",
         ]
+
+    def test_empty_groups(self):
+        """A group without classes has no accuracy, in any table."""
+        run = Run("tiny100lt", "CE", "ERM", None, 0, 5)
+        for missing in ("head", "tail", "many"):
+            accuracy = {group: 0.25 for group in ("all", "head", "tail", "many", "medium", "few") if group != missing}
+            one = result_of(run, accuracy=accuracy, training_accuracy=accuracy)
+            cells = ["" if group == missing else " 25.0" for group in ("all", "head", "tail", "many", "medium", "few")]
+            cells.append("" if missing == "tail" else " 25.0")
+            assert f"| cross-entropy | ERM | | 1 |{' |'.join(cells)} | 10 |" in tables.trainings({run.path: one})
+        row = {"method": "ERM", "loss": "CE", "seed": 0, "recall": [0.5, 0.25], "stages": [[1.0, None, 0.0]]}
+        table = {"class_counts": [30, 10], "batch": 8, "replayed_ms": {"ERM": 2.0}, "device": "card", "torch": "2"}
+        for tail_below, right, cells in (
+            *((5, 0.0, "37.5 | 37.5 | | |"), (20, 1.0, "37.5 | 50.0 | 25.0 | 50.0 |")),
+            (50, 4.0, "37.5 | | 37.5 | 50.0 |"),
+        ):
+            one = {**table, "tail_below": tail_below, "runs": [{**row, "train": {"right_tail_a_batch": right}}]}
+            assert f"| cross-entropy | ERM | 1 | {cells} 1.0 |" in tables.captured({"captured/x.json": one})
 
     def test_search_says_what_was_found(self):
         runs = plan.search("tiny100lt", "CE", "ImbSAM", 200)
@@ -234,7 +267,11 @@ class TestPlan:
         assert plan.estimate(sam, known) == pytest.approx(120 + 10)
 
     @pytest.mark.parametrize(
-        "text", ["SAM::LA:0", "ERM:0.1:LA:0", "SAM:0.1:XX:0", "SAM:0.1:LA", "Sam:0.1:LA:0", "SAM:x:LA:0"]
+        "text",
+        [
+            *("SAM::LA:0", "ERM:0.1:LA:0", "SAM:0.1:XX:0", "SAM:0.1:LA", "Sam:0.1:LA:0", "SAM:x:LA:0", "ERM:0:LA:0"),
+            *("SAM:-1:LA:2", "SAM:0:LA:2", "SAM:nan:LA:2", "late SAM:inf:LA:2", "ERM::CE:-1", "ERM::LA:4294967296"),
+        ],
     )
     def test_bad_runs(self, text):
         with pytest.raises(SystemExit, match=f"Expected argument `--runs` to be METHOD.*but got '{text}'"):
@@ -288,25 +325,26 @@ class TestImages:
             images.find([tmp_path / name])
 
 
-class TestTraining:
-    def naive_recalls(self, model, folder):
-        """Return the recall of each class, from the files."""
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        recalls = []
-        for label, name in enumerate(sorted(os.listdir(folder))):
-            pixels = [np.array(Image.open(path)) for path in sorted((folder / name).iterdir())]
-            batch = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
-            with torch.no_grad():
-                recalls.append((model.eval().backbone(batch).argmax(1) == label).double().mean().item())
-        return recalls
+def naive_recalls(net, folder):
+    """Return the recall of each class, from the files."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    recalls = []
+    for label, name in enumerate(sorted(os.listdir(folder))):
+        pixels = [np.array(Image.open(path)) for path in sorted((folder / name).iterdir())]
+        batch = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
+        with torch.no_grad():
+            recalls.append((net.eval()(batch).argmax(1) == label).double().mean().item())
+    return recalls
 
+
+class TestTraining:
     def test_result_is_what_the_network_does(self, trains, monkeypatch, tmp_path):
         made = []
         make_model = training.make_model
         monkeypatch.setattr(training, "make_model", lambda *args: made.append(make_model(*args)) or made[-1])
         run = Run("tiny100lt", "LA", "late SSE-SAM", 0.1, 3, 20)
         result = training.train(run, trains, graphs=False)
-        recalls = self.naive_recalls(made[0], tmp_path / "tiny100lt" / "test")
+        recalls = naive_recalls(made[0].backbone, tmp_path / "tiny100lt" / "test")
         assert result["recall"] == pytest.approx(recalls, abs=1e-5)
         assert len(set(recalls)) > 1
         assert result["accuracy"]["all"] == pytest.approx(sum(recalls) / 4, abs=1e-5)
@@ -562,7 +600,7 @@ class TestSteps:
     def test_seconds_of_one_step(self, settings, monkeypatch, name):
         contender = contenders.makers("ResNet-32", "ERM", settings)[name]()
         times = iter([100.0, 108.0])
-        monkeypatch.setattr(contenders, "time", type("Time", (), {"perf_counter": staticmethod(lambda: next(times))}))
+        monkeypatch.setattr(captures, "time", type("Time", (), {"perf_counter": staticmethod(lambda: next(times))}))
         assert contender.steps(4) == 2.0
         contender.end()
 
@@ -706,35 +744,153 @@ class TestFolders:
     def test_a_slow_removal_goes_on_by_itself(self, tmp_path, monkeypatch):
         monkeypatch.setattr(folders, "_has_room", lambda folder: False)
         Path("slow").mkdir()
-        Path("slow/rm").write_text("#!/bin/sh\nsleep 1\ntouch removed\n")
+        Path("slow/rm").write_text("#!/bin/sh\nsleep 0.3\ntouch removed\n")
         Path("slow/rm").chmod(0o755)
-        with folders.thrown_away(tmp_path / "out", seconds=0.1):
+        with folders.thrown_away(tmp_path / "out", seconds=0.05):
             monkeypatch.setenv("PATH", "slow", prepend=os.pathsep)
         assert not Path("removed").exists()
         wait_for(lambda: Path("removed").exists())
 
 
+def run_script(options):
+    """Run the script. Its trainings begin in a copy of this process, which has imported what they need."""
+
+    def start(command, preexec_fn=None, env=None, **options):
+        def train():
+            preexec_fn()
+            # Among them is the pipe that tells the parent that the program has begun.
+            os.closerange(3, 1000)
+            sys.argv = ["training", *command[3:]]
+            try:
+                training.main()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+
+        return popen(command, env=env, preexec_fn=train if "gpu_parts.training" in command else preexec_fn, **options)
+
+    popen, subprocess.Popen = subprocess.Popen, start
+    sys.argv = ["gpu.py", *options.split()]
+    gpu.main()
+
+
 class TestScript:
-    def test_stopped_in_the_middle_and_called_again(self, tmp_path):
+    OPTIONS = "--minutes 1 --device cpu --tiny --epochs 2 --seeds 1 --parts trainings --output out --images tiny100lt"
+
+    def test_stopped_in_the_middle_and_called_again(self, tmp_path, monkeypatch):
         """A run that SIGTERM ends leaves whole results, the tables, and nothing else; the next call goes on."""
         make_images(tmp_path / "tiny100lt")
-        options = (
-            "--minutes 1 --device cpu --tiny --epochs 2 --seeds 1 --parts trainings --output out --images tiny100lt"
-        )
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options.split()]
-        script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        script = start_process(run_script, self.OPTIONS)
         results = tmp_path / "out" / "results"
         wait_for(lambda: len(list(results.rglob("*.json"))) > 4, seconds=60)
+        # Meanwhile no other call uses the folder, nor touches what this one is writing.
+        (results / "half.json.1.tmp").touch()
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *self.OPTIONS.split()])
+        with pytest.raises(SystemExit, match=r"Another call is at work in .*out'. Wait until it has ended, or choose"):
+            gpu.main()
+        assert (results / "half.json.1.tmp").exists()
         made = [Path("out", f".ssesam_gpu_{script.pid}"), folders.MEMORY / f".ssesam_gpu_{script.pid}"]
         assert any((path / name / "train").is_dir() for path in made for name in ("tiny100lt", "images/tiny100lt"))
         script.terminate()
-        assert script.wait(3) == 128 + signal.SIGTERM
+        script.join(3)
+        assert script.exitcode == 128 + signal.SIGTERM
         assert not any(path.exists() for path in made)
-        assert sorted(os.listdir("out")) == ["docs", "logs", "results"]
-        found = read_all([results])
+        assert sorted({*os.listdir("out")} - {".lock"}) == ["docs", "logs", "results"]
+        found = read_all([results], tiny=True)
         assert len(found) == len([path for path in results.rglob("*") if path.is_file()]) > 4
         assert all(result["recall"] for result in found.values())
+        assert all(result["tiny"] for result in found.values())
         assert "| logit adjustment | ERM |" in Path("out/docs/results.md").read_text()
+        # The lock is free. Nothing is made again, whose mark says that it is here.
+        first = next(iter(found))
+        write_json(results / first, {**found[first], "marked": True})
+        monkeypatch.setattr(gpu.Call, "trainings", lambda call, *_: begun.append(next_of(call.settings)))
+        begun, next_of = [], lambda settings: first in settings.found()
+        gpu.main()
+        assert begun == [True]
+        assert read_json(results / first)["marked"]
+
+    def test_tiny_results_are_not_published(self, monkeypatch, tmp_path):
+        """Neither by ``--write``, nor by the next real call; and a reader that meets one leaves it out."""
+        monkeypatch.setattr(gpu, "COMMITTED", tmp_path / "committed")
+        monkeypatch.setattr(gpu, "run", lambda options, places, output: folders_used.append(output))
+        monkeypatch.setattr(gpu, "write_tables", lambda options, output: None)
+        folders_used = []
+        for words in ([], ["--tiny"]):
+            monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+            gpu.main()
+        assert folders_used == [tmp_path / "build/gpu", tmp_path / "build/gpu_tiny"]
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(gpu, "COMMITTED", tmp_path / "committed")
+        monkeypatch.setattr(gpu, "run", lambda *args: pytest.fail("it began"))
+        monkeypatch.setattr(tables, "write", lambda *args: pytest.fail("it wrote"))
+        for is_tiny, refused in ((True, ["--write", "", "--write --tiny"]), (False, ["--tiny"])):
+            write_json(Path("out/results/sharing.json"), {"rates": {}, "tiny": is_tiny})
+            for words in refused:
+                monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", "out", *words.split()])
+                expected = "no results of `--tiny`" if is_tiny else "only results of `--tiny`"
+                with pytest.raises(SystemExit, match=f"to be a folder with {expected}, but got .*which has sharing.js"):
+                    gpu.main()
+            assert not Path("committed").exists()
+        write_json(Path("out/results/sharing.json"), {"rates": {}, "tiny": True})
+        assert read_all([Path("out/results")]) == {}
+        assert list(read_all([Path("out/results")], tiny=True)) == ["sharing.json"]
+
+    def test_unfinished_files_are_not_published(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(gpu, "COMMITTED", tmp_path / "committed")
+        monkeypatch.setattr(tables, "write", lambda *args: None)
+        write_json(Path("out/results/a/b.json"), {"x": 1})
+        Path("out/results/a/c.json.17.tmp").touch()
+        gpu.write_tables(gpu.parse_arguments(["--write", "--output", "out"]), Path("out"))
+        assert [path.name for path in Path("committed").rglob("*") if path.is_file()] == ["b.json"]
+
+    def test_an_output_that_is_a_file(self, monkeypatch):
+        Path("out").touch()
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", "out"])
+        with pytest.raises(SystemExit, match=r"`--output` to be a folder that can be written to \(.*, but got '.*out'"):
+            gpu.main()
+
+    @pytest.mark.parametrize("part", ["tests", "steps", "sharing", "trainings"])
+    def test_no_gpu_ends_every_part(self, trains, part, monkeypatch, capsys):
+        with Children(Path("logs"), Path(), dict(os.environ)) as children:
+            call = gpu.Call(trains, children, time.time() + 60)
+            monkeypatch.setattr(call, "command", lambda *_: [sys.executable, "-S", "-c", "raise SystemExit(78)"])
+            with pytest.raises(SystemExit, match="Expected a GPU that torch can use, but there is none"):
+                getattr(call, part)(*([{}, Path()] if part == "trainings" else []))
+        assert "done" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("part", ["tests", "steps", "sharing", "trainings"])
+    def test_no_time_left(self, trains, part, monkeypatch, capsys):
+        monkeypatch.setattr(gpu, "NETWORKS", ("ResNet-32",))
+        call = gpu.Call(trains, None, time.time() + gpu._END)
+        getattr(call, part)(*([{"tiny100lt": Path()}, Path()] if part == "trainings" else []))
+        said = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
+        names = {"steps": ["ResNet-32"], "trainings": ["images of tiny100lt", "trainings"]}.get(part, [part])
+        assert said == [f"{name}: no time left" for name in names]
+
+    @pytest.mark.parametrize(
+        ("code", "end"), [("import time; time.sleep(60)", "ended at its time limit"), ("1 / 0", "failed (status 1)")]
+    )
+    def test_how_sharing_ends(self, settings, code, end, monkeypatch, capsys):
+        with Children(Path("logs"), Path(), dict(os.environ)) as children:
+            call = gpu.Call(settings, children, time.time() + 60)
+            monkeypatch.setattr(call, "limit", lambda name: time.time() + (0.2 if code.startswith("import") else 30))
+            monkeypatch.setattr(call, "command", lambda *_: [sys.executable, "-S", "-c", code])
+            call.sharing()
+        assert capsys.readouterr().out.endswith(f"] sharing: {end}\n")
+        assert not Path(settings.output, "sharing.json").exists()
+
+    def test_images_that_cannot_be_laid_out(self, settings, tmp_path, capsys):
+        with Children(Path("logs"), Path(), gpu.environment(tmp_path)) as children:
+            call = gpu.Call(settings, children, time.time() + 60)
+            call.trainings({"tiny100lt": tmp_path / "missing"}, tmp_path)
+            call.trainings({}, tmp_path)
+        said = capsys.readouterr().out
+        assert "images of tiny100lt: failed (status 1)" in said
+        assert "trainings: none, since the images could not be laid out (logs)\n" in said
+        assert said.endswith("trainings: none, since there are no images (--images)\n")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -766,31 +922,25 @@ class TestScript:
             assert Path(found[name]).parent == tmp_path
             assert Path(found[name]).is_dir()
 
-    def test_fingerprint_changes_with_the_code(self, monkeypatch, tmp_path):
-        (tmp_path / "lightning_ssesam").mkdir()
-        (tmp_path / "lightning_ssesam" / "a.py").write_text("1")
-        monkeypatch.setattr(gpu, "ROOT", tmp_path)
-        first = gpu.fingerprint()
-        assert gpu.fingerprint() == first
-        (tmp_path / "lightning_ssesam" / "a.py").write_text("2")
-        assert gpu.fingerprint() != first
+    def test_fingerprint_changes_with_the_code(self, tmp_path):
+        (tmp_path / "a.py").write_text("1")
+        first = fingerprint([tmp_path / "a.py"], tmp_path)
+        assert fingerprint([tmp_path / "a.py"], tmp_path) == first
+        assert fingerprint([tmp_path / "a.py"], tmp_path.parent) != first
+        (tmp_path / "a.py").write_text("2")
+        assert fingerprint([tmp_path / "a.py"], tmp_path) != first
 
-    def test_crashed_processes_start_again_a_few_times(self, trains, monkeypatch, tmp_path):
+    def test_crashed_processes_start_again_a_few_times(self, trains, monkeypatch, tmp_path, capsys):
         call = gpu.Call(trains, Children(Path("logs"), Path(), dict(os.environ)), time.time() + 60)
         monkeypatch.setattr(gpu.images, "SOURCES", {})
         monkeypatch.setattr(gpu, "_RESTARTS", 2)
-        (Path("logs")).mkdir()
+        monkeypatch.setattr(gpu.time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 10))
         monkeypatch.setattr(
             call, "command", lambda part: [sys.executable, "-S", "-c", "print('begun'); raise SystemExit(1)"]
         )
         call.trainings({}, tmp_path)
         assert Path("logs/training_0.txt").read_text() == "begun\n" * 3
-
-    def test_no_gpu_ends_the_call(self, settings):
-        with Children(Path("logs"), Path(), dict(os.environ)) as children:
-            call = gpu.Call(settings, children, time.time() + 60)
-            with pytest.raises(SystemExit, match="Expected a GPU that torch can use, but there is none"):
-                call.run("tests", [sys.executable, "-S", "-c", "raise SystemExit(78)"])
+        assert capsys.readouterr().out.endswith("trainings: 1 of 1 processes failed (logs)\n")
 
     def test_a_part_without_a_gpu_says_so(self, settings, monkeypatch):
         settings.device = "gpu"
@@ -805,6 +955,41 @@ class TestScript:
         for name, text in {"test_a": "needs a GPU", "test_cuda": "needs a GPU", "test_b": "no"}.items():
             Path(f"{name}.py").write_text(text)
         assert [path.name for path in cuda_tests.files(Path())] == ["test_cuda.py", "test_a.py"]
+
+    def test_tests_that_have_passed_are_not_run_again(self, settings, monkeypatch, tmp_path):
+        """They are if code, versions, card or the tests themselves have changed, or if one has failed."""
+        (tmp_path / "tests").mkdir()
+        test = tmp_path / "tests" / "test_cuda.py"
+        test.write_text("# needs a GPU")
+        monkeypatch.setattr(cuda_tests, "ROOT", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["x", str(settings.write())])
+        ran, outcome = [], {"failed": 0, "status": 0}
+
+        def run(options):
+            failure = "<testcase name='b'><failure/></testcase>" * outcome["failed"]
+            (Path(settings.scratch) / "tests.xml").write_text(f"<a><testcase name='a'/>{failure}</a>")
+            ran.append(options[-1])
+            return outcome["status"]
+
+        def call(failed=0, status=0):
+            outcome.update(failed=failed, status=status)
+            before = len(ran)
+            with contextlib.suppress(SystemExit):
+                cuda_tests.main()
+            return len(ran) - before
+
+        monkeypatch.setattr(cuda_tests.pytest, "main", run)
+        path = Path(settings.output) / "tests.json"
+        assert (call(status=2), path.exists()) == (1, False)
+        assert [call(failed=1, status=1), call(), call()] == [1, 1, 0]
+        assert ran[-1] == str(test)
+        made = read_json(path)
+        assert (made["passed"], made["failed"], made["tiny"]) == (1, 0, True)
+        for changes in ({"source": "x"}, {"torch": "1"}, {"hardware": "card"}, {"failed": 1}, {"passed": 0}):
+            write_json(path, {**made, **changes})
+            assert [call(), call()] == [1, 0]
+        test.write_text("# needs a GPU, and has changed")
+        assert [call(), call()] == [1, 0]
 
     def test_counts_of_tests(self):
         cases = '<testcase name="a"/><testcase name="b"><failure/></testcase><testcase name="c"><skipped/></testcase>'
@@ -832,7 +1017,6 @@ class TestCapturedTable:
     @pytest.mark.usefixtures("float64")
     def test_training_against_a_plain_one(self, data):
         """SAM in the last fifth, by hand: crops, flips, logit adjustment, perturbation, learning rates, momentum."""
-        from lightning_ssesam.models import SmallConvNet
 
         def network(classes):
             return SmallConvNet(classes, in_channels=3, width=8, norm="batch")
@@ -872,26 +1056,85 @@ class TestCapturedTable:
         assert [made.stage_at(epoch) for epoch in range(10)] == [1] * 8 + [2, 3]
 
     def test_script(self, data, monkeypatch, capsys):
-        options = "--images tiny100lt --output out --epochs 3 --tiny --runs ERM::CE:0 SSE-SAM:0.1:LA:1"
-        monkeypatch.setattr(sys, "argv", ["captured_table.py", *options.split()])
+        options = "--images tiny100lt --output out --epochs 3 --tiny --runs ERM::CE:0"
+        words = [*options.split(), "SSE-SAM:0.1:LA:1", "SSE-SAM:0.05:LA:1"]
+        monkeypatch.setattr(sys, "argv", ["captured_table.py", *words])
         captured_table.main()
         result = read_json(Path("out/captured_3_epochs.json"))
-        assert [(run["method"], run["seed"]) for run in result["runs"]] == [("ERM", 0), ("SSE-SAM", 1)]
-        rows = capsys.readouterr().out.splitlines()[2:]
-        for row, run in zip(rows, result["runs"], strict=True):
+        runs = [(run["method"], run["seed"]) for run in result["runs"]]
+        assert runs == [("ERM", 0), ("SSE-SAM 0.05/0.1", 1), ("SSE-SAM 0.025/0.05", 1)]
+        # The file has all that the table of the documentation needs.
+        printed = capsys.readouterr().out.rstrip()
+        assert tables.captured({"captured/x.json": result}) == printed
+        rows = [row for row in printed.splitlines() if row.startswith(("| logit", "| cross"))]
+        ms = result["replayed_ms"]
+        costs = [1.0, *[(0.7 * ms["SSE-SAM stage 1"] + 0.3 * ms["ImbSAM"]) / ms["ERM"]] * 2]
+        in_order = [result["runs"][k] for k in (2, 1, 0)]
+        for row, run, cost in zip(rows, in_order, costs[::-1], strict=True):
             recall = 100 * np.array(run["recall"])
-            assert row.endswith(f"| {recall.mean():.1f} | {recall[:2].mean():.1f} | {recall[2:].mean():.1f} |")
+            groups = f"| 1 | {recall.mean():.1f} | {recall[:2].mean():.1f} | {recall[2:].mean():.1f} |"
+            # Ten of the 31 images are in the tail.
+            fitted = f"{100 * run['train']['right_tail_a_batch'] / (31 * 10 / 31):.1f}"
+            assert row.endswith(f"| {run['method']} {groups} {fitted} | {cost:.1f} |")
         assert os.listdir("out") == ["captured_3_epochs.json"]
+        # It is no result of a real network.
+        assert read_all([Path("out")]) == {}
 
-    def test_the_random_state_is_left_alone_only_in_a_capture(self, monkeypatch):
-        from gpu_parts import captures
+    def test_images_of_the_tail_that_are_known(self, data, tmp_path):
+        """The share of a batch, from the files."""
+        made = captured_table.Training(
+            Run("tiny100lt", "LA", "SAM", 0.1, 0, 12), data, lambda n: SmallConvNet(n, in_channels=3, width=8), CPU
+        )
+        with torch.no_grad():
+            pixels = data.normalised(data.padded[:, :, 4:-4, 4:-4])
+            # An untrained network takes all images for one class, but for this.
+            made.net.classifier.weight.normal_().neg_()
+            made.net.classifier.bias.sub_(made.net.eval()(pixels).mean(0))
+        recalls = naive_recalls(made.net, tmp_path / "tiny100lt" / "train")
+        expected = 8 * (6 * recalls[2] + 4 * recalls[3]) / 31
+        assert made.result()["train"]["right_tail_a_batch"] == pytest.approx(expected, abs=1e-5)
+        assert 0 < expected < 8 * 10 / 31
 
-        before = forward_state.torch_random_state, forward_state.set_torch_random_state
-        with captures._WithoutRandomState():
-            assert forward_state.torch_random_state(torch.device("cpu")) == []
-        assert (forward_state.torch_random_state, forward_state.set_torch_random_state) == before
+    def test_stages_are_those_of_the_committed_table(self):
+        committed = json.loads((COMMITTED / "captured" / "cifar10lt_61_epochs.json").read_text())
+        stages = {run["method"]: run["stages"] for run in committed["runs"]}
+        compared = 0
+        for method, radius in itertools.product((*plan.MAIN, *plan.LATE), (None, 0.05, 0.1, 0.2)):
+            if (radius is None) == (method == "ERM"):
+                run = Run("cifar10lt", "LA", method, radius, 0, 61)
+                label = f"{method} {'/'.join(f'{value:g}' for value in run.radii.values())}".strip()
+                if label in stages:
+                    assert captured_table.stages_of(run) == stages[label]
+                    compared += 1
+        assert compared >= 6
+        late = captured_table.stages_of(Run("cifar10lt", "LA", "late SSE-SAM", 0.2, 0, 61))
+        assert late == [[0.8, None, 0.0], [0.9, 0.1, 0.2], [1.0, 0.0, 0.2]]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--epochs 0 --runs ERM::CE:0", "Expected argument `--epochs` to be at least 1, but got 0."),
+            ("--epochs -3 --runs ERM::CE:0", "Expected argument `--epochs` to be at least 1, but got -3."),
+            ("--runs SAM:-1:LA:2", "Expected argument `--runs` to be METHOD.*finite radius > 0.*got 'SAM:-1:LA:2'"),
+            ("--runs ERM::CE:0 --output tiny100lt/train/file", "Expected argument `--output` to be a folder that can"),
+        ],
+    )
+    def test_bad_arguments(self, data, options, message, monkeypatch, capsys):
+        Path("tiny100lt/train/file").touch()
+        monkeypatch.setattr(sys, "argv", ["captured_table.py", "--images", "tiny100lt", "--tiny", *options.split()])
+        with pytest.raises(SystemExit) as error:
+            captured_table.main()
+        assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+        assert not Path("build").exists()
+
+    def test_a_tiny_table_has_a_folder_of_its_own(self, monkeypatch):
+        for words, folder in (([], "build/captured"), (["--tiny"], "build/captured_tiny")):
+            monkeypatch.setattr(sys, "argv", ["x", "--images", "a", "--runs", "ERM::CE:0", *words])
+            assert captured_table.parse_arguments().output == Path(folder)
+
+    def test_on_a_cpu_functions_are_called(self):
         calls = []
-        captured = Captured(torch.device("cpu"))
+        captured = Captured(CPU)
         captured.add("key", lambda: calls.append(1))
         assert calls == []
         captured.replay("key")

@@ -1,14 +1,23 @@
 """Functions that a CUDA graph replays, on a stream of their own. On a CPU they are called."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import step_cost
 import torch
 
-from lightning_ssesam import forward_state
-
 _WARM_UP = 3
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Return the seconds until all work of a function is done."""
+    step_cost.synchronize()
+    start = time.perf_counter()
+    function()
+    step_cost.synchronize()
+    return time.perf_counter() - start
 
 
 class Captured:
@@ -36,30 +45,21 @@ class Captured:
             self.functions[key] = function
             return
         torch.cuda.synchronize()
-        with _WithoutRandomState():
-            with torch.cuda.stream(self.stream):
-                for _ in range(_WARM_UP):
-                    function()
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.stream(self.stream):
+            for _ in range(_WARM_UP):
                 function()
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            function()
         self.pool = self.pool or graph.pool()
         self.functions[key] = graph.replay
+
+    def seconds(self, key: Any, number: int) -> float:
+        """Make the work of a function so many times. Return the seconds of one."""
+        return seconds_of(lambda: [self.replay(key) for _ in range(number)]) / number
 
     def replay(self, key: Any) -> None:
         """Make the work of a function."""
         with self.on_stream():
             self.functions[key]()
-
-
-class _WithoutRandomState:
-    """Keeps the engine from reading the state of the GPU's generator, which a capture forbids."""
-
-    def __enter__(self) -> None:
-        self.kept = forward_state.torch_random_state, forward_state.set_torch_random_state
-        forward_state.torch_random_state = lambda device: []
-        forward_state.set_torch_random_state = lambda states, device: None
-
-    def __exit__(self, *error: object) -> None:
-        forward_state.torch_random_state, forward_state.set_torch_random_state = self.kept

@@ -38,13 +38,6 @@ class Child:
                 preexec_fn=_die_with_parent,
             )
 
-    def wait(self, until: float) -> int | None:
-        """Return the exit status; None if the process is still running at a time of ``time.time()``."""
-        try:
-            return self.process.wait(max(0.0, until - time.time()))
-        except subprocess.TimeoutExpired:
-            return None
-
     def kill(self) -> None:
         """End the process and its group, also if it has ended. Lightning catches SIGTERM, so it takes SIGKILL."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -82,8 +75,9 @@ class Children:
         Returns:
             Its exit status, None if it was ended; and what became of it, in words.
         """
-        start, child = time.time(), self.start(name, command)
-        status = child.wait(until)
+        start, child, status = time.time(), self.start(name, command), None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = child.process.wait(max(0.0, until - start))
         child.kill()
         end = "ended at its time limit" if status is None else "done" if status == 0 else f"failed (status {status})"
         return status, f"{end} after {time.time() - start:.0f} s"

@@ -3,7 +3,6 @@
 import gc
 import random
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_parts.captures import Captured
+from gpu_parts.captures import Captured, seconds_of
 from gpu_parts.settings import Settings
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, Objective
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
@@ -66,14 +65,14 @@ class Contender(step_cost.Contender):
 
     def steps(self, number: int) -> float:
         """Make some steps. Return the seconds of one. The host may run ahead of the GPU."""
-        step_cost.synchronize()
-        start = time.perf_counter()
-        for _ in range(number):
-            self.turns.go.release()
-        for _ in range(number):
-            self._wait()
-        step_cost.synchronize()
-        return (time.perf_counter() - start) / number
+
+        def make() -> None:
+            for _ in range(number):
+                self.turns.go.release()
+            for _ in range(number):
+                self._wait()
+
+        return seconds_of(make) / number
 
 
 class Engine:
@@ -101,12 +100,7 @@ class Engine:
 
     def steps(self, number: int) -> float:
         """Make some steps. Return the seconds of one."""
-        step_cost.synchronize()
-        start = time.perf_counter()
-        for _ in range(number):
-            self.captured.replay("step")
-        step_cost.synchronize()
-        return (time.perf_counter() - start) / number
+        return self.captured.seconds("step", number)
 
     def end(self) -> None:
         """Nothing is left to end."""

@@ -4,14 +4,54 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 # File systems in memory, where they are usual. Tens of thousands of small files take minutes on some disks.
 MEMORY = Path("/dev/shm")
 _NAME = ".ssesam_gpu_"
 # Bytes that must be free there.
 _ROOM = 400 * 2**20
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        SystemExit: If files cannot be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        expected = f"a folder that can be written to ({error.strerror})"
+        raise SystemExit(f"Expected argument `--output` to be {expected}, but got {str(folder)!r}.") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder for results, and keep other calls out. The system frees the lock of a process that is killed.
+
+    Raises:
+        SystemExit: If another call has the folder, or if files cannot be written there.
+    """
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        # A file system without locks has none.
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        ways = "Wait until it has ended, or choose another `--output`"
+        raise SystemExit(f"Another call is at work in {str(folder)!r}. {ways}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """Which trainings ``benchmarks/gpu.py`` makes, in which order, and how long each one takes."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gpu_parts.images import SOURCES
-from gpu_parts.results import read_all
 
 Found = Mapping[str, Any]
 """Results by path, as :func:`gpu_parts.results.read_all` returns them."""
@@ -15,7 +14,7 @@ LOSSES = {"LA": "logit adjustment", "CE": "cross-entropy"}
 SEARCHED = ("SAM", "ImbSAM", "SSE-SAM")
 MAIN = ("ERM", *SEARCHED)
 LATE = tuple(f"late {method}" for method in SEARCHED)
-FAMILY = (*("ASAM", "FriendlySAM", "GSAM", "WSAM", "PGN", "LESAM", "FocalSAM", "CCSAM", "MomentumSAM", "RandomSAM"),)
+FAMILY = ("ASAM", "FriendlySAM", "GSAM", "WSAM", "PGN", "LESAM", "FocalSAM", "CCSAM", "MomentumSAM", "RandomSAM")
 """The other methods, with the radii that their objectives have by default."""
 
 GRID = (0.05, 0.1, 0.2)
@@ -101,12 +100,17 @@ def parse_run(text: str, data: str, epochs: int) -> Run:
     """
     try:
         method, radius, loss, seed = text.split(":")
-        if method not in (*MAIN, *LATE) or loss not in LOSSES or (radius == "") != (method == "ERM"):
+        run = Run(data, loss, method, float(radius) if radius else None, int(seed), epochs)
+        is_radius = method == "ERM" if run.radius is None else method != "ERM" and 0 < run.radius < math.inf
+        if method not in (*MAIN, *LATE) or loss not in LOSSES or not is_radius or not 0 <= run.seed < 2**32:
             raise ValueError
-        return Run(data, loss, method, float(radius) if radius else None, int(seed), epochs)
+        return run
     except ValueError:
         known = ", ".join((*MAIN, *LATE))
-        expected = f"METHOD:RADIUS:LOSS:SEED, with a method of {known}, no radius for ERM, and the loss LA or CE"
+        expected = (
+            f"METHOD:RADIUS:LOSS:SEED, with a method of {known}, a finite radius > 0 (none for ERM), the loss LA or CE,"
+            " and a seed from 0 to 2**32 - 1"
+        )
         raise SystemExit(f"Expected argument `--runs` to be {expected}, but got {text!r}.") from None
 
 
@@ -167,8 +171,3 @@ def estimate(run: Run, measured: list[dict[str, Any]]) -> float:
 def describe(run: Run) -> dict[str, Any]:
     """Return the entries of a result that are known before the training."""
     return {**asdict(run), "radii": run.radii, "switches": run.switches, "updates": run.updates, "cost": run.cost}
-
-
-def known(folders: list[str]) -> Found:
-    """Return all results in these folders."""
-    return read_all(map(Path, folders))

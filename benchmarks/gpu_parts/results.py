@@ -1,5 +1,6 @@
 """The results that ``benchmarks/gpu.py`` keeps: small JSON files, each written in one go."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -26,11 +27,25 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_all(folders: Iterable[Path]) -> dict[str, Any]:
-    """Return all results by their path in a folder, sorted. Those of later folders replace those of earlier ones."""
+def read_all(folders: Iterable[Path], tiny: bool = False) -> dict[str, Any]:
+    """Return all results by their path in a folder, sorted. Those of later folders replace those of earlier ones.
+
+    Args:
+        folders: Folders with results.
+        tiny: Whether to return those of ``--tiny``, too.
+    """
     found = {}
     for folder in folders:
         for path in folder.rglob("*.json"):
-            if (value := read_json(path)) is not None:
+            value = read_json(path)
+            if isinstance(value, dict) and (tiny or not value.get("tiny")):
                 found[path.relative_to(folder).as_posix()] = value
     return dict(sorted(found.items()))
+
+
+def fingerprint(paths: Iterable[Path], root: Path) -> str:
+    """Return a text that changes with the content of files, or with their places in a folder."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:12]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.results import read_json, write_json
+from gpu_parts.results import read_all, read_json, write_json
 
 NO_GPU = 78
 """Exit status of a part that needs a GPU and finds none."""
@@ -53,6 +53,10 @@ class Settings:
         """Precision of the Trainer."""
         return "bf16-mixed" if self.on_gpu else "32-true"
 
+    def found(self) -> dict[str, Any]:
+        """Return the results of all folders by path."""
+        return read_all(map(Path, self.folders), self.tiny)
+
     def write(self) -> Path:
         """Write the settings into the scratch folder, and return the file."""
         path = Path(self.scratch) / "settings.json"
@@ -96,4 +100,18 @@ def about(settings: Settings) -> dict[str, Any]:
         "lightning": lightning.__version__,
         "version": lightning_ssesam.__version__,
         "source": settings.source,
+        "tiny": settings.tiny,
     }
+
+
+def measured(path: str, settings: Settings, **further: Any) -> list[dict[str, Any]]:
+    """Return the results with a path that were made with the same code, versions and hardware.
+
+    Args:
+        path: Path of the result in a folder.
+        settings: Settings of the call.
+        further: Entries that have to be the same, too.
+    """
+    same = {**about(settings), **further}
+    found = [read_json(Path(folder) / path) for folder in settings.folders]
+    return [one for one in found if one and all(one.get(name) == value for name, value in same.items())]

@@ -13,16 +13,11 @@ from typing_extensions import override
 
 from gpu_parts import contenders
 from gpu_parts.contenders import OBJECTIVES, Ours
-from gpu_parts.results import read_json, write_json
-from gpu_parts.settings import Settings, about, settings_of_child
+from gpu_parts.results import write_json
+from gpu_parts.settings import Settings, about, measured, settings_of_child
 
 STEPS = 50
 """Steps after which weights are compared."""
-
-
-def path_of(network: str, settings: Settings) -> Path:
-    """Return the file of a network's results."""
-    return Path(settings.output) / "steps" / f"{network.replace('/', '_')}.json"
 
 
 class Watch(Callback):
@@ -120,15 +115,14 @@ def main() -> None:
     settings, (network,) = settings_of_child()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    path, key = path_of(network, settings), about(settings)
-    for folder in settings.folders:
-        done = read_json(path_of(network, Settings(output=folder, scratch="", folders=[])))
-        if done and done["is_whole"] and all(done[name] == value for name, value in key.items()):
-            print("measured already", flush=True)
-            return
+    name = f"steps/{network.replace('/', '_')}.json"
+    if any(one["is_whole"] for one in measured(name, settings)):
+        print("measured already", flush=True)
+        return
+    path = Path(settings.output) / name
     given = contenders.options_of(network, settings)
     shape = {"batch": given.batch_size, "image_size": given.image_size, "precision": settings.precision}
-    result: dict[str, Any] = {"network": network, **shape, **key, "is_whole": False, "methods": {}}
+    result: dict[str, Any] = {"network": network, **shape, **about(settings), "is_whole": False, "methods": {}}
     number = 2 if settings.tiny else 4 if given.image_size > 64 else 8
     for method in OBJECTIVES:
         result["methods"][method] = contenders.race(contenders.makers(network, method, settings), settings, number)

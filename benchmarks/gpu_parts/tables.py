@@ -66,16 +66,16 @@ def where(results: Iterable[Mapping[str, Any]]) -> str:
 def trainings(found: Found) -> str:
     """Return the tables of the trainings through the Trainer."""
     runs = [one for one in found.values() if "radii" in one]
-    kinds = {(run["data"], run["epochs"]) for run in runs if not run["is_search"]}
-    searched = {(run["data"], run["epochs"]) for run in runs if run["is_search"]}
-    order = list(SOURCES)
-    blocks = [_accuracies(runs, *kind) for kind in sorted(kinds, key=lambda k: (order.index(k[0]), -k[1]))]
-    blocks += [_search(runs, *kind) for kind in sorted(searched, key=lambda k: (order.index(k[0]), -k[1]))]
+    kinds = sorted({(run["is_search"], list(SOURCES).index(run["data"]), -run["epochs"]) for run in runs})
+    blocks = []
+    for is_search, place, epochs in kinds:
+        kind = list(SOURCES)[place], -epochs
+        chosen = [run for run in runs if (run["data"], run["epochs"], run["is_search"]) == (*kind, is_search)]
+        blocks.append((_search if is_search else _accuracies)(chosen, *kind))
     return "\n\n".join(blocks) or "No training through the Trainer has been made yet."
 
 
-def _accuracies(runs: list[dict[str, Any]], data: str, epochs: int) -> str:
-    chosen = [run for run in runs if (run["data"], run["epochs"], run["is_search"]) == (data, epochs, False)]
+def _accuracies(chosen: list[dict[str, Any]], data: str, epochs: int) -> str:
     rows: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
     for run in sorted(chosen, key=lambda run: run["seed"]):
         key = list(plan.LOSSES).index(run["loss"]), _METHODS.index(run["method"]), run["radius"] or 0.0
@@ -83,15 +83,20 @@ def _accuracies(runs: list[dict[str, Any]], data: str, epochs: int) -> str:
     lines = []
     for _, seeds in sorted(rows.items()):
         first = seeds[0]
-        cells = [percent(run["accuracy"][group] for run in seeds if group in run["accuracy"]) for group in _GROUPS]
-        on_tail = percent(run["training_accuracy"]["tail"] for run in seeds)
+        cells = [_mean_of(seeds, "accuracy", group) for group in _GROUPS]
+        cells.append(_mean_of(seeds, "training_accuracy", "tail"))
         seconds = f"{statistics.mean(run['seconds'] for run in seeds):.0f}"
         about = [plan.LOSSES[first["loss"]], first["method"], _radii(first), str(len(seeds))]
-        lines.append([*about, *cells, on_tail, seconds])
+        lines.append([*about, *cells, seconds])
     head = ["loss", "method", "radii", "seeds", *_GROUPS, "training images of the tail", "seconds"]
     jobs = ", ".join(map(str, sorted({run["jobs"] for run in chosen})))
     title = f"**{SOURCES[data].title}, {epochs} epochs.** {where(chosen)}; trainings at a time: {jobs}."
     return f"{title}\n\n{table(head, lines)}"
+
+
+def _mean_of(runs: list[dict[str, Any]], key: str, group: str) -> str:
+    """Return the mean of an accuracy, in %; nothing for a group without classes."""
+    return percent(run[key][group] for run in runs if group in run[key])
 
 
 def _radii(run: Mapping[str, Any]) -> str:
@@ -100,16 +105,12 @@ def _radii(run: Mapping[str, Any]) -> str:
     return " / ".join(f"{radius:g}" for radius in run["radii"].values())
 
 
-def _search(runs: list[dict[str, Any]], data: str, epochs: int) -> str:
-    chosen = [run for run in runs if (run["data"], run["epochs"], run["is_search"]) == (data, epochs, True)]
+def _search(chosen: list[dict[str, Any]], data: str, epochs: int) -> str:
     lines = []
     for loss, name in plan.LOSSES.items():
         for method in plan.SEARCHED:
-            found = {
-                run["radius"]: run["accuracy"]["all"]
-                for run in chosen
-                if (run["loss"], run["method"]) == (loss, method)
-            }
+            same = [run for run in chosen if (run["loss"], run["method"]) == (loss, method)]
+            found = {run["radius"]: run["accuracy"]["all"] for run in same}
             best = max(found, key=lambda radius: (found[radius], -radius)) if len(found) == len(plan.GRID) else None
             cells = [f"{100 * found[radius]:.1f}" if radius in found else "" for radius in plan.GRID]
             cells = [f"**{cell}**" if radius == best else cell for radius, cell in zip(plan.GRID, cells, strict=True)]
@@ -126,17 +127,16 @@ def captured(found: Found) -> str:
     """Return the table of the trainings without a Trainer."""
     blocks = []
     for one in (value for path, value in found.items() if path.startswith("captured/")):
-        tail = [count < one["tail_below"] for count in one["class_counts"]]
+        counts = one["class_counts"]
+        tail = [count < one["tail_below"] for count in counts]
+        tail_a_batch = one["batch"] * sum(n for n in counts if n < one["tail_below"]) / sum(counts)
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for run in one["runs"]:
             rows.setdefault((run["loss"], run["method"]), []).append(run)
-        share = sum(n for n, is_tail in zip(one["class_counts"], tail, strict=True) if is_tail) / sum(
-            one["class_counts"]
-        )
         lines = []
         for (loss, method), runs in rows.items():
-            groups = [[_mean_recall(run, tail, which) for run in runs] for which in (None, False, True)]
-            fitted = [run["train"]["right_tail_a_batch"] / (share * one["batch"]) for run in runs]
+            groups = [_mean_recalls(runs, tail, which) for which in ((False, True), (False,), (True,))]
+            fitted = [run["train"]["right_tail_a_batch"] / tail_a_batch for run in runs if tail_a_batch]
             cells = [percent(values) for values in (*groups, fitted)]
             lines.append([plan.LOSSES[loss], method, str(len(runs)), *cells, f"{_captured_cost(one, runs[0]):.1f}"])
         lines.sort(key=_place_of)
@@ -151,8 +151,10 @@ def _place_of(line: list[str]) -> tuple[int, int, str]:
     return list(plan.LOSSES.values()).index(line[0]), order, line[1]
 
 
-def _mean_recall(run: Mapping[str, Any], tail: list[bool], which: bool | None) -> float:
-    return statistics.mean(r for r, is_tail in zip(run["recall"], tail, strict=True) if which in (None, is_tail))
+def _mean_recalls(runs: list[dict[str, Any]], tail: list[bool], which: tuple[bool, ...]) -> list[float]:
+    """Return the mean recall of a group in each training; nothing for a group without classes."""
+    recalls = [[r for r, is_tail in zip(run["recall"], tail, strict=True) if is_tail in which] for run in runs]
+    return [statistics.mean(of_group) for of_group in recalls if of_group]
 
 
 def _captured_cost(one: Mapping[str, Any], run: Mapping[str, Any]) -> float:
@@ -185,17 +187,8 @@ def _steps_of(one: Mapping[str, Any]) -> str:
         ]
         costs = [_cost(row, name, plain) for name in ("eager", "graphs", "engine")]
         lines.append([method, _number(row, "plain", "ms", ".1f"), *costs, *memory, reserved, "; ".join(peers)])
-    head = [
-        "",
-        "plain, ms",
-        "eager",
-        "with graphs",
-        "engine alone",
-        "peak, MiB: eager",
-        "with graphs",
-        "reserved",
-        "others",
-    ]
+    head = ["", "plain, ms", "eager", "with graphs", "engine alone"]
+    head += ["peak, MiB: eager", "with graphs", "reserved", "others"]
     about = f"batches of {one['batch']}, {one['image_size']}x{one['image_size']} pixels, {one['precision']}"
     text = f"**{one['network']}**, {about}. {where([one])}.\n\n{table(head, lines)}"
     notes = [*errors, *_over_engine(one["methods"]), *_bits(one.get("bits", {})), *_waits(one.get("waits"))]
@@ -206,11 +199,8 @@ def _over_engine(methods: Mapping[str, Any]) -> list[str]:
     """Return how much longer a step with graphs takes in the Trainer than the engine alone."""
     both = {name: (row.get("graphs", {}).get("ms"), row.get("engine", {}).get("ms")) for name, row in methods.items()}
     ratios = [f"{name} {graphs / engine:.2f}" for name, (graphs, engine) in both.items() if graphs and engine]
-    return (
-        [f"A step with graphs through the Trainer, in steps of the engine alone: {', '.join(ratios)}."]
-        if ratios
-        else []
-    )
+    told = f"A step with graphs through the Trainer, in steps of the engine alone: {', '.join(ratios)}."
+    return [told] if ratios else []
 
 
 def _number(row: Mapping[str, Any], name: str, key: str, form: str) -> str:
@@ -278,16 +268,10 @@ def counts_of_tests(report: Path) -> dict[str, Any] | None:
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return None
-    failures = [
-        case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None
-    ]
+    failures = [case.get("name", "") for case in cases if any(case.find(n) is not None for n in ("failure", "error"))]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return {
-        "passed": len(cases) - len(failures) - skipped,
-        "failed": len(failures),
-        "failures": failures,
-        "skipped": skipped,
-    }
+    passed = len(cases) - len(failures) - skipped
+    return {"passed": passed, "failed": len(failures), "failures": failures, "skipped": skipped}
 
 
 TABLES: dict[str, Callable[[Found], str]] = {

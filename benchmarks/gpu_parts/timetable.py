@@ -35,8 +35,7 @@ def add_up(files: list[Path], hardware: dict[str, Any]) -> dict[str, Any]:
 
 def best_number(settings: Settings) -> int:
     """Return how many trainings at a time are fastest, as measured; else 1. A larger number must gain a tenth."""
-    measured = next((one for f in reversed(settings.folders) if (one := read_json(Path(f) / "sharing.json"))), None)
-    rates = {} if measured is None else measured["rates"].get(modes(settings)[-1], {})
+    rates = settings.found().get("sharing.json", {"rates": {}})["rates"].get(modes(settings)[-1], {})
     best = 1
     for number, rate in sorted((int(number), rate) for number, rate in rates.items()):
         if number > 1 and rate > 1.1 * rates[str(best)]:

@@ -229,7 +229,7 @@ def next_run(settings: Settings, claims: Claims) -> Run | None:
     """Claim the next training that ends in time; None if there is none, now or later."""
     hardware = about(settings)["hardware"]
     while True:
-        found = plan.known(settings.folders)
+        found = settings.found()
         same = ("hardware", hardware), ("jobs", settings.jobs)
         measured = [one for one in found.values() if "radii" in one and all(one[k] == value for k, value in same)]
         measured += claims.too_long()
