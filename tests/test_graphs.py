@@ -64,6 +64,7 @@ from lightning_ssesam.graph_step import check_graphs
 from lightning_ssesam.graphs import RECORDERS, WARM_UP, CUDARecorder
 from lightning_ssesam.layers import replays_by_itself
 from lightning_ssesam.losses import LDAMLoss
+from lightning_ssesam.models import CIFARResNet
 from lightning_ssesam.snapshots import torch_random_state
 from lightning_ssesam.trees import mapped, signature, tensors_of
 
@@ -215,6 +216,55 @@ def test_batches_in_mappings_and_of_other_kinds_of_layers():
 
     given = [{"x": torch.randn(6, 3, 8), "label": torch.randint(5, (6,)), "scale": 2.0} for _ in range(6)]
     same_both_ways(attention, OBJECTIVES["SSESAM 1"], given, 3, kind=OfMapping)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over embedded words; the embedding is also the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.lstm, self.last = nn.Embedding(5, 6), nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 5)
+        self.last.weight = self.words.weight
+
+    def forward(self, x):
+        return self.last(self.lstm(self.words((x[:, :6] > 0).long()))[0][:, -1])
+
+
+def convolutions(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+
+def with_spectral_norm():
+    return nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 16)), nn.Tanh(), nn.Linear(16, 5))
+
+
+def with_weight_norm():
+    return nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)), nn.Tanh(), nn.Linear(16, 5))
+
+
+def with_frozen_layer():
+    net = mlp()
+    return net.requires_grad_(False).append(nn.Linear(5, 5).requires_grad_(True))
+
+
+OTHER_NETS = {
+    "group norm": (lambda: convolutions(nn.GroupNorm(2, 4)), (3, 4, 4)),
+    "instance norm": (lambda: convolutions(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), (3, 4, 4)),
+    "residual": (lambda: CIFARResNet(5, depth=8), (3, 8, 8)),
+    "attention": (attention, (3, 8)),
+    "recurrent, shared": (Recurrent, (8,)),
+    "spectral norm": (with_spectral_norm, (8,)),
+    "weight norm": (with_weight_norm, (8,)),
+    "frozen": (with_frozen_layer, (8,)),
+}
+
+
+@pytest.mark.parametrize("net", OTHER_NETS)
+@pytest.mark.parametrize("name", ["SSESAM 1", "SSESAM 2", "FriendlySAM"])
+def test_other_networks(name, net, float64):
+    make_net, shape = OTHER_NETS[net]
+    replays = 6 - WARM_UP - ("riendly" in name)
+    same_both_ways(make_net, {**OBJECTIVES, **FAMILY}[name], batches(6, n=8, shape=shape), replays)
 
 
 def test_precise_numbers_in_double():
@@ -582,6 +632,11 @@ def test_what_a_replay_would_not_do_is_refused():
 
     for kind, what in ((Metric, "Total._update_count"), (Recording, "Recording.history"), (Counting, "Counting.calls")):
         refused(f"a step changes `{what}`, which a replay would not do", kind=kind)
+
+
+def test_layers_that_assign_what_they_compute_are_refused():
+    old = lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(8, 5)))  # noqa: E731
+    refused("a step changes `Linear.weight`, which a replay would not do", make_net=old)
 
 
 def test_numbers_of_the_step_are_refused():
