@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -46,6 +47,22 @@ from gpu_parts.settings import Settings  # noqa: E402
 
 from lightning_ssesam.experiments.methods import METHODS  # noqa: E402
 from lightning_ssesam.models import SmallConvNet  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """The parts are made for processes of their own, and set what holds for the whole process."""
+    logger = logging.getLogger("lightning.pytorch")
+    level, environment = logger.level, dict(os.environ)
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.backends.cudnn.benchmark = before[0]
+    torch.set_float32_matmul_precision(before[1])
+    torch.set_num_threads(before[2])
+    logger.setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
 CPU = torch.device("cpu")
