@@ -1,6 +1,6 @@
 r"""Many trainings side by side on one GPU, without a Trainer: each whole update is a CUDA graph on a stream of its own.
 
-    python benchmarks/captured_table.py --images ../shared/data/cifar10-images.tar.xz --output captured \
+    python benchmarks/captured_table.py --images cifar10-images.tar.xz --output captured \
         --runs ERM::LA:2 SAM:0.1:LA:2 SSE-SAM:0.1:LA:2 "late SAM:0.2:LA:2"      # method:radius:loss:seed
 
 The graphs of one process share the GPU. On an H200, 16 trainings took half as long as one after the other. A process

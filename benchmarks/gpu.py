@@ -1,6 +1,6 @@
 """Does all that needs a GPU, in one go and in a given time: tests, costs of steps, real trainings, and their tables.
 
-    python benchmarks/gpu.py --minutes 8 --images ../shared/data
+    python benchmarks/gpu.py --minutes 8 --images IMAGES
 
 It runs, one after the other:
 
