@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssesam.forward_state import is_plain_object
+from lightning_ssesam.trees import PLAIN
 
-_NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (list, tuple, dict, deque, set)
 # Arrays and containers of other things than numbers are not looked into beyond this size.
 _LARGEST = 1000
@@ -129,7 +129,7 @@ def _items(container: Any) -> list[Any]:
 
 
 def _is_same(now: Any, before: Any) -> bool:
-    return now is before or (isinstance(before, _NUMBERS) and type(now) is type(before) and now == before)
+    return now is before or (isinstance(before, PLAIN) and type(now) is type(before) and now == before)
 
 
 def _are_same(now: list[Any], before: list[Any]) -> bool:

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import SyncBatchNorm
 
 from lightning_ssesam.layers import Layers
-from lightning_ssesam.layers import survey as survey
 from lightning_ssesam.processes import Processes
 from lightning_ssesam.step_options import StepOptions
 

@@ -38,11 +38,12 @@ class StepLogs:
 
     Attributes:
         samples: Number of samples in the current pass.
+        calls: Calls of the present step, by name. Those of a recorded step stand for those of its replays.
     """
 
     def __init__(self) -> None:
         self.samples = 0
-        self._calls: dict[str, list[_Call]] = {}
+        self.calls: dict[str, list[_Call]] = {}
         self._as_given: dict[str, dict[str, Any]] = {}
         self._as_meant: dict[str, dict[str, Any]] = {}
         self._metrics: dict[int, str] = {}
@@ -64,7 +65,7 @@ class StepLogs:
         if isinstance(value, Tensor) and not options.get("enable_graph"):
             # The pass may end before it is logged, and its graph with it. A clone, as it may be overwritten till then.
             value = value.detach().clone()
-        self._calls.setdefault(name, []).append(_Call(value, size, options))
+        self.calls.setdefault(name, []).append(_Call(value, size, options))
 
     def note(self, module: pl.LightningModule, name: str, value: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Check the options of a call of ``log`` within the training step, and return them."""
@@ -100,7 +101,7 @@ class StepLogs:
 
     def flush(self, log: Callable[..., None]) -> set[str]:
         """Call ``log`` once for every name, and forget the calls. Return the names."""
-        calls, self._calls = self._calls, {}
+        calls, self.calls = self.calls, {}
         for name, same in calls.items():
             size = sum(call.size for call in same)
             log(name, _merge(same), batch_size=size, **same[-1].options)
@@ -108,16 +109,7 @@ class StepLogs:
 
     def clear(self) -> None:
         """Forget the calls of a step that was interrupted."""
-        self._calls = {}
-
-    @property
-    def calls(self) -> dict[str, list[_Call]]:
-        """The calls of the present step, by name. Those of a recorded step stand for those of its replays."""
-        return self._calls
-
-    @calls.setter
-    def calls(self, calls: dict[str, list[_Call]]) -> None:
-        self._calls = calls
+        self.calls = {}
 
 
 def _checked(name: str, value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+"""Numbers, texts and the like: what two trees may share by its value."""
 
 
 def mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -43,28 +44,31 @@ def signature(tree: Any) -> Any:
     """Return a hashable value that two trees share if they differ in nothing but the values of their tensors."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype, tree.device
-    if isinstance(tree, _PLAIN):
+    if isinstance(tree, PLAIN):
         return type(tree), tree
-    if isinstance(tree, list | tuple):
-        return type(tree), *map(signature, tree)
-    if isinstance(tree, Mapping):
-        return type(tree), *((key, signature(item)) for key, item in tree.items())
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return type(tree), *(signature(getattr(tree, field.name)) for field in fields(tree))
-    return type(tree), id(tree)
+    if (items := _items(tree)) is None:
+        return type(tree), id(tree)
+    names = tuple(tree) if isinstance(tree, Mapping) else ()
+    return type(tree), names, *map(signature, items)
 
 
 def others_of(tree: Any) -> Iterator[Any]:
     """Yield what is in a tree and neither a tensor, a container, a number nor a text."""
-    if isinstance(tree, list | tuple):
-        items: Any = tree
-    elif isinstance(tree, Mapping):
-        items = tree.values()
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        items = [getattr(tree, field.name) for field in fields(tree)]
-    else:
-        if not isinstance(tree, (Tensor, *_PLAIN)):
-            yield tree
+    if isinstance(tree, (Tensor, *PLAIN)):
+        return
+    if (items := _items(tree)) is None:
+        yield tree
         return
     for item in items:
         yield from others_of(item)
+
+
+def _items(tree: Any) -> list[Any] | None:
+    """Return what a container holds; None if it is none."""
+    if isinstance(tree, list | tuple):
+        return list(tree)
+    if isinstance(tree, Mapping):
+        return list(tree.values())
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, field.name) for field in fields(tree)]
+    return None

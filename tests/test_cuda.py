@@ -95,20 +95,26 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-4, atol=1e-5)
 
 
+class NeverWaiting:
+    """Fails if a training step from some batch on waits for the GPU."""
+
+    watched_from: int
+
+    def training_step(self, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if batch_idx >= self.watched_from else "default")
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("passes", ["full", "split", "auto", "group"])
 def test_no_step_waits(passes):
     """Not even to choose the samples of split passes, as their targets are looked at before they are moved."""
 
-    class Watched(Model):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 0:
-                # The first step may look whether a forward changes buffers.
-                return super().training_step(batch, batch_idx)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return super().training_step(batch, batch_idx)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    class Watched(NeverWaiting, Model):
+        # The first step may look whether a forward changes buffers.
+        watched_from = 1
 
     model = Watched(convbn() if passes == "group" else mlp(), SSESAM(SPLIT), "split" if passes == "group" else passes)
     if passes == "group":
@@ -271,16 +277,9 @@ def test_recorded_steps_of_a_compiled_network(deterministic):
 
 
 def test_recorded_steps_wait_for_nothing():
-    class Watched(Images):
-        def training_step(self, batch, batch_idx):
-            if batch_idx < 6:
-                # The first steps look at the model, and the fourth is recorded.
-                return super().training_step(batch, batch_idx)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return super().training_step(batch, batch_idx)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    class Watched(NeverWaiting, Images):
+        # The first steps look at the model, and the fourth is recorded.
+        watched_from = 6
 
     model = Watched(SSESAM(SPLIT))
     choose(model, cuda_graphs=True)

@@ -48,7 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ssesam import ERM, SAM, SSESAM, StageSwitch, StepOptions, Term, mixin
 from lightning_ssesam.batches import HostTargets
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.passes import choose_passes, survey
+from lightning_ssesam.layers import survey
+from lightning_ssesam.passes import choose_passes
 
 pytestmark = STRICT
 
