@@ -28,15 +28,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from gpu_parts import images, tables
-from gpu_parts.children import Child, Children
+from gpu_parts.children import Children
 from gpu_parts.folders import locked, thrown_away
-from gpu_parts.results import COMMITTED, fingerprint, read_all, read_json, write_json
+from gpu_parts.plan import best_number
+from gpu_parts.results import COMMITTED, fingerprint, read_all
 from gpu_parts.settings import NO_GPU, Settings
-from gpu_parts.timetable import NUMBERS, add_up, best_number
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ("ResNet-32", "ResNet-34", "ResNet-50", "ViT-B/16")
@@ -108,7 +107,7 @@ class Call:
         """Run a process to its end, or to its time limit."""
         if (until := self.limit(name)) is not None:
             status, end = self.children.run(name.replace("/", "_"), command, until)
-            _check_gpu([status])
+            _check_gpu(status)
             self.say(f"{name}: {end}")
 
     def limit(self, name: str) -> float | None:
@@ -133,27 +132,8 @@ class Call:
             self.run(network, self.command("steps", network))
 
     def sharing(self) -> None:
-        """Measure several processes at a time, once for a GPU."""
-        found = self.settings.found()
-        measured, steps = found.get("sharing.json"), found.get("steps/ResNet-32.json")
-        if measured and (steps is None or steps["hardware"] == measured["hardware"]):
-            self.say("sharing: measured already")
-            return
-        folder, number = self.scratch / "sharing", 2 if self.settings.tiny else max(NUMBERS)
-        if (until := self.limit("sharing")) is None:
-            return
-        command = self.command("sharing")
-        processes = [self.children.start(f"sharing_{k}", [*command, str(k)]) for k in range(number)]
-        end = _wait_for([folder / f"ready_{k}" for k in range(number)], processes, until)
-        files = [folder / f"rates_{k}.json" for k in range(number)]
-        if end == "done":
-            write_json(folder / "start", time.time() + 0.5)
-            end = _wait_for(files, processes, until)
-        for process in processes:
-            process.kill()
-        if end == "done":
-            write_json(Path(self.settings.output) / "sharing.json", add_up(files, read_json(folder / "ready_0")))
-        self.say(f"sharing: {end}")
+        """Measure several processes at a time."""
+        self.run("sharing", self.command("sharing"))
 
     def trainings(self, places: dict[str, Path], folder: Path) -> None:
         """Lay out the images in a folder, and train for the rest of the time."""
@@ -179,7 +159,7 @@ class Call:
             time.sleep(0.2)
             for k, worker in list(workers.items()):
                 status = worker.process.poll()
-                _check_gpu([status])
+                _check_gpu(status)
                 if status is not None:
                     del workers[k]
                     if status != 0 and restarts:
@@ -194,22 +174,9 @@ class Call:
         self.say(f"trainings: {ended}")
 
 
-def _check_gpu(statuses: Iterable[int | None]) -> None:
-    if NO_GPU in statuses:
+def _check_gpu(status: int | None) -> None:
+    if status == NO_GPU:
         raise SystemExit("Expected a GPU that torch can use, but there is none (torch.cuda.is_available()).")
-
-
-def _wait_for(files: list[Path], processes: list[Child], until: float) -> str:
-    """Wait until all files are there, a process fails or the time is over. Return what has happened, in words."""
-    while not all(path.exists() for path in files):
-        statuses = [process.process.poll() for process in processes]
-        _check_gpu(statuses)
-        if failed := next(filter(None, statuses), None):
-            return f"failed (status {failed})"
-        if time.time() > until:
-            return "ended at its time limit"
-        time.sleep(0.05)
-    return "done"
 
 
 def run(options: argparse.Namespace, places: dict[str, Path], output: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssesam import norms
 from lightning_ssesam._validation import bad_argument, check_choice, check_radius
 from lightning_ssesam.after_sum import AfterSum, Combine, synchronized
 from lightning_ssesam.ascent_states import AscentStates, key_of_reuse, keys_of
@@ -17,7 +18,6 @@ from lightning_ssesam.forward_state import ForwardState, Moment
 from lightning_ssesam.gradient_sum import GradientSum, Outcome, Summand, make_summands, outcome_of, weighted_sum
 from lightning_ssesam.layers import Layers, survey
 from lightning_ssesam.mixing import MixingMemory
-from lightning_ssesam.norms import gradient_norm
 from lightning_ssesam.plan import (
     Group,
     MicroBatch,
@@ -214,9 +214,9 @@ class SharpnessEngine:
             if synchronize is not None:
                 synchronize()
             self._after_sum(step, synchronize, combine, None if reuse is None else (reuse, keys[-1] in self.states))
-            norm = gradient_norm(step.params, gradients_of(step.params)) if report or check_finite else None
-            if check_finite and norm is not None and not check_finite(bool(loss.isfinite()) and bool(norm.isfinite())):
-                raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
+            norm = norms.gradient_norm(step.params, gradients_of(step.params)) if report or check_finite else None
+            if check_finite is not None and norm is not None:
+                norms.check_finite(loss, norm, check_finite)
             self._ascender.commit()
         except BaseException:
             self._mixing.forget_note()
@@ -296,7 +296,7 @@ class SharpnessEngine:
         for summand in step.summands:
             if summand.rho == 0:
                 step.hold(summand)
-                summand.norm = gradient_norm(step.params, gradients_of(step.params)) if reports_plain else None
+                summand.norm = norms.gradient_norm(step.params, gradients_of(step.params)) if reports_plain else None
         if step.keeps_clean:
             step.keep_clean(perturbed)
         if perturbed:

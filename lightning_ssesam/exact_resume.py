@@ -1,6 +1,7 @@
 """Checkpoints from which a run goes on bit for bit as if it had never been interrupted."""
 
 import copy
+import ctypes
 import random
 from typing import Any, NamedTuple
 
@@ -278,15 +279,36 @@ def _let_validation_run(loops: State) -> None:
 
 def get_random_state(trainer: pl.Trainer) -> State:
     """Return the state of the random number generators of torch, Python, NumPy and the loaders."""
-    numpy_state: Any = np.random.get_state()
-    algorithm, keys, *counters = numpy_state
     return {
         "torch": torch_random_state(trainer.strategy.root_device),
         "python": random.getstate(),
-        # Without arrays, which `torch.load(weights_only=True)` refuses.
-        "numpy": (str(algorithm), torch.from_numpy(keys.astype(np.int64)), *counters),
+        "numpy": _numpy_state.read(),
         "loaders": [generator.get_state() for generator in _generators(trainer)],
     }
+
+
+class _NumPyState:
+    """The state of NumPy's global generator. NumPy takes long to return it, so it is read only if it has changed."""
+
+    def __init__(self) -> None:
+        self._memory: bytes | None = None
+        self._state: tuple[Any, ...] = ()
+
+    def read(self) -> tuple[Any, ...]:
+        """Return the state, without arrays, which ``torch.load(weights_only=True)`` refuses."""
+        numpys: Any = np.random
+        bits = numpys.get_bit_generator()
+        # 624 words and a position: `mt19937_state` in numpy/random/src/mt19937/mt19937.h.
+        is_known = type(bits) is numpys.MT19937
+        memory = ctypes.string_at(bits.ctypes.state_address, 625 * 4) if is_known else None
+        # Beside its memory it only has a normal number that it may keep for the next draw.
+        if memory is None or memory != self._memory or self._state[3]:
+            algorithm, keys, *counters = numpys.get_state()
+            self._memory, self._state = memory, (str(algorithm), torch.from_numpy(keys.astype(np.int64)), *counters)
+        return self._state
+
+
+_numpy_state = _NumPyState()
 
 
 def set_random_state(state: State, trainer: pl.Trainer) -> None:

@@ -207,11 +207,12 @@ class GradientSum:
         backwards = sum(self.summands[number].needs_gradient for number in shares)
         with nullcontext() if backwards else torch.no_grad():
             losses = part.sample_losses(samples, not repeats)
-        if self.state.is_new and self.is_perturbed:
+        is_perturbed = self.is_perturbed
+        if self.state.is_new and is_perturbed:
             self.state.learn(met, is_clean=True)
         # A backward pass may forward again (activation checkpointing), and move buffers once more.
-        checks = not repeats and self.is_perturbed and self.state.backward_moves is not False
-        if not repeats and self.is_perturbed and (is_last or checks):
+        checks = not repeats and is_perturbed and self.state.backward_moves is not False
+        if not repeats and is_perturbed and (is_last or checks):
             self.clean_buffers.save_buffers(self.buffers)
         for number, weights in shares.items():
             summand = self.summands[number]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,6 +17,7 @@ from lightning_ssesam.errors import CaptureError, NonFiniteError
 from lightning_ssesam.graphs import RECORDERS, Scene
 from lightning_ssesam.layers import Layers, replays_by_itself
 from lightning_ssesam.lightning_internals import watching_progress
+from lightning_ssesam.norms import check_finite
 from lightning_ssesam.plan import group_terms, plain_ratio
 from lightning_ssesam.step_options import StepOptions
 from lightning_ssesam.step_state import StepState
@@ -102,6 +102,8 @@ class GraphStep:
             ]
 
         def find(copies: Sequence[Input]) -> tuple[Outcome, Any]:
+            # Not called for a replay, whose batch has the signature of one that was looked at here.
+            self._check_batches([part.batch for part in parts])
             step.logs.clear()
             with watching_progress(self._module.trainer) as read:
                 outcome = compute(batch_of(copies))
@@ -129,12 +131,14 @@ class GraphStep:
             self._check(outcome, undo)
         return outcome
 
-    def _input(self, part: Part, terms: Sequence[Term], ignored: Tensor | None) -> Input:
-        strange = next(others_of(part.batch), None)
+    def _check_batches(self, batches: list[Any]) -> None:
+        strange = next(others_of(batches), None)
         if strange is not None:
             raise refusal(self._module, f"a batch holds a {type(strange).__name__}, whose tensors cannot be copied")
-        if any(t.device.type != self._device.type for t in tensors_of(part.batch)):
+        if any(t.device.type != self._device.type for t in tensors_of(batches)):
             raise refusal(self._module, "a batch holds a tensor that is not on the GPU")
+
+    def _input(self, part: Part, terms: Sequence[Term], ignored: Tensor | None) -> Input:
         weights = [move(term.weights, self._device) for term in terms]
         return Input(
             part.batch,
@@ -145,10 +149,12 @@ class GraphStep:
 
     def _check(self, outcome: Outcome, undo: Callable[[], None]) -> None:
         assert outcome.gradient_norm is not None
-        if not bool(torch.stack([outcome.loss.isfinite(), outcome.gradient_norm.isfinite()]).all()):
+        try:
+            check_finite(outcome.loss, outcome.gradient_norm)
+        except NonFiniteError:
             undo()
             set_gradients(self._scene.parameters, None)
-            raise NonFiniteError("The loss or the gradient is infinite or not a number.", outcome.loss)
+            raise
 
 
 def _with_ascents(terms: Sequence[Term], given: Input) -> list[Term]:

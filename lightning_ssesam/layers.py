@@ -13,7 +13,7 @@ Buffers = dict[str, Tensor | None]
 
 # Functions in C, because they run for every layer in every step.
 _NAMES, _VALUES = methodcaller("keys"), methodcaller("values")
-_CONTAINERS, _BUFFERS = attrgetter("_modules", "_parameters"), attrgetter("_buffers")
+_MODULES, _PARAMETERS, _BUFFERS = map(attrgetter, ("_modules", "_parameters", "_buffers"))
 _MODE, _COMPILED = attrgetter("training"), attrgetter("_compiled_call_impl")
 
 
@@ -21,16 +21,26 @@ class Contents:
     """Dictionaries and what is in them, by identity: no two tensors are compared by their values."""
 
     def __init__(self, dictionaries: Iterable[Mapping[str, object]]) -> None:
-        filled = list(filter(len, dictionaries))
-        self._sizes = list(map(len, filled))
-        self._objects = [*filled, *chain.from_iterable(chain(map(_NAMES, filled), map(_VALUES, filled)))]
+        self._dictionaries = list(filter(len, dictionaries))
+        self._sizes, names, values = self._look(self._dictionaries)
+        self._names, self._values = list(names), list(values)
 
-    def are_same(self, other: "Contents") -> bool:
+    def are_in(self, dictionaries: Iterable[Mapping[str, object]]) -> bool:
         """Return whether the dictionaries are the same ones, with the same names and values in the same order.
 
         Empty dictionaries do not count.
         """
-        return self._sizes == other._sizes and all(map(is_, self._objects, other._objects))
+        filled = list(filter(len, dictionaries))
+        if len(filled) != len(self._dictionaries) or not all(map(is_, filled, self._dictionaries)):
+            return False
+        sizes, names, values = self._look(filled)
+        return sizes == self._sizes and list(names) == self._names and all(map(is_, values, self._values))
+
+    @staticmethod
+    def _look(filled: list[Mapping[str, object]]) -> tuple[list[int], Iterable[str], Iterable[object]]:
+        """Return the sizes of dictionaries, and their names and values one after the other."""
+        names, values = map(_NAMES, filled), map(_VALUES, filled)
+        return list(map(len, filled)), chain.from_iterable(names), chain.from_iterable(values)
 
 
 class Layers:
@@ -49,7 +59,7 @@ class Layers:
 
     def __init__(self, modules: nn.Module | Iterable[nn.Module] = ()) -> None:
         self.modules = list(modules.modules() if isinstance(modules, nn.Module) else modules)
-        self._tree = self._find_tree()
+        self._tree = Contents(self._find_tree())
         found = chain.from_iterable(module._parameters.values() for module in self.modules)
         self.parameters: list[Tensor] = list({id(p): p for p in found if p is not None}.values())
         self._norms = [module for module in self.modules if isinstance(module, _BatchNorm)]
@@ -61,10 +71,10 @@ class Layers:
     def are_of(self, model: nn.Module | list[nn.Module]) -> bool:
         """Return whether they are the layers of a model as it is now. Takes a third of the time of a walk."""
         is_same = self.modules[:1] == [model] if isinstance(model, nn.Module) else self.modules == model
-        return is_same and self._tree.are_same(self._find_tree())
+        return is_same and self._tree.are_in(self._find_tree())
 
-    def _find_tree(self) -> Contents:
-        return Contents(chain.from_iterable(map(_CONTAINERS, self.modules)))
+    def _find_tree(self) -> Iterable[Mapping[str, object]]:
+        return chain(map(_MODULES, self.modules), map(_PARAMETERS, self.modules))
 
     @property
     def buffers(self) -> list[Buffers]:

@@ -3,13 +3,14 @@ r"""Norms of gradients, and SAM's step along one: :math:`w + \rho \, g / \|g\|` 
 Functions of plain tensors, which may be sharded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ssesam.tensors import are_plain, dense, is_sharded, local_parts, quotient, wrapped
+from lightning_ssesam.errors import NonFiniteError
+from lightning_ssesam.tensors import are_plain, dense, is_sharded, local_parts, move, quotient, wrapped
 
 
 @torch.no_grad()
@@ -42,6 +43,18 @@ def gradient_norm(parameters: Sequence[Tensor], gradient: Sequence[Tensor | None
         norms.append(norm_of_sharded.full_tensor())
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def check_finite(loss: Tensor, norm: Tensor, agree: Callable[[bool], bool] = bool) -> None:
+    """Raise NonFiniteError if the loss of a step or the norm of its gradient is not finite. Waits for the device once.
+
+    Args:
+        loss: Mean loss of the step, a detached scalar.
+        norm: Norm of its gradient.
+        agree: Function that is called with whether they are finite here. Returns whether they are in every process.
+    """
+    if not agree(bool(torch.stack([loss.isfinite(), move(norm, loss.device).isfinite()]).all())):
+        raise NonFiniteError("The loss or the gradient is infinite or not a number.", loss)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What a step changes and has to put back: weights, buffers, random state."""
 
-import operator
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +24,7 @@ class Snapshot:
     def save(self, tensors: list[Tensor]) -> None:
         """Copy the tensors."""
         self.forget()
-        are_same = len(tensors) == len(self._originals) and all(map(operator.is_, tensors, self._originals))
+        are_same = tensors is self._originals or list(map(id, tensors)) == list(map(id, self._originals))
         dtypes = [t.dtype for t in tensors]
         if not (dtypes == self._dtypes and (are_same or self._has_room_for(tensors))):
             self._copies, self._dtypes, are_same = [torch.empty_like(t) for t in tensors], dtypes, False
@@ -93,12 +92,11 @@ class BufferSnapshot(Snapshot):
 
     def save_buffers(self, buffers: list[Buffers]) -> None:
         """Copy the tensors in the dictionaries, and note which tensor each name is bound to."""
-        bound = Contents(buffers)
-        if self._bound is None or not bound.are_same(self._bound):
+        if self._bound is None or not self._bound.are_in(buffers):
             found = [t for names in buffers for t in names.values() if t is not None]
             # Lazy modules make their buffers in the first forward.
             made = [t for t in found if not is_lazy(t)]
-            self._bound = bound if len(made) == len(found) else None
+            self._bound = Contents(buffers) if len(made) == len(found) else None
             self._bindings = [(names, dict(names.items())) for names in buffers]
             self._writable = [t for t in made if t.is_contiguous() or not overlaps_itself(t)]
         self.save(self._writable)
@@ -122,7 +120,7 @@ class BufferSnapshot(Snapshot):
 
     def _has_same_names(self) -> bool:
         """Return whether the names are those that were saved, and bound to the same tensors."""
-        return self._bound is not None and Contents([names for names, _ in self._bindings]).are_same(self._bound)
+        return self._bound is not None and self._bound.are_in([names for names, _ in self._bindings])
 
     def _is_rebound(self) -> bool:
         if not self._is_saved or self._has_same_names():

@@ -434,16 +434,14 @@ def work(rank, port):
     # An earlier test may have set it, and Lightning would seed these processes by it.
     os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_default_dtype(torch.float64)
-    results = {}
-    for name, scenario in SCENARIOS.items():
-        try:
+    results, name = {}, ""
+    try:
+        for name, scenario in SCENARIOS.items():
             results[name] = scenario(rank)
-        except Exception:
-            # The other process waits in vain; it is told when this one has gone.
-            results[name] = traceback.format_exc()[:9] + traceback.format_exc()[-1500:]
-            break
-        finally:
-            torch.save(results, f"{rank}.pt")
+    except Exception:
+        # The other process waits in vain; it is told when this one has gone.
+        results[name] = traceback.format_exc()[:9] + traceback.format_exc()[-1500:]
+    torch.save(results, f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from helpers import (
     stage_2,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ssesam import ERM, SAM, SSESAM, ImbSAM, Term
-from lightning_ssesam.engine import SharpnessEngine
+from lightning_ssesam.engine import NonFiniteError, SharpnessEngine
 
 pytestmark = STRICT
 
@@ -487,3 +489,42 @@ def test_scratch_is_neither_copied_nor_saved():
     fresh = len(pickle.dumps(SharpnessEngine()))
     assert len(pickle.dumps(engine)) == fresh
     assert len(pickle.dumps(copy.deepcopy(engine))) == fresh
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a value of a tensor is read, for which a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_check_for_finite_values_waits_once():
+    net, (x, y) = mlp(), classification_batch()
+    terms, numbers, told = SAM(0.1).terms(y), [], []
+    for options in ({}, {"check_finite": lambda are_finite: told.append(are_finite) or True}):
+        with Reads() as reads:
+            compute(sample_losses_of(net, x, y), terms, net.parameters(), net, **options)
+        numbers.append(reads.number)
+    assert numbers[1] - numbers[0] == 1
+    assert told == [True]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "neither"])
+def test_what_is_not_finite(what):
+    """A root has no finite derivative at 0, and an infinite constant leaves the gradient finite."""
+    weight, told = torch.nn.Parameter(torch.ones(3)), []
+
+    def sample_losses(index, is_clean):
+        losses = (weight * 0).abs().sqrt() if what == "gradient" else weight * 2
+        return losses + (torch.inf if what == "loss" else 0)
+
+    options = {"check_finite": lambda are_finite: told.append(are_finite) or are_finite}
+    with pytest.raises(NonFiniteError, match="infinite or not a number") if what != "neither" else nullcontext():
+        compute(sample_losses, ERM().terms(torch.arange(3)), [weight], **options)
+    assert told == [what == "neither"]
+    assert (weight.grad is None) == (what != "neither")

@@ -11,8 +11,11 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +39,13 @@ from gpu_parts import (  # noqa: E402
     sharing,
     steps,
     tables,
-    timetable,
     training,
 )
 from gpu_parts.captures import Captured  # noqa: E402
 from gpu_parts.children import Children  # noqa: E402
 from gpu_parts.plan import Run  # noqa: E402
 from gpu_parts.results import COMMITTED, fingerprint, read_all, read_json, write_json  # noqa: E402
-from gpu_parts.settings import Settings  # noqa: E402
+from gpu_parts.settings import Settings, about  # noqa: E402
 
 from lightning_ssesam.experiments.methods import METHODS  # noqa: E402
 from lightning_ssesam.models import SmallConvNet  # noqa: E402
@@ -633,19 +635,61 @@ class TestSteps:
 
 
 class TestSharing:
-    def test_timetable_has_no_overlap(self, settings):
-        settings.tiny, settings.device = False, "gpu"
-        rows = timetable.timetable(settings, 100.0)
-        assert [row[:2] for row in rows] == [(mode, n) for mode in ("eager", "graphs") for n in (1, 2, 4, 8)]
-        assert rows[0][2] == 100.0
-        assert all(end - begin == pytest.approx(3.0) for _, _, begin, end in rows)
-        assert all(end < begin for (*_, end), (_, _, begin, _) in itertools.pairwise(rows))
+    def start(self, settings, monkeypatch, number, make):
+        """Measure in threads instead of processes; return their results or errors, and who made steps, in order."""
+        made = []
+
+        class Fake:
+            def __init__(self, mode):
+                self.mode = mode
+
+            def steps(self, number):
+                time.sleep(0.002)
+                made.append((threading.current_thread().name, self.mode, number))
+
+            def end(self):
+                made.append((threading.current_thread().name, self.mode, "end"))
+
+        fakes = {mode: partial(make or Fake, mode) for mode in ("plain", "eager", "graphs")}
+        monkeypatch.setattr(contenders, "makers", lambda *given: fakes)
+        sharing.meet_at(threading.Barrier(number, timeout=20))
+        with ThreadPoolExecutor(number, thread_name_prefix="t") as pool:
+            futures = [pool.submit(sharing.measure, index, settings) for index in range(number)]
+        return [future.exception() or future.result() for future in futures], made
+
+    def test_turns(self, settings, monkeypatch):
+        """One process, then two, of each kind, and nobody makes steps out of turn."""
+        monkeypatch.setattr(sharing, "SECONDS", 0.5)
+        settings.device = "gpu"
+        (first, second), made = self.start(settings, monkeypatch, 2, None)
+        assert list(first) == [(mode, number) for mode in ("eager", "graphs") for number in (1, 2)]
+        assert list(second) == [("eager", 2), ("graphs", 2)]
+        # Five steps in two milliseconds, or in more.
+        assert all(0 < rate < 2500 for rates in (first, second) for rate in rates.values())
+        steps = [(name, mode) for name, mode, number in made if number == 5]
+        turns = [(mode, len({name for name, _ in group})) for mode, group in grouped_by_mode(steps)]
+        assert turns == [("eager", 2), ("graphs", 2)]
+        for mode, group in grouped_by_mode(steps):
+            names = [name for name, _ in group]
+            # The first one makes steps alone, before the other begins.
+            assert names[0] == "t_0", mode
+        assert sorted(str(number) for *_, number in made if number != 5) == ["8"] * 4 + ["end"] * 4
+
+    def test_nobody_waits_for_one_that_has_failed(self, settings, monkeypatch):
+        begin, calls = time.time(), itertools.count()
+
+        def make(mode):
+            if next(calls):
+                raise MemoryError("full")
+            return type("Fake", (), {"steps": lambda self, number: None})()
+
+        errors, _ = self.start(settings, monkeypatch, 2, make)
+        assert sorted(type(error).__name__ for error in errors) == ["BrokenBarrierError", "MemoryError"]
+        assert time.time() - begin < 15
 
     def test_rates_add_up(self):
-        write_json(Path("0.json"), [("eager", 1, 10.0), ("eager", 2, 6.0)])
-        write_json(Path("1.json"), [("eager", 2, 7.0)])
-        found = timetable.add_up([Path("0.json"), Path("1.json")], {"hardware": "card"})
-        assert (found["rates"], found["hardware"]) == ({"eager": {"1": 10.0, "2": 13.0}}, "card")
+        found = [{("eager", 1): 10.0, ("eager", 2): 6.0, ("eager", 8): 1.0}, {("eager", 2): 7.0}]
+        assert sharing.add_up(found) == {"eager": {"1": 10.0, "2": 13.0, "8": 1.0}}
 
     @pytest.mark.parametrize(
         ("rates", "best"), [((80, 85, 87), 1), ((80, 100, 105), 2), ((80, 100, 150), 4), ((80, 70, 100), 4)]
@@ -656,20 +700,25 @@ class TestSharing:
         write_json(
             Path(settings.output) / "sharing.json", {"rates": {"eager": {"1": 1.0, "2": 9.0}, "graphs": numbers}}
         )
-        assert timetable.best_number(settings) == best
+        assert plan.best_number(settings) == best
 
     def test_nothing_measured(self, settings):
-        assert timetable.best_number(settings) == 1
+        assert plan.best_number(settings) == 1
 
-    def test_a_process_measures_its_turns(self, settings, monkeypatch):
-        monkeypatch.setattr(timetable, "SECONDS", 0.1)
-        monkeypatch.setattr(sys, "argv", ["x", str(settings.write()), "1"])
-        folder = Path(settings.scratch) / "sharing"
-        write_json(folder / "start", time.time())
+    def test_measured_once_for_a_card(self, settings, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["x", str(settings.write())])
+        monkeypatch.setattr(sharing, "ProcessPoolExecutor", lambda *args, **kwargs: pytest.fail("it measured"))
+        known = {"hardware": about(settings)["hardware"], "rates": {}}
+        write_json(Path(settings.output) / "sharing.json", known)
         sharing.main()
-        ((mode, number, rate),) = read_json(folder / "rates_1.json")
-        assert (mode, number, rate > 0) == ("eager", 2, True)
-        assert read_json(folder / "ready_1")["hardware"]
+        assert capsys.readouterr().out == "measured already\n"
+        write_json(Path(settings.output) / "sharing.json", {**known, "hardware": "another"})
+        with pytest.raises(pytest.fail.Exception, match="it measured"):
+            sharing.main()
+
+
+def grouped_by_mode(steps):
+    return [(mode, list(group)) for mode, group in itertools.groupby(steps, key=lambda step: step[1])]
 
 
 class TestChildren:
@@ -888,15 +937,15 @@ class TestScript:
         assert said == [f"{name}: no time left" for name in names]
 
     @pytest.mark.parametrize(
-        ("code", "end"), [("import time; time.sleep(60)", "ended at its time limit"), ("1 / 0", "failed (status 1)")]
+        ("code", "end"), [("import time; time.sleep(60)", "ended at its time limit"), ("1 / 0", r"failed \(status 1\)")]
     )
-    def test_how_sharing_ends(self, settings, code, end, monkeypatch, capsys):
+    def test_how_a_part_ends(self, settings, code, end, monkeypatch, capsys):
         with Children(Path("logs"), Path(), dict(os.environ)) as children:
             call = gpu.Call(settings, children, time.time() + 60)
             monkeypatch.setattr(call, "limit", lambda name: time.time() + (0.2 if code.startswith("import") else 30))
             monkeypatch.setattr(call, "command", lambda *_: [sys.executable, "-S", "-c", code])
             call.sharing()
-        assert capsys.readouterr().out.endswith(f"] sharing: {end}\n")
+        assert re.search(rf"\] sharing: {end} after \d+ s\n$", capsys.readouterr().out)
         assert not Path(settings.output, "sharing.json").exists()
 
     def test_images_that_cannot_be_laid_out(self, settings, tmp_path, capsys):

@@ -55,6 +55,7 @@ from lightning_ssesam import (
     Staged,
     StageSwitch,
     StepOptions,
+    graph_step,
 )
 from lightning_ssesam import graphs as graphs_module
 from lightning_ssesam.callbacks import DeferredReweighting
@@ -66,7 +67,7 @@ from lightning_ssesam.layers import replays_by_itself
 from lightning_ssesam.losses import LDAMLoss
 from lightning_ssesam.models import CIFARResNet
 from lightning_ssesam.snapshots import torch_random_state
-from lightning_ssesam.trees import mapped, signature, tensors_of
+from lightning_ssesam.trees import mapped, others_of, signature, tensors_of
 
 pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
 
@@ -666,6 +667,23 @@ def test_strange_batches_are_refused():
 
     given = [(Box(x, y), y) for x, y in batches(2)]
     refused("a batch holds a Box, whose tensors cannot be copied", kind=OfBox, given=given)
+
+    class OfEither(OfBox):
+        def sample_losses(self, batch):
+            kind = OfBox if isinstance(batch[0], Box) else Model
+            return kind.sample_losses(self, batch)
+
+    # Also after steps that were replayed.
+    refused("a batch holds a Box, whose tensors cannot be copied", kind=OfEither, given=[*batches(6), *given])
+    assert TapeRecorder.replayed == 6 - WARM_UP
+
+
+def test_a_replay_does_not_look_at_its_batch_again(monkeypatch):
+    looks = []
+    monkeypatch.setattr(graph_step, "others_of", lambda tree: looks.append(tree) or others_of(tree))
+    train(mlp, lambda: SAM(0.1), batches(7), True)
+    # The steps that are made as usual, and the one that is recorded.
+    assert len(looks) == WARM_UP + 1
 
 
 class Hooked(Model):

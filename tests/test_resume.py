@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ssesam import SSESAM, StageSwitch
+from lightning_ssesam.exact_resume import _NumPyState
 
 # Lightning speaks of callbacks that a resumed run does without, which is what these tests are about.
 pytestmark = [STRICT, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
@@ -182,13 +183,15 @@ def test_from_the_checkpoint_of_every_step(accumulate):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_from_the_checkpoint_of_an_exception(accumulate):
     """In any forward of any step: clean or perturbed, in an epoch's first batch, while batches are accumulated."""
-    uninterrupted = run(accumulate=accumulate)
+    # An epoch of either stage: each further one would be as the second, and takes as long as both.
+    options = {"accumulate": accumulate, "max_epochs": 2}
+    uninterrupted = run(**options)
     for fault in range(1, uninterrupted.calls + 1):
-        run(fault=fault, callbacks=[OnExceptionCheckpoint(".", f"at-{fault}")], accumulate=accumulate)
+        run(fault=fault, callbacks=[OnExceptionCheckpoint(".", f"at-{fault}")], **options)
         progress = torch.load(f"at-{fault}.ckpt", weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         assert progress["current"]["ready"] < BATCHES
         assert not progress["is_last_batch"]
-        assert_same_end(run(f"at-{fault}.ckpt", accumulate=accumulate), uninterrupted)
+        assert_same_end(run(f"at-{fault}.ckpt", **options), uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -503,3 +506,52 @@ def test_checkpoint_that_is_only_looked_at_leaves_the_next_run_alone():
         one.fit(model, batches)
         ends.append(copy.deepcopy(model.state_dict()))
     assert_same_bits(ends[0].values(), ends[1].values())
+
+
+def numpys_own_state():
+    name, keys, *counters = np.random.get_state()
+    return name, keys.tolist(), *counters
+
+
+@pytest.mark.parametrize("reads_in_between", [True, False])
+def test_state_of_numpy_is_that_of_now(reads_in_between):
+    state, kept = _NumPyState(), np.random.get_state()
+    draws = [
+        lambda: None,
+        np.random.random,
+        # Every other normal number comes without a change of that memory.
+        np.random.standard_normal,
+        np.random.standard_normal,
+        lambda: np.random.standard_normal(3),
+        lambda: np.random.standard_normal(1),
+        lambda: np.random.shuffle([1, 2, 3]),
+        lambda: np.random.seed(5),
+        lambda: np.random.random(700),
+        lambda: np.random.set_state(("MT19937", np.arange(624, dtype=np.uint32), 3, 1, 0.25)),
+        np.random.standard_normal,
+        lambda: np.random.set_state(("MT19937", np.arange(624, dtype=np.uint32), 3)),
+        lambda: np.random.random(2),
+    ]
+    bits = np.random.get_bit_generator()
+    try:
+        for draw in [*draws, lambda: np.random.set_bit_generator(np.random.MT19937(3)), *draws]:
+            draw()
+            if reads_in_between:
+                state.read()
+            name, keys, *counters = state.read()
+            assert (name, keys.tolist(), *counters) == numpys_own_state()
+    finally:
+        np.random.set_bit_generator(bits)
+        np.random.set_state(kept)
+
+
+def test_state_of_numpy_is_read_once_while_nobody_draws(monkeypatch):
+    state, reads = _NumPyState(), []
+    read = np.random.get_state
+    np.random.seed(1)
+    monkeypatch.setattr(np.random, "get_state", lambda: reads.append(1) or read())
+    states = [state.read(), state.read()]
+    np.random.random()
+    states += [state.read(), state.read()]
+    assert len(reads) == 2
+    assert [s[2] for s in states] == [624, 624, 2, 2]

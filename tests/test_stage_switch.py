@@ -139,11 +139,16 @@ def test_run_limited_by_time_alone():
         fit(Stages(), batches(), max_epochs=-1, max_time={"seconds": 60}, callbacks=[StageSwitch(at=0.5)])
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
-@pytest.mark.parametrize("switch", [{"at": 0.4}, {"epoch": 1}, {"step": 6}])
-def test_resume_continues_in_the_right_stage(switch, stop_at, tmp_path):
+@pytest.fixture(scope="module", params=[{"at": 0.4}, {"epoch": 1}, {"step": 6}], ids=str)
+def switch_and_stages(request):
     whole = Stages()
-    fit(whole, batches(), max_epochs=3, callbacks=[StageSwitch(**switch)])
+    fit(whole, batches(), max_epochs=3, callbacks=[StageSwitch(**request.param)])
+    return request.param, whole.seen
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
+def test_resume_continues_in_the_right_stage(switch_and_stages, stop_at, tmp_path):
+    switch, seen = switch_and_stages
     every_step = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1, enable_version_counter=False)
     callbacks = [StageSwitch(**switch), every_step, KillAt(stop_at)]
     with pytest.raises(Killed):
@@ -152,7 +157,7 @@ def test_resume_continues_in_the_right_stage(switch, stop_at, tmp_path):
 
     resumed = Stages()
     fit(resumed, batches(), max_epochs=3, callbacks=[StageSwitch(**switch)], ckpt_path=tmp_path / "last.ckpt")
-    assert resumed.seen == whole.seen[stop_at:]
+    assert resumed.seen == seen[stop_at:]
 
 
 def test_a_longer_run_does_not_fall_back_to_stage_1(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpu_parts.images import SOURCES
+from gpu_parts.settings import Settings
 
 Found = Mapping[str, Any]
 """Results by path, as :func:`gpu_parts.results.read_all` returns them."""
@@ -166,6 +167,16 @@ def estimate(run: Run, measured: list[dict[str, Any]]) -> float:
     same = [one for one in measured if one["method"] == run.method] or measured
     per_unit = max((one["seconds"] / one["updates"] / one["cost"] for one in same), default=_PLAIN_MS / 1000)
     return per_unit * run.updates * run.cost + _EXTRA
+
+
+def best_number(settings: Settings) -> int:
+    """Return how many trainings at a time are fastest, as measured; else 1. A larger number must gain a tenth."""
+    rates = settings.found().get("sharing.json", {"rates": {}})["rates"].get(settings.modes[-1], {})
+    best = 1
+    for number, rate in sorted((int(number), rate) for number, rate in rates.items()):
+        if number > 1 and rate > 1.1 * rates[str(best)]:
+            best = number
+    return best
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -53,6 +53,11 @@ class Settings:
         """Precision of the Trainer."""
         return "bf16-mixed" if self.on_gpu else "32-true"
 
+    @property
+    def modes(self) -> list[str]:
+        """Kinds of trainings that are measured."""
+        return ["eager", "graphs"] if self.on_gpu else ["eager"]
+
     def found(self) -> dict[str, Any]:
         """Return the results of all folders by path."""
         return read_all(map(Path, self.folders), self.tiny)
@@ -80,9 +85,14 @@ def settings_of_child(is_silent: bool = True) -> tuple[Settings, list[str]]:
         if not torch.cuda.is_available():
             raise SystemExit(NO_GPU)
     if is_silent:
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        silence()
     return settings, sys.argv[2:]
+
+
+def silence() -> None:
+    """Silence Lightning in this process."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def about(settings: Settings) -> dict[str, Any]:
