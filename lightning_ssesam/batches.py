@@ -122,7 +122,8 @@ def checked_losses(losses: Any, part: Part, chosen: Part, shape: torch.Size, mod
             "targets",
             f"class probabilities (N, C, ...), since they are floating, for losses of shape {tuple(losses.shape)}; for"
             " a regression, override `sample_targets` to return an integer for each loss, such as"
-            " `torch.zeros(shape_of_losses, dtype=torch.long)`",
+            " `torch.zeros(shape_of_losses, dtype=torch.long)`; for several labels a sample, give the objective a"
+            " `ClassSplit(..., multi_label=True)`",
             got_text=f"shape {tuple(part.targets.shape)}",
         )
     return losses
@@ -196,7 +197,7 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
 
     Args:
         objective: The objective. It is asked once, with the targets of all batches. Dense targets come flattened,
-            ``(M,)`` or ``(M, C)``, unless there is only one batch in all.
+            ``(M,)`` or ``(M, C)``, unless there is only one batch in all. Multi-label targets stay ``(M, C)``.
         targets: Targets of every batch, in the forms that :meth:`Objective.terms` takes.
         gather: Called with the flattened targets of this process. Returns those of all processes, and the number of
             this one. The weights are then multiplied by the number of processes, whose gradients are averaged.
@@ -213,13 +214,17 @@ def terms_of_union(objective: Objective, targets: Sequence[Tensor], gather: Gath
     if gather is not None:
         everywhere, rank = gather(union)
         start, scale, union = sum(len(t) for t in everywhere[:rank]), len(everywhere), torch.cat(everywhere)
+    if objective.split is not None and objective.split.multi_label:
+        # Its shape says of which label each loss is.
+        union = union.view(len(union) // objective.split.num_classes, objective.split.num_classes)
     terms = objective.terms(union)
     parts = []
     for target in targets:
         shape = target.shape[:1] + target.shape[2:] if target.is_floating_point() else target.shape
         stop = start + shape.numel()
         # Replaced and not made anew, so that a term keeps fields that an objective has added.
-        parts.append([term._replace(weights=scale * term.weights[start:stop].reshape(shape)) for term in terms])
+        weights = [scale * term.weights.flatten()[start:stop].reshape(shape) for term in terms]
+        parts.append([term._replace(weights=own) for term, own in zip(terms, weights, strict=True)])
         start = stop
     return parts
 

@@ -26,6 +26,19 @@ class _ClassObjective(Objective):
 
     needs_split = True
 
+    def _class_means(self, targets: Tensor, values: Tensor) -> Tensor:
+        """Return the mean of the classes' values ``(C,)`` for each loss, ``(N, ...)``; 0 where it is ignored."""
+        self.check_ready()
+        assert self._split is not None
+        check_tensor(targets)
+        targets = self.positions(targets)
+        values = values.to(targets.device, weight_dtype(targets))
+        if targets.is_floating_point():
+            return self._class_masses(targets) @ values
+        check_class_indices(targets, self._split.num_classes, self.ignore_index)
+        ignored = self.find_ignored(targets)
+        return fill_ignored(values[fill_ignored(targets.long(), ignored)], ignored)
+
     def _class_masses(self, targets: Tensor) -> Tensor:
         """Return how much of each sample belongs to each class, ``(N, ..., C)``; 0 where the target is ignored."""
         self.check_ready()
@@ -49,9 +62,9 @@ class FocalSAM(_ClassObjective):
     r"""Focal-SAM (Li et al., ICML 2025, arXiv:2505.01660): the smaller a class, the more its sharpness counts.
 
     Terms :math:`((1 - c_y)/N, 0)` and :math:`(c_y/N, \rho)` with :math:`c_y = \lambda (1 - n_y/n)^\gamma`, the training
-    samples :math:`n_y` of a class and n of all. Two forwards and three backwards, as every sample belongs to both
-    terms. For ResNet-32 the authors use rho 0.2, gamma 3.0 and sharpness 0.5 on CIFAR-10-LT, and 0.3, 3.2 and 0.8 on
-    CIFAR-100-LT.
+    samples :math:`n_y` of a class and n of all, the sum of the class counts. Two forwards and three backwards, as every
+    sample belongs to both terms. For ResNet-32 the authors use rho 0.2, gamma 3.0 and sharpness 0.5 on CIFAR-10-LT, and
+    0.3, 3.2 and 0.8 on CIFAR-100-LT.
 
     Args:
         split: Class split, for its numbers of training samples. Can be bound later.
@@ -85,11 +98,11 @@ class FocalSAM(_ClassObjective):
 
     @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
-        masses, mean = self._class_masses(targets), self._mean_weights(targets)
+        self.check_ready()
         assert self._split is not None
-        counts = self._split.class_counts.to(masses.device, masses.dtype)
-        shares = masses @ (self.sharpness * (1 - counts / counts.sum()) ** self.gamma)
-        return partly_perturbed(mean, shares, self.rho, self.make_ascent())
+        counts = self._split.class_counts.double()
+        shares = self._class_means(targets, self.sharpness * (1 - counts / counts.sum()) ** self.gamma)
+        return partly_perturbed(self._mean_weights(targets), shares, self.rho, self.make_ascent())
 
 
 class CCSAM(_ClassObjective):
@@ -101,7 +114,8 @@ class CCSAM(_ClassObjective):
     are the number and the norm of the layer's weights. With C classes in the batch, it makes 1 + C forwards and 2 C
     backwards; with split passes 2 C of each, of a class's samples alone, so that a step costs two plain ones. Logs
     number the terms by the place of their class in the batch. The authors use share 0.5 on CIFAR-100-LT and 0.3 on
-    CIFAR-10-LT; the radius of their release is 1e-6, which is next to nothing.
+    CIFAR-10-LT; the radius of their release is 1e-6, which is next to nothing. A split with ``multi_label`` is refused,
+    because no sample belongs to one class.
 
     Args:
         split: Class split, for its numbers of training samples. Can be bound later.
@@ -134,6 +148,13 @@ class CCSAM(_ClassObjective):
             expected = "an Ascent whose direction keeps no state, because the terms are other ones in each batch"
             raise bad_argument("ascent", expected, self.ascent)
         self.make_ascent()
+
+    @override
+    def _check_split(self, split: ClassSplit) -> None:
+        if split.multi_label:
+            expected = "a ClassSplit without `multi_label`, as CCSAM perturbs for the samples of one class at a time"
+            got = f"{split}; FocalSAM and the objectives of head and tail can use it"
+            raise bad_argument("split", expected, got_text=got)
 
     @override
     def make_ascent(self) -> Ascent:

@@ -187,7 +187,8 @@ class SharpnessAwareMixin(pl.LightningModule):
         step.logs.clear()
         if skips_backward(self.trainer):
             return self.__forward_only(batch, batch_idx)
-        return self.__keep(Part(batch, step.host_targets.of(self.sample_targets(batch)), batch_idx), batch_idx)
+        targets = self.objective.positions(step.host_targets.of(self.sample_targets(batch)))
+        return self.__keep(Part(batch, targets, batch_idx), batch_idx)
 
     def __skip_batch(self, batch_idx: int) -> None:
         """Called for a batch that an override of ``training_step`` keeps from the mixin: update for those before."""
@@ -235,29 +236,30 @@ class SharpnessAwareMixin(pl.LightningModule):
 
     def __step_optimizer(self, loss: Tensor | None, batch_idx: int, layers: Layers, trained: list[Tensor]) -> None:
         """Let the optimizer move the weights, through the hooks of automatic optimization."""
-        step, steps, optimizer = self.__step, self.trainer.global_step, pl.LightningModule.optimizers(self)
+        step, trainer, optimizer = self.__step, self.trainer, pl.LightningModule.optimizers(self)
         assert not isinstance(optimizer, list)
-        closure = OptimizerClosure(loss, trained, is_first=not step.has_updated)
+        steps, closure = trainer.global_step, OptimizerClosure(loss, trained, is_first=not step.has_updated)
         with step.having(is_by_hand=False), closure.watch():
-            self.optimizer_step(self.trainer.current_epoch, batch_idx, optimizer, closure)
+            self.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
         step.has_updated = True
-        if self.trainer.global_step == steps:
+        if trainer.global_step == steps:
             # An override may make no step with the optimizer; Lightning counts it all the same.
-            count_step(self.trainer)
+            count_step(trainer)
         # Free the gradients now: until the next step they would only take up memory.
-        zero_grad(self.trainer, batch_idx)
+        zero_grad(trainer, batch_idx)
         set_gradients(layers.parameters, None)
 
     def __find_gradient(self, parts: list[Part], share: float, layers: Layers, trained: list[Tensor]) -> Outcome:
         """Leave in ``.grad`` the gradient of the objective on several parts together."""
-        options, objective, processes = self.step_options, self.objective, Processes(self.trainer.strategy)
+        trainer, options, objective = self.trainer, self.step_options, self.objective
+        processes = Processes(trainer.strategy)
         shares = processes.size > 1 and options.processes == "global"
         gather = partial(processes.gather, ignore_index=objective.ignore_index) if shares else None
         terms = terms_of_union(objective, [part.targets for part in parts], gather)
         reuse = options.reuse if is_perturbed(terms[0]) else None
-        if not options.perturbs(self.trainer.global_step, self.__step.engine.can_reuse(objective)):
+        if not options.perturbs(trainer.global_step, self.__step.engine.can_reuse(objective)):
             terms = [unperturbed(own) for own in terms]
-        checks = options.on_nonfinite != "ignore" and not has_scaler(self.trainer)
+        checks = options.on_nonfinite != "ignore" and not has_scaler(trainer)
         compute = partial(
             self.__step.engine.compute,
             parameters=trained,
@@ -267,16 +269,15 @@ class SharpnessAwareMixin(pl.LightningModule):
             synchronize=processes.synchronize,
             processes=options.processes,
             objective=objective,
-            optimizer=self.trainer.optimizers[0],
-            loss_scale=loss_scale(self.trainer, share),
+            optimizer=trainer.optimizers[0],
+            loss_scale=loss_scale(trainer, share),
             reuse=reuse,
         )
         if options.cuda_graphs:
             graphed = GraphStep(self, self.__step, layers, trained, checks)
             compute = partial(compute, report=options.log_sharpness or checks)
             return graphed.compute(parts, terms, self.__micro_batch, compute, (options, share, reuse))
-        pairs = zip(parts, terms, strict=True)
-        batch = [self.__micro_batch(part, own, objective.find_ignored(part.targets)) for part, own in pairs]
+        batch = list(map(self.__micro_batch, parts, terms, (objective.find_ignored(part.targets) for part in parts)))
         return compute(batch, check_finite=processes.all_agree if checks else None, report=options.log_sharpness)
 
     def __micro_batch(self, part: Part, terms: Sequence[Term], *more: Any) -> MicroBatch:
@@ -310,7 +311,7 @@ class SharpnessAwareMixin(pl.LightningModule):
         return pick_samples(part.batch, index, len(part), owner)
 
     def __forward_only(self, batch: Any, batch_idx: int) -> Tensor | None:
-        part = Part(batch, self.sample_targets(batch), batch_idx)
+        part = Part(batch, self.objective.positions(self.sample_targets(batch)), batch_idx)
         try:
             with torch.no_grad(), self.__step.having(is_clean=None):
                 losses = self.__losses_of(part, part.targets)(None, True)

@@ -73,6 +73,7 @@ class _HeadTailObjective(Objective):
         self.check_ready()
         assert self._split is not None
         check_tensor(targets)
+        targets = self.positions(targets)
         tail = self._split.tail_on(targets.device)
         dtype = weight_dtype(targets)
         if not targets.is_floating_point():

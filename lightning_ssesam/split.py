@@ -12,7 +12,7 @@ from typing_extensions import Self
 from lightning_ssesam._validation import bad_argument, check_flag, check_fraction, check_integer
 from lightning_ssesam.class_order import in_class_order, in_sample_order
 from lightning_ssesam.errors import ArgumentError
-from lightning_ssesam.targets import IGNORE_INDEX
+from lightning_ssesam.targets import IGNORE_INDEX, label_indices
 
 Counts: TypeAlias = Sequence[int] | Mapping[int, int] | Tensor
 
@@ -25,6 +25,10 @@ class ClassSplit:
     Independently, it is many-, medium- or few-shot, with more than 100, 20 to 100 or fewer than 20 training samples by
     default (Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019).
 
+    With ``multi_label``, a sample may have any number of labels, and a class is a label. Its count is the number of
+    training samples that have it, and it may be 0. Objectives, losses and metrics then take targets ``(N, C)`` of 0
+    and 1.
+
     Args:
         class_counts: Training samples of each class, shape ``(C,)``, integers >= 1. A mapping or a pandas Series is
             read by its keys, the class indices 0 to C-1.
@@ -33,10 +37,13 @@ class ClassSplit:
         few_below: Training samples below which a class is few-shot, an integer in ``[0, many_above + 1]``.
         allow_empty: Whether a class may have no training sample. Such a class is tail. It has no weight in losses that
             need the class counts.
+        multi_label: Flag of data whose samples have any number of labels each.
+        num_samples: Training samples, an integer >= the largest count, for losses that need the share of each label;
+            None if unknown. Only with ``multi_label``, because it is the sum of the counts otherwise.
 
     Raises:
-        ArgumentError: If a count is not an integer >= 1 (with ``allow_empty`` >= 0, and one of them > 0), or an
-            argument has the wrong shape or range.
+        ArgumentError: If a count is not an integer >= 1 (with ``allow_empty`` or ``multi_label`` >= 0, and one of them
+            > 0), or an argument has the wrong shape or range.
 
     Example:
         >>> split = ClassSplit.from_counts([500, 120, 40, 5], tail_below=100)
@@ -51,6 +58,8 @@ class ClassSplit:
     many_above: int = 100
     few_below: int = 20
     allow_empty: bool = False
+    multi_label: bool = False
+    num_samples: int | None = None
     _moved: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __init__(
@@ -60,8 +69,11 @@ class ClassSplit:
         many_above: int = 100,
         few_below: int = 20,
         allow_empty: bool = False,
+        multi_label: bool = False,
+        num_samples: int | None = None,
     ) -> None:
-        counts = as_counts(class_counts, check_flag("allow_empty", allow_empty))
+        counts = as_counts(class_counts, _may_be_empty(allow_empty, multi_label))
+        _check_number(num_samples, counts, multi_label)
         many_above = check_integer("many_above", many_above, minimum=0)
         few_below = check_integer("few_below", few_below, minimum=0)
         if few_below > many_above + 1:
@@ -69,7 +81,7 @@ class ClassSplit:
         mask = _as_mask(tail, counts.numel()) | (counts == 0)
         # The dataclass is frozen, and refuses to set an attribute.
         vars(self).update(class_counts=counts, tail=mask, many_above=many_above, few_below=few_below)
-        vars(self).update(allow_empty=allow_empty, _moved={})
+        vars(self).update(allow_empty=allow_empty, multi_label=multi_label, num_samples=num_samples, _moved={})
 
     @classmethod
     def from_counts(
@@ -80,6 +92,8 @@ class ClassSplit:
         many_above: int = 100,
         few_below: int = 20,
         allow_empty: bool = False,
+        multi_label: bool = False,
+        num_samples: int | None = None,
     ) -> Self:
         """Choose the tail by class size.
 
@@ -87,10 +101,13 @@ class ClassSplit:
             class_counts: Training samples of each class, see :class:`ClassSplit`.
             tail_below: Training samples below which a class is tail, an integer >= 1 (eta in ImbSAM, ICCV 2023).
             tail_fraction: Fraction of the training samples, in (0, 1), that the tail classes hold at most. The rarest
-                classes are chosen first; of two classes of equal size the one with the higher index is the rarer.
+                classes are chosen first; of two classes of equal size the one with the higher index is the rarer. With
+                ``multi_label``, a sample counts once for each of its labels.
             many_above: See :class:`ClassSplit`.
             few_below: See :class:`ClassSplit`.
             allow_empty: See :class:`ClassSplit`.
+            multi_label: See :class:`ClassSplit`.
+            num_samples: See :class:`ClassSplit`.
 
         Raises:
             ArgumentError: If not exactly one of ``tail_below`` and ``tail_fraction`` is given, or one is out of range.
@@ -100,12 +117,12 @@ class ClassSplit:
                 "Expected exactly one of the arguments `tail_below` and `tail_fraction`,"
                 f" but got tail_below={tail_below!r}, tail_fraction={tail_fraction!r}."
             )
-        counts = as_counts(class_counts, check_flag("allow_empty", allow_empty))
+        counts = as_counts(class_counts, _may_be_empty(allow_empty, multi_label))
         if tail_below is not None:
             tail = counts < check_integer("tail_below", tail_below, minimum=1)
         else:
             tail = _rarest(counts, check_fraction("tail_fraction", tail_fraction))
-        return cls(counts, tail, many_above=many_above, few_below=few_below, allow_empty=allow_empty)
+        return cls(counts, tail, many_above, few_below, allow_empty, multi_label, num_samples)
 
     @classmethod
     def from_labels(
@@ -118,8 +135,9 @@ class ClassSplit:
         """Count the training labels, and split by class size or, with ``tail=...``, as the constructor does.
 
         Args:
-            labels: Label of every training sample, shape ``(N,)``, integers in ``[0, C)`` or ``ignore_index``.
-            num_classes: C; the largest label + 1 by default.
+            labels: Label of every training sample, shape ``(N,)``, integers in ``[0, C)`` or ``ignore_index``. With
+                ``multi_label=True``, 0, 1 or ``ignore_index`` for every label, shape ``(N, C)``.
+            num_classes: C; the largest label + 1 by default, or the columns of multi-label targets.
             ignore_index: Label that does not count, any integer.
             **kwargs: Arguments of :meth:`from_counts`, or ``tail`` and the thresholds of :class:`ClassSplit`.
 
@@ -128,6 +146,10 @@ class ClassSplit:
         """
         if num_classes is not None:
             check_integer("num_classes", num_classes, minimum=1)
+        if kwargs.get("multi_label", False):
+            counts = _count_positives(labels, num_classes, ignore_index)
+            kwargs = {"num_samples": len(labels), **kwargs}
+            return cls(counts, **kwargs) if "tail" in kwargs else cls.from_counts(counts, **kwargs)
         # The index of a pandas Series does not matter here.
         labels = in_sample_order("labels", labels, is_ordered=False)
         values = as_labels(labels, num_classes=num_classes, ignore_index=ignore_index)
@@ -168,7 +190,10 @@ class ClassSplit:
     def __repr__(self) -> str:
         tail = self.tail.nonzero().flatten().tolist()
         shown = tail if len(tail) <= 10 else f"<{len(tail)} classes>"
-        return f"ClassSplit(num_classes={self.num_classes}, samples={int(self.class_counts.sum())}, tail={shown})"
+        number = int(self.class_counts.sum())
+        if self.multi_label:
+            return f"ClassSplit(num_classes={self.num_classes}, labels={number}, tail={shown}, multi_label=True)"
+        return f"ClassSplit(num_classes={self.num_classes}, samples={number}, tail={shown})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_moved": {}}
@@ -225,6 +250,27 @@ def count_labels(
         missing = (counts == 0).nonzero().flatten().tolist()
         raise bad_argument("labels", "labels of every class", got_text=f"none of the classes {missing}")
     return counts
+
+
+def _count_positives(labels: Any, num_classes: int | None = None, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return how many samples have each label of multi-label targets ``(N, C)``, int64. Missing ones do not count."""
+    values = _as_tensor("labels", "multi-label targets (N, C) of 0 and 1", labels)
+    columns = (values.shape[1] if values.ndim == 2 else 0) if num_classes is None else num_classes
+    label_indices(values, columns, ignore_index)
+    return (values == 1).sum(0)
+
+
+def _may_be_empty(allow_empty: bool, multi_label: bool) -> bool:
+    """Return whether a class may have no training sample."""
+    return check_flag("allow_empty", allow_empty) | check_flag("multi_label", multi_label)
+
+
+def _check_number(num_samples: int | None, counts: Tensor, multi_label: bool) -> None:
+    if num_samples is None:
+        return
+    if not multi_label:
+        raise bad_argument("num_samples", "None without multi_label=True, as the class counts tell it", num_samples)
+    check_integer("num_samples", num_samples, minimum=int(counts.max()))
 
 
 def _as_tensor(name: str, expected: str, value: Any) -> Tensor:

@@ -166,6 +166,11 @@ class Staged(Objective):
         return self.current.find_ignored(targets)
 
     @override
+    def positions(self, targets: Tensor) -> Tensor:
+        """Return targets in the form that the current objective makes of them."""
+        return self.current.positions(targets)
+
+    @override
     def terms(self, targets: Tensor) -> tuple[Term, ...]:
         """Return the current objective's terms of a batch."""
         return self.current.terms(targets)
@@ -246,6 +251,7 @@ def _common_split(objectives: Sequence[Objective]) -> ClassSplit | None:
     splits = [objective.split for objective in objectives if objective.split is not None]
     for split in splits[1:]:
         same = torch.equal(split.class_counts, splits[0].class_counts) and torch.equal(split.tail, splits[0].tail)
+        same &= split.multi_label == splits[0].multi_label
         if not same:
             raise bad_argument("split", "the same for all objectives", got_text=f"{splits[0]} and {split}")
     return splits[0] if splits else None

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from lightning_ssesam._validation import bad_argument
@@ -40,6 +41,49 @@ def fill_ignored(targets: Tensor, ignored: Tensor | None, value: float = 0) -> T
     if ignored is None:
         return targets
     return targets.masked_fill(ignored.unsqueeze(1) if targets.ndim > ignored.ndim else ignored, value)
+
+
+def label_indices(targets: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the label (column) of each multi-label target ``(N, C)``, int64, and ``ignore_index`` for a missing one.
+
+    Each label of each sample has its own loss. With its label in place of yes or no, it is a dense class index, whose
+    class says whether it is head or tail. Such class indices are returned as they are.
+
+    Args:
+        targets: 0 (no), 1 (yes) or ``ignore_index`` (missing) for each label, ``(N, C)``, any real dtype. Floating ones
+            may lie between 0 and 1.
+        num_classes: C.
+        ignore_index: Target of missing labels, an integer outside [0, C) and neither 0 nor 1.
+
+    Raises:
+        ArgumentError: If the shape is another one, a target on the CPU is out of range, or ``ignore_index`` is.
+    """
+    check_missing_label(ignore_index, num_classes)
+    expected = f"multi-label targets (N, {num_classes}) of 0, 1 and {ignore_index} (missing)"
+    if targets.ndim != 2 or targets.shape[1] != num_classes:
+        raise bad_argument("targets", expected, got_text=f"shape {tuple(targets.shape)} of {targets.dtype}")
+    missing = missing_labels(targets, ignore_index)
+    labels = torch.arange(num_classes, device=targets.device).expand(targets.shape)
+    if targets.device.type == "cpu":
+        is_valid = (targets >= 0) & (targets <= 1) | missing
+        if not bool(is_valid.all()) and not torch.equal(
+            targets.masked_fill(missing, 0), labels.masked_fill(missing, 0)
+        ):
+            wrong = targets[~is_valid]
+            raise bad_argument("targets", expected, got_text=f"values such as {wrong[0].item():g}")
+    return labels.masked_fill(missing, ignore_index)
+
+
+def missing_labels(targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return which multi-label targets are missing, bool, of their shape. Does not wait for the device."""
+    return (targets if targets.is_floating_point() else targets.long()) == ignore_index
+
+
+def check_missing_label(ignore_index: int, num_classes: int) -> None:
+    """Raise ``ArgumentError`` if the target of missing labels is that of others, or a label's index."""
+    if 0 <= ignore_index < max(2, num_classes):
+        expected = f"an integer outside [0, {max(2, num_classes)}) for multi-label targets"
+        raise bad_argument("ignore_index", expected, ignore_index)
 
 
 def sum_counted(losses: Tensor, ignored: Tensor | None, samples: Tensor | None = None) -> tuple[Tensor, Tensor | int]:

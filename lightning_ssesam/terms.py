@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ssesam._validation import bad_argument, check_integer, check_radius
 from lightning_ssesam.ascent import PLAIN, Ascent
 from lightning_ssesam.split import ClassSplit
-from lightning_ssesam.targets import IGNORE_INDEX, at_least_one, find_ignored
+from lightning_ssesam.targets import IGNORE_INDEX, at_least_one, find_ignored, label_indices
 
 InnerProducts = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
@@ -190,7 +190,25 @@ class Objective(ABC):
             A mask of the shape of the losses, bool; None if the targets are on the CPU and all of them count. It does
             not wait for the device.
         """
-        return find_ignored(targets, self.ignore_index)
+        return find_ignored(self.positions(targets), self.ignore_index)
+
+    def positions(self, targets: Tensor) -> Tensor:
+        """Return targets in the form that says which losses there are, and of which classes.
+
+        Multi-label targets become the label of each loss, see :func:`~lightning_ssesam.targets.label_indices`. All
+        other targets are returned as they are. The training step calls it once for each batch, so that :meth:`terms`
+        finds the class of each loss in its targets.
+
+        Args:
+            targets: Targets of a batch, as :meth:`terms` takes them.
+
+        Raises:
+            ArgumentError: If the split is one of multi-label data, and the targets are not 0, 1 or ``ignore_index``.
+        """
+        if self._split is None or not self._split.multi_label:
+            return targets
+        check_tensor(targets)
+        return label_indices(targets, self._split.num_classes, self.ignore_index)
 
     def make_ascent(self) -> Ascent:
         """Return the ascent of the perturbed terms."""
@@ -222,12 +240,14 @@ class Objective(ABC):
                 ``(N, C)`` or ``(N, C, ...)``, any floating dtype. They are on the CPU if they are known there, which
                 saves a wait for the device; otherwise on the device. Class indices may be ``ignore_index``. If
                 some batches of an update have class indices and others probabilities, all come as probabilities.
-                An ignored index is then a row of ``-inf``.
+                An ignored index is then a row of ``-inf``. If the split has ``multi_label``, they are ``(N, C)``: 0,
+                1 or ``ignore_index`` for each label, or what :meth:`positions` makes of these in a training step.
         """
 
     def _mean_weights(self, targets: Tensor) -> Tensor:
         """Return 1/N for every position that counts, and 0 for the ignored ones."""
         check_tensor(targets)
+        targets = self.positions(targets)
         shape = targets.shape[:1] + targets.shape[2:] if targets.is_floating_point() else targets.shape
         ignored = self.find_ignored(targets)
         if ignored is None:

@@ -18,14 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_ssesam._validation import bad_argument, check_choice
+from lightning_ssesam._validation import bad_argument, check_choice, check_flag
 from lightning_ssesam.batches import find_targets, losses_of
 from lightning_ssesam.class_order import in_class_order
 from lightning_ssesam.curvature.settings import BATCH_NORM, check_dtype
 from lightning_ssesam.errors import NonFiniteError
 from lightning_ssesam.mixin import SharpnessAwareMixin
 from lightning_ssesam.selection import SelectionError, pick_samples
-from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored, find_ignored
+from lightning_ssesam.targets import IGNORE_INDEX, check_class_indices, fill_ignored, find_ignored, label_indices
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -62,6 +62,7 @@ class Hessian:
             of these classes and 0 for others. A sample with class probabilities counts with its mass on them.
         dtype: Floating type to compute in, see :class:`CurvatureSettings`.
         batch_norm: Statistics that batch norm uses, see :class:`CurvatureSettings`.
+        multi_label: Flag of multi-label targets ``(N, C)``. :math:`a_i` is then 1 for the losses of the group's labels.
 
     Raises:
         ArgumentError: If an argument is out of range. At the first pass, if the group has no samples or the losses are
@@ -87,6 +88,7 @@ class Hessian:
         classes: Tensor | Sequence[bool] | None = None,
         dtype: str | torch.dtype | None = None,
         batch_norm: Literal["eval", "batch"] = "eval",
+        multi_label: bool = False,
     ) -> None:
         if sample_losses is None and not callable(getattr(model, "sample_losses", None)):
             expected = "a function of the model and a batch, because the model has no method `sample_losses`"
@@ -100,6 +102,7 @@ class Hessian:
         if self.classes is not None and (self.classes.dtype != torch.bool or self.classes.ndim != 1):
             raise bad_argument("classes", "a boolean mask (C,)", classes)
         self.batch_norm = check_choice("batch_norm", batch_norm, BATCH_NORM)
+        self.multi_label = check_flag("multi_label", multi_label)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise bad_argument("model", "one with parameters that require a gradient", got_text="one without")
@@ -199,7 +202,10 @@ class Hessian:
         mass = None
         if self.classes is not None:
             ignore_index = getattr(getattr(self.model, "objective", None), "ignore_index", IGNORE_INDEX)
-            mass = _mass(self._targets(batch), self.classes, ignore_index)
+            targets = self._targets(batch)
+            if self.multi_label:
+                targets = label_indices(targets, len(self.classes), ignore_index)
+            mass = _mass(targets, self.classes, ignore_index)
             rows = mass.unsqueeze(-1).flatten(1).any(1).nonzero().flatten()
             if not len(rows):
                 return None, 0.0

@@ -22,7 +22,7 @@ class Curvature:
     """Curvature of a group's mean loss at a model's weights.
 
     Attributes:
-        samples: Number of samples that the group has in the data.
+        samples: Number of samples that the group has in the data; of losses of its labels, for multi-label data.
         loss: Mean loss of the group.
         gradient_norm: Norm of its gradient.
         eigenvalues: Ends of the spectrum of its Hessian.
@@ -76,7 +76,8 @@ def measure_curvature(
 ) -> dict[str, Curvature]:
     """Return the curvature of the mean loss of each group of classes at a model's weights, in the order of the groups.
 
-    The groups are measured one after the other; only their own samples are forwarded. The model is left as it is.
+    The groups are measured one after the other; only their own samples are forwarded. The model is left as it is. With
+    a split of multi-label data, the mean loss of a group is that of its labels over all samples.
 
     Args:
         model: Model with :class:`~lightning_ssesam.SharpnessAwareMixin`, or any other with ``sample_losses``.
@@ -110,7 +111,9 @@ def measure_curvature(
     check_batches(batches, masks)
     for name, classes in masks.items():
         data = batches[name] if isinstance(batches, Mapping) else batches
-        hessian = Hessian(model, data, sample_losses, classes, chosen.dtype, chosen.batch_norm)
+        hessian = Hessian(
+            model, data, sample_losses, classes, chosen.dtype, chosen.batch_norm, multi_label=split.multi_label
+        )
         measured[name] = _measure(hessian, chosen, name if progress else None)
     return measured
 

@@ -1,7 +1,7 @@
 """A random choice of samples from each group, in batches."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ def choose_samples(
         collate: Function that makes a batch of a list of samples, such as ``DataLoader.collate_fn``.
         split: Classes of head, tail, many, medium and few.
         groups: Names of groups, see :func:`measure_curvature`.
-        samples: Number of samples of each group, an integer >= 1; all of them if there are fewer.
+        samples: Number of samples of each group, an integer >= 1; all of them if there are fewer. Every sample of
+            multi-label data belongs to each group.
         batch_size: Number of samples in a batch, an integer >= 1; the last batch may have fewer.
         seed: Seed of the choice and of augmentations, an integer >= 0.
         labels: Label of every sample, ``(N,)``. By default the ``targets``, ``labels`` or ``samples`` of the data set,
@@ -47,11 +48,30 @@ def choose_samples(
     check_integer("samples", samples, minimum=1)
     check_integer("batch_size", batch_size, minimum=1)
     masks = group_masks(split, groups)
+    if split.multi_label:
+        # Every sample has a loss for each label.
+        return _choose(
+            dataset, collate, {group: torch.arange(len(dataset)) for group in masks}, samples, batch_size, seed
+        )
     labels = as_labels(labels_of(dataset) if labels is None else labels, num_classes=split.num_classes)
+    members = {
+        group: (classes[labels.clamp(min=0)] & (labels >= 0)).nonzero().flatten() for group, classes in masks.items()
+    }
+    return _choose(dataset, collate, members, samples, batch_size, seed)
+
+
+def _choose(
+    dataset: Any,
+    collate: Callable[[list[Any]], Any],
+    members_of_groups: Mapping[str, Tensor],
+    samples: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, list[Any]]:
+    """Choose among the members of each group, and return them in batches."""
     chosen, generator = {}, torch.Generator().manual_seed(check_integer("seed", seed, minimum=0))
     with isolate_rng():
-        for group, classes in masks.items():
-            members = (classes[labels.clamp(min=0)] & (labels >= 0)).nonzero().flatten()
+        for group, members in members_of_groups.items():
             order = torch.randperm(len(members), generator=generator)[:samples]
             # NumPy takes seeds of 32 bits only.
             for set_seed in (random.seed, np.random.seed, torch.manual_seed):

@@ -135,12 +135,13 @@ def collate(samples: Any) -> Any:
     return [samples.images, samples.labels] if isinstance(samples, SampleBatch) else default_collate(samples)
 
 
-class InMemoryImages(Dataset[tuple[Tensor, int]]):
+class InMemoryImages(Dataset[tuple[Tensor, Any]]):
     """Decoded images with their labels. A loader gets a whole batch at once, in a list of samples for any other reader.
 
     Attributes:
         images: Images ``(N, 3, H, W)``, uint8, on the host or on the device that trains.
-        targets: Labels ``(N,)``, int64, on the host, so that Lightning moves them and no step waits to see them.
+        targets: Labels ``(N,)`` or ``(N, C)``, int64, on the host, so that Lightning moves them and no step waits to
+            see them.
         transform: Transform of the batches.
     """
 
@@ -162,9 +163,9 @@ class InMemoryImages(Dataset[tuple[Tensor, int]]):
         return SampleBatch(self.transform(self.images, index % len(self)), pinned(labels, self.images.device))
 
     @override
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         ((image, label),) = self.__getitems__([index])
-        return image, int(label)
+        return image, label if label.ndim else int(label)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -199,12 +200,13 @@ def decode(dataset: Any, image_size: int, transform: BatchTransform, num_workers
     options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
     chunks = DataLoader(dataset, _CHUNK, collate_fn=partial(_stack, image_size=image_size), **options)
     images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8, device="cpu")
-    targets, start = torch.empty(len(dataset), dtype=torch.int64, device="cpu"), 0
+    targets, start = list[Tensor](), 0
     for pixels, labels in chunks:
-        end = start + len(labels)
-        images[start:end], targets[start:end] = pixels, labels
-        start = end
-    return InMemoryImages(images, targets, transform)
+        images[start : start + len(labels)] = pixels
+        targets.append(labels)
+        start += len(labels)
+    found = torch.cat(targets) if targets else torch.empty(0, dtype=torch.int64, device="cpu")
+    return InMemoryImages(images, found, transform)
 
 
 def _stack(samples: Sequence[Any], image_size: int) -> tuple[Tensor, Tensor]:
@@ -216,4 +218,6 @@ def _stack(samples: Sequence[Any], image_size: int) -> tuple[Tensor, Tensor]:
             got = f"{tuple(image.shape)}, {image.dtype}" if isinstance(image, Tensor) else type(sample).__name__
             expected = f"False for samples other than pairs of an image {shape}, uint8, and a class index"
             raise bad_argument("in_memory", expected, got_text=f"True and a sample with {got}")
-    return torch.stack([image for image, _ in samples]), torch.tensor([int(label) for _, label in samples])
+    return torch.stack([image for image, _ in samples]), torch.stack(
+        [torch.as_tensor(label).long() for _, label in samples]
+    )

@@ -13,17 +13,31 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_beta, check_choice, check_positive, check_radius
 from lightning_ssesam.losses import functional
 from lightning_ssesam.losses.base import LongTailLoss, Reduction, Weight
+from lightning_ssesam.losses.contrastive import BalancedContrastiveLoss
 from lightning_ssesam.losses.functional import Counts, class_balanced_weights
+from lightning_ssesam.losses.multi_label import (
+    AsymmetricLoss,
+    BinaryCrossEntropyLoss,
+    ClassBalancedBCELoss,
+    DistributionBalancedLoss,
+    MultiLabelLoss,
+)
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import IGNORE_INDEX
 
 __all__ = [
+    "AsymmetricLoss",
+    "BalancedContrastiveLoss",
     "BalancedSoftmaxLoss",
+    "BinaryCrossEntropyLoss",
+    "ClassBalancedBCELoss",
     "ClassBalancedLoss",
+    "DistributionBalancedLoss",
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
     "LongTailLoss",
+    "MultiLabelLoss",
     "VSLoss",
     "class_balanced_weights",
 ]

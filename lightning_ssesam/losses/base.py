@@ -42,6 +42,7 @@ class LongTailLoss(nn.Module):
 
     weight: Tensor | None
     ignore_index: int = IGNORE_INDEX
+    is_multi_label = False
     _needs_counts = True
     _has_empty_class = False
 
@@ -58,6 +59,8 @@ class LongTailLoss(nn.Module):
             self.ignore_index = int(ignore_index)
         # No buffer, because training steps copy buffers.
         self.class_counts: Tensor | None = None
+        if isinstance(counts, ClassSplit):
+            self._check_kind(counts)
         if counts is not None:
             self._set_counts(counts_of(counts))
         self._moved: dict[torch.device, Tensor] = {}
@@ -74,10 +77,11 @@ class LongTailLoss(nn.Module):
 
         Raises:
             ArgumentError: If ``split`` is not a :class:`~lightning_ssesam.ClassSplit`, has other class counts than the
-                loss, or does not have one class for each weight.
+                loss, does not have one class for each weight, or is of multi-label data and the loss is not.
         """
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
+        self._check_kind(split)
         if self.class_counts is not None and not torch.equal(self.class_counts, split.class_counts):
             raise bad_argument("split", f"one with the class counts that the {type(self).__name__} has already", split)
         if self.weight is not None:
@@ -101,12 +105,7 @@ class LongTailLoss(nn.Module):
             ArgumentError: If shapes or dtypes do not fit.
             RuntimeError: If the loss needs class counts and has none.
         """
-        if self._needs_counts and self.class_counts is None:
-            name = type(self).__name__
-            raise RuntimeError(
-                f"{name} does not know the class counts: build it with `{name}(counts=...)`, or call `bind(split)`"
-                " before it is used."
-            )
+        self._check_known()
         known = self.weight if self.class_counts is None else self.class_counts
         _check_batch(logits, targets, None if known is None else known.numel())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -117,6 +116,20 @@ class LongTailLoss(nn.Module):
             count = losses.numel() if ignored is None else (~ignored).sum()
             return losses.sum() / at_least_one(count)
         return losses if self.reduction == "none" else losses.sum()
+
+    def _check_known(self) -> None:
+        if self._needs_counts and self.class_counts is None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name} does not know the class counts: build it with `{name}(counts=...)`, or call `bind(split)`"
+                " before it is used."
+            )
+
+    def _check_kind(self, split: ClassSplit) -> None:
+        """Raise ``ArgumentError`` for a split of multi-label data in a loss of one class a sample, or the reverse."""
+        if split.multi_label != self.is_multi_label:
+            kind = "with" if self.is_multi_label else "without"
+            raise bad_argument("split", f"one {kind} `multi_label` for {type(self).__name__}", split)
 
     def _counted(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return targets that all are classes with a weight, and a mask of those that do not count."""

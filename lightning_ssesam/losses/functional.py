@@ -8,6 +8,10 @@ w, ``(C,)``, of its class; for class probabilities it is the sum of t_j w_j l_j,
 
 A count may be 0. Then the log of the class frequency is that of the smallest number of the dtype. So the class has no
 part in the softmax, and its own loss is large and finite.
+
+Three functions are of multi-label data: :func:`binary_cross_entropy`, :func:`asymmetric` and
+:func:`distribution_balanced`. Their ``targets`` y are answers in [0, 1], ``(N, C)``, in the dtype of the logits. They
+return a loss for each label of each sample, ``(N, C)``, times the ``weight`` of the label.
 """
 
 import math
@@ -22,9 +26,13 @@ from lightning_ssesam.split import Counts as ClassCounts
 
 __all__ = [
     "adjusted",
+    "asymmetric",
+    "binary_cross_entropy",
     "class_balanced_weights",
     "cross_entropy",
+    "distribution_balanced",
     "focal",
+    "label_shifts",
     "ldam",
     "ldam_margins",
     "logit_adjusted",
@@ -66,9 +74,9 @@ def balanced_weights(class_counts: Tensor, beta: float) -> Tensor:
     return weights * ((numbers > 0).sum() / weights.sum())
 
 
-def counts_of(counts: Counts) -> Tensor:
+def counts_of(counts: Counts, allow_empty: bool = False) -> Tensor:
     """Return class counts ``(C,)``, int64, given as such or as a split."""
-    return counts.class_counts if isinstance(counts, ClassSplit) else as_counts(counts)
+    return counts.class_counts if isinstance(counts, ClassSplit) else as_counts(counts, allow_empty)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -194,6 +202,85 @@ def sigmoid_focal(
         targets = torch.zeros_like(logits).scatter(1, targets.unsqueeze(1), 1.0)
     losses: Tensor = sigmoid_focal_loss(logits, targets, alpha=-1.0 if alpha is None else alpha, gamma=gamma).sum(1)
     return losses if weight is None else losses * (targets * along_classes(weight, targets)).sum(1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the binary cross-entropies ``(N, C)`` of the labels."""
+    return F.binary_cross_entropy_with_logits(logits, targets, weight, reduction="none")
+
+
+def asymmetric(
+    logits: Tensor,
+    targets: Tensor,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 0.0,
+    margin: float = 0.05,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Return the asymmetric losses ``(N, C)`` (Ridnik et al., ICCV 2021, arXiv:2009.14119, eq. 4 to 7).
+
+    .. math:: l = -y (1 - p)^{\gamma_+} \log p - (1 - y) \, q^{\gamma_-} \log(1 - q), \quad q = \max(p - m, 0)
+
+    Example:
+        >>> asymmetric(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), gamma_neg=2.0, margin=0.0)
+        tensor([[0.6931, 0.1733]])
+    """
+    # The log of 1 - q, which without a margin is exact for any logit.
+    of_no = F.logsigmoid(-logits) if margin == 0 else ((-logits).sigmoid() + margin).clamp(max=1).log()
+    yes, no = _modulated(-F.logsigmoid(logits), gamma_pos), _modulated(-of_no, gamma_neg)
+    losses = targets * yes + (1 - targets) * no
+    return losses if weight is None else losses * weight
+
+
+def label_shifts(class_counts: Tensor, num_samples: int, kappa: float = 0.05) -> Tensor:
+    r"""Return the shifts of the distribution-balanced loss, ``(C,)`` (Wu et al., ECCV 2020, section 3.2).
+
+    .. math:: \nu_j = \kappa \log(1 / p_j - 1), \quad p_j = n_j / N
+
+    A share of 0 or 1 counts as the nearest number of the dtype that is neither.
+
+    Example:
+        >>> label_shifts(torch.tensor([4.0, 1.0]), num_samples=8, kappa=1.0)
+        tensor([-0.0000, 1.9459])
+    """
+    return -kappa * torch.logit(class_counts / num_samples, eps=torch.finfo(class_counts.dtype).eps)
+
+
+def distribution_balanced(
+    logits: Tensor,
+    targets: Tensor,
+    class_counts: Tensor,
+    shifts: Tensor | None = None,
+    negative_scale: float = 2.0,
+    alpha: float = 0.1,
+    beta: float = 10.0,
+    mu: float = 0.2,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Return the distribution-balanced losses ``(N, C)`` (Wu et al., ECCV 2020, arXiv:2007.09654, section 3).
+
+    .. math::
+
+        l_j = \hat r_j \left[ y_j \log(1 + e^{-(z_j - \nu_j)})
+            + \tfrac{1}{\lambda} (1 - y_j) \log(1 + e^{\lambda (z_j - \nu_j)}) \right]
+
+        \hat r_j = \alpha + \sigma(\beta (r_j - \mu)), \quad r_j = \frac{1 / n_j}{\sum_k y_k / n_k}
+
+    Here r is the chance to draw the sample by label j, over that to draw it by any of its labels. Without a label, r is
+    infinite. The ``shifts`` are :math:`\nu`, ``(C,)``; None for 0.
+
+    Example:
+        >>> distribution_balanced(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([4.0, 1.0]))
+        tensor([[0.4159, 0.7607]])
+    """
+    inverse = torch.where(class_counts > 0, 1 / class_counts, 0)
+    total = targets @ inverse
+    ratio = torch.where(total.unsqueeze(1) > 0, inverse / total.unsqueeze(1), torch.finfo(logits.dtype).max)
+    factors = alpha + (beta * (ratio - mu)).sigmoid()
+    shifted = logits if shifts is None else logits - shifts
+    of_no = F.logsigmoid(-negative_scale * shifted) / negative_scale
+    losses = -factors * (targets * F.logsigmoid(shifted) + (1 - targets) * of_no)
+    return losses if weight is None else losses * weight
 
 
 def _modulated(losses: Tensor, gamma: float) -> Tensor:
