@@ -1,10 +1,11 @@
 """Values that come with an index: one for each class, or one for each sample."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from lightning_ssesam._validation import bad_argument
+from lightning_ssesam.errors import ArgumentError
 
 
 def in_class_order(name: str, values: Any) -> Any:
@@ -69,3 +70,40 @@ def _has_index(name: str, values: Any) -> bool:
 
 def _is_class(key: Any) -> bool:
     return isinstance(key, Real) and not isinstance(key, bool) and float(key).is_integer()
+
+
+def check_class_names(names: Any, num_classes: int) -> list[str]:
+    """Return the names of C classes, or raise ``ArgumentError`` if they are not C different texts."""
+    expected = f"{num_classes} different names, one for each class"
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise bad_argument("class_names", expected, names)
+    found = [name.strip() for name in names]
+    if len(found) != num_classes:
+        raise bad_argument("class_names", expected, got_text=f"{len(found)} names")
+    repeated = sorted({name for name in found if found.count(name) > 1}) if len(set(found)) < num_classes else []
+    if repeated or not all(found):
+        got = f"{repeated[0]!r} more than once" if repeated and repeated[0] else "an empty name"
+        raise bad_argument("class_names", expected, got_text=got)
+    return found
+
+
+def check_same_classes(known: Sequence[str], names: Sequence[str], who: str) -> None:
+    """Raise ``ArgumentError`` if data have other classes than a classifier, or in another order.
+
+    A class may have another name in the same place.
+
+    Args:
+        known: Names of the classifier's classes; empty if unknown.
+        names: Names of the classes of the data; empty if unknown.
+        who: What has the other classes, for the message.
+    """
+    places = {name: number for number, name in enumerate(names)}
+    moved = [name for number, name in enumerate(known) if places.get(name, number) != number]
+    if not known or not names or (len(known) == len(names) and not moved):
+        return
+    missing, new = (sorted(set(a) - set(b)) for a, b in ((known, names), (names, known)))
+    if missing or new:
+        found = [f"{name!r} is missing" for name in missing[:1]] + [f"{name!r} is new" for name in new[:1]]
+    else:
+        found = [f"{moved[0]!r} is class {places[moved[0]]}, and not {known.index(moved[0])}"]
+    raise ArgumentError(f"{who} has other classes than the classifier was made for: {', '.join(found)}.")

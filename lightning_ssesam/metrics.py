@@ -1,7 +1,8 @@
-"""Accuracy of groups of classes: head and tail; many-, medium- and few-shot."""
+"""Balanced accuracy (macro recall) of groups of classes: head and tail; many-, medium- and few-shot; each class."""
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torchmetrics import Metric
 from typing_extensions import Self, override
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.class_order import check_class_names
 from lightning_ssesam.split import ClassSplit
 from lightning_ssesam.targets import IGNORE_INDEX, ignored_mask
 
@@ -19,6 +21,10 @@ class _GroupMetric(Metric):
 
     is_differentiable = False
     full_state_update: bool = False
+    is_multi_label = False
+
+    log_prefix: str = "acc_"
+    """What a classifier writes before the name of a value in its logs."""
 
     total: Tensor
     _chosen: str | None = None
@@ -29,6 +35,10 @@ class _GroupMetric(Metric):
         super().__init__(**kwargs)
         if not isinstance(split, ClassSplit):
             raise bad_argument("split", "a ClassSplit", split)
+        if split.multi_label != self.is_multi_label:
+            kind, other = ("with", "HeadTailAccuracy") if self.is_multi_label else ("without", "GroupAveragePrecision")
+            expected = f"one {kind} `multi_label` for {type(self).__name__} ({other} is for the others)"
+            raise bad_argument("split", expected, split)
         self.split, self.num_classes, self.validate_args = split, split.num_classes, validate_args
         self.ignore_index = check_integer("ignore_index", ignore_index)
         self.add_state("total", torch.zeros(split.num_classes, dtype=torch.long), dist_reduce_fx="sum")
@@ -162,7 +172,9 @@ class HeadTailAccuracy(_GroupAccuracy):
     """Mean per-class recall of the head classes, of the tail classes, and of all.
 
     Every class of a group counts the same, however many samples it has. Classes without samples in the evaluation data
-    are left out, and a group without samples is NaN. On a balanced test set ``"all"`` is the plain accuracy.
+    are left out, and a group without samples is NaN. So ``"all"`` is the balanced accuracy, also called macro recall:
+    that of scikit-learn's ``balanced_accuracy_score``, and of its ``recall_score(average="macro")`` if every class has
+    samples. On a balanced test set it is the plain accuracy.
 
     Args:
         split: Class split, with head and tail.
@@ -192,8 +204,8 @@ class HeadTailAccuracy(_GroupAccuracy):
 class ManyMediumFewAccuracy(_GroupAccuracy):
     """Mean per-class recall of the many-, medium- and few-shot classes, and of all (Liu et al., CVPR 2019).
 
-    Counted like :class:`HeadTailAccuracy`, whose arguments and errors it has. The split's ``many_above`` and
-    ``few_below`` bound the groups.
+    Each value is the balanced accuracy (macro recall) of a group. Counted like :class:`HeadTailAccuracy`, whose
+    arguments and errors it has. The split's ``many_above`` and ``few_below`` bound the groups.
 
     Returns:
         A dictionary of scalars ``{"many", "medium", "few", "all"}``, from ``forward`` and ``compute``.
@@ -209,6 +221,67 @@ class ManyMediumFewAccuracy(_GroupAccuracy):
     @override
     def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
         return {"many": split.many, "medium": split.medium, "few": split.few}
+
+
+class ClassRecall(_GroupAccuracy):
+    """Recall of every class, by name: the share of its samples that is predicted right.
+
+    Args:
+        split: Class split, for the number of classes.
+        class_names: Name of each class, length C; by default its index.
+        validate_args: See :class:`HeadTailAccuracy`.
+        ignore_index: Target that does not count, any integer.
+        **kwargs: See :class:`torchmetrics.Metric`.
+
+    Returns:
+        A dictionary of scalars by name, from ``forward`` and ``compute``; NaN for a class without samples.
+
+    Raises:
+        ArgumentError: If the names are not C different texts.
+
+    Example:
+        >>> metric = ClassRecall(ClassSplit([100, 50, 5], tail=[2]), class_names=["cat", "dog", "owl"])
+        >>> metric.update(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 2]))
+        >>> {name: value.item() for name, value in metric.compute().items()}
+        {'cat': 1.0, 'dog': 0.5, 'owl': 1.0}
+    """
+
+    log_prefix = "recall/"
+
+    def __init__(
+        self,
+        split: ClassSplit,
+        class_names: Sequence[str] | None = None,
+        validate_args: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(split, validate_args, ignore_index, **kwargs)
+        names = list(map(str, range(split.num_classes))) if class_names is None else class_names
+        self.class_names = check_class_names(names, split.num_classes)
+
+    @staticmethod
+    @override
+    def _class_groups(split: ClassSplit) -> dict[str, Tensor]:
+        return {}
+
+    @override
+    def _classes_of_values(self) -> dict[str, Tensor]:
+        return dict(zip(self.class_names, torch.eye(self.num_classes, dtype=torch.bool), strict=True))
+
+    @override
+    def names(self) -> list[str]:
+        """Return the names of the classes."""
+        return list(self.class_names)
+
+    @override
+    def empty_groups(self) -> list[str]:
+        """Return nothing: every value has its class."""
+        return []
+
+    @override
+    def _values(self) -> dict[str, Tensor]:
+        return dict(zip(self.class_names, self.class_recalls(), strict=True))
 
 
 class HeadTailConfusion(_GroupMetric):
@@ -230,6 +303,7 @@ class HeadTailConfusion(_GroupMetric):
     """
 
     higher_is_better = False
+    log_prefix = ""
 
     wrong: Tensor
 

@@ -1,6 +1,6 @@
 """The base of all data modules: class counts, data sets, loaders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.contents import hash_attributes
+from lightning_ssesam.data.image_input import ImageInput
 from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.samplers import ClassSampler
 from lightning_ssesam.factories import check_factory, check_made
@@ -36,6 +37,12 @@ class LongTailDataModule(pl.LightningDataModule):
         division: Way in which the samples were divided into sets, in words; empty if it is not known.
         in_channels: Channels of the images, for the network; None if unknown. A subclass of images should set it.
         image_size: Height and width of the images in a batch; None if unknown.
+        class_names: Name of each class, length C; empty if unknown. A subclass that knows them should set it.
+        image_input: Way from a picture to an input, known after ``setup``. Checkpoints keep it, for predictions. None
+            if there are no images, or the test images have a transform of their own.
+        multi_label: Whether a sample may have any number of labels. Targets are then integers 0 and 1 for each label,
+            ``(N, C)``, and a class count is the number of training samples with the label, >= 0.
+        num_samples: Training samples of multi-label data; None if unknown.
 
     Args:
         batch_size: Samples in a training batch, an integer >= 1.
@@ -66,6 +73,10 @@ class LongTailDataModule(pl.LightningDataModule):
     division: str = ""
     in_channels: int | None = None
     image_size: int | None = None
+    class_names: Sequence[str] = ()
+    image_input: ImageInput | None = None
+    multi_label: bool = False
+    num_samples: int | None = None
     # Whether `check_files` has nothing to do any more, because it has passed.
     _files_checked: bool = False
 
@@ -91,8 +102,10 @@ class LongTailDataModule(pl.LightningDataModule):
         Args:
             **kwargs: Arguments of ``ClassSplit.from_counts``. The thresholds are those of the data set by default.
         """
-        thresholds = {"many_above": self.many_above, "few_below": self.few_below}
-        return ClassSplit.from_counts(self.class_counts, **{**thresholds, **kwargs})
+        known: dict[str, Any] = {"many_above": self.many_above, "few_below": self.few_below}
+        if self.multi_label:
+            known |= {"multi_label": True, "num_samples": self.num_samples}
+        return ClassSplit.from_counts(self.class_counts, **{**known, **kwargs})
 
     def make_sets(self) -> dict[str, Dataset[Any]]:
         """Return the data sets ``"train"``, ``"test"`` and, unless ``val_is_test``, ``"val"``."""

@@ -14,6 +14,19 @@ from lightning_ssesam.data.labels import labels_of
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
 
+# In the order of the labels.
+_NAMES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_NAMES_100 = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+    "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
+    "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
+    "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid "
+    "otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray "
+    "road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+    "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle "
+    "wardrobe whale willow_tree wolf woman worm"
+)
+
 
 class CIFAR10LT(ImageDataModule):
     """Long-tailed CIFAR-10 by the protocol of Cao et al., "LDAM", NeurIPS 2019; downloaded by torchvision.
@@ -42,6 +55,7 @@ class CIFAR10LT(ImageDataModule):
     _train_per_class = 5000
     _mean = (0.4914, 0.4822, 0.4465)
     _std = (0.2023, 0.1994, 0.2010)
+    class_names = tuple(_NAMES_10.split())
 
     def __init__(
         self,
@@ -114,3 +128,4 @@ class CIFAR100LT(CIFAR10LT):
     _train_per_class = 500
     _mean = (0.5071, 0.4867, 0.4408)
     _std = (0.2675, 0.2565, 0.2761)
+    class_names = tuple(_NAMES_100.split())

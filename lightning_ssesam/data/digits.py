@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.image_input import ImageInput
 from lightning_ssesam.data.profiles import Profile, hold_out, long_tailed_counts
 
 # The rarest digit has 174 scans: enough for these three numbers together.
@@ -38,6 +39,9 @@ class DigitsLT(LongTailDataModule):
     few_below = 10
     in_channels = 1
     image_size = 8
+    class_names = tuple("0123456789")
+    # Pixels are integers from 0 to 16. These are their mean and their standard deviation, divided by 16.
+    image_input = ImageInput(8, channels=1, mean=(0.3052603,), std=(0.3760509,))
 
     def __init__(
         self, imbalance_factor: float = 50.0, profile: Profile = "exponential", *, seed: int = 0, **kwargs: Any

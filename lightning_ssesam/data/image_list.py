@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
+from lightning_ssesam.class_order import check_class_names
 from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.image_files import ImageFileModule
 from lightning_ssesam.data.images import ImageFiles, Transform
@@ -141,6 +142,8 @@ class ImageListLT(ImageFileModule):
         val: List file of the validation images; without one the test set validates.
         root: Folder that the paths in the lists are relative to.
         num_classes: C, an integer >= 1; by default the largest training label + 1.
+        class_names: Text file with the name of class 0 in its first line, and so on; or the names themselves. Without
+            it, the classes are named by their labels.
         image_size: Height and width of the images, an integer >= 1. By default the median of the shorter sides of up to
             200 training images, spread evenly over the list, and at most 64.
         batch_size: Samples in a training batch, an integer >= 1.
@@ -162,6 +165,7 @@ class ImageListLT(ImageFileModule):
         image_size: int | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
+        class_names: str | Path | list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
@@ -169,7 +173,9 @@ class ImageListLT(ImageFileModule):
         self.val_is_test = val is None
         self._train = ImageList(train, root, num_classes, max_pixels=self.max_pixels)
         self.image_size = self.choose_image_size(image_size, self._train)
-        self.class_counts = _class_counts(self._train)
+        self.class_counts = counts_of_images(self._train)
+        if class_names is not None:
+            self.class_names = check_class_names(_read_names(class_names), self.num_classes)
 
     @override
     def file_sets(self) -> dict[str, ImageFiles]:
@@ -194,6 +200,18 @@ class ImageListLT(ImageFileModule):
 
     def _list(self, path: str | Path) -> ImageList:
         return ImageList(path, self.root, self.num_classes, max_pixels=self.max_pixels)
+
+
+def _read_names(names: str | Path | list[str]) -> list[str]:
+    """Return the names of the classes: those that are given, or the lines of a file."""
+    if not isinstance(names, str | Path):
+        return names
+    try:
+        return Path(names).read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, ValueError) as error:
+        raise bad_argument(
+            "class_names", "a text file with a name in each line", got_text=f"{names}: {error}"
+        ) from error
 
 
 def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
@@ -230,7 +248,8 @@ def _bad_file(path: str, got: str) -> ArgumentError:
     return ArgumentError(f"{path}: Expected a text file with lines of a path and a label, but got {got}.")
 
 
-def _class_counts(images: ImageList) -> list[int]:
+def counts_of_images(images: ImageList) -> list[int]:
+    """Return the images of each class, length C, or raise ``ArgumentError`` if a class has none."""
     # Not `bincount`, which would make a vector of length 2,000,000,000 for a label of that size.
     present, counts = np.unique(images.targets.numpy(), return_counts=True)
     missing = images.num_classes - len(present)

@@ -11,17 +11,13 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_flag, check_integer
 from lightning_ssesam.data.base import LongTailDataModule
+from lightning_ssesam.data.image_input import IMAGENET_MEAN, IMAGENET_STD, SMALL, ImageInput
 from lightning_ssesam.data.in_memory import BatchTransform, InMemoryImages, collate, decode
 from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown, unreadable
 from lightning_ssesam.errors import ArgumentError
 
 Transform: TypeAlias = Callable[[Any], Any]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Images up to this size are not cropped at the test, as is usual for CIFAR and Tiny ImageNet.
-_SMALL = 64
 # Bytes of the images that the processes of a loader keep in memory, all together at most.
 _MEMORY = 2**29
 
@@ -74,10 +70,10 @@ class ImageDataModule(LongTailDataModule):
             if getattr(self, name) is not None:
                 expected = "None with in_memory=True, which makes whole batches by the usual transforms"
                 raise bad_argument(name, expected, getattr(self, name))
-        if image_size is not None and image_size > _SMALL:
+        if image_size is not None and image_size > SMALL:
             size, images = 3 * image_size**2, "an image" if number is None else f"{number:,} training images"
             got = f"{image_size} ({size * (number or 1) / 2**20:,.1f} MiB for {images})"
-            raise bad_argument("image_size", f"at most {_SMALL} with in_memory=True", got_text=got)
+            raise bad_argument("image_size", f"at most {SMALL} with in_memory=True", got_text=got)
 
     def transforms(self, image_size: int, **options: Any) -> tuple[Transform, Transform]:
         """Return the transforms of training and of test images: the arguments, or the usual ones by default.
@@ -88,6 +84,8 @@ class ImageDataModule(LongTailDataModule):
             image_size: Height and width of the images, an integer >= 1.
             **options: See :func:`default_transforms`.
         """
+        if self.test_transform is None:
+            self.image_input = ImageInput(image_size, **options)
         if self.in_memory:
             self.check_in_memory(image_size)
             to_pixels, *of_batches = batch_transforms(image_size, **options)
@@ -140,7 +138,7 @@ class ImageDataModule(LongTailDataModule):
             image_size: Height and width of the images, an integer >= 1.
         """
         transforms = dict(zip(("train", "test"), self.transforms(image_size), strict=True))
-        may_keep = image_size <= _SMALL and not self.in_memory
+        may_keep = image_size <= SMALL and not self.in_memory
         memory = 3 * image_size**2 * sum(map(len, sets.values()))
         for name, images in sets.items():
             kind = "train" if name == "train" else "test"
@@ -163,11 +161,11 @@ class ImageDataModule(LongTailDataModule):
         return None
 
 
-class ImageFiles(Dataset[tuple[Any, int]]):
+class ImageFiles(Dataset[tuple[Any, Any]]):
     """Pairs of an image, read from its file as RGB and transformed, and its label.
 
     Attributes:
-        targets: Label of every image, shape ``(N,)``.
+        targets: Label of every image, shape ``(N,)``; of multi-label data ``(N, C)``.
         transform: Transform from a PIL image to an element of a batch.
         max_pixels: Pixels of the largest image that is read; None for no limit.
     """
@@ -211,13 +209,17 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         """
         return read_image(self.path(index), self.max_pixels)
 
+    def label(self, index: int) -> Any:
+        """Return the label of an image."""
+        return int(self.targets[index])
+
     @override
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         if self._kept is None:
             image = self.image(index)
         elif (image := self._kept.get(index)) is None:
             image = self._kept[index] = self._resize(self.image(index))
-        return image if self.transform is None else self.transform(image), int(self.targets[index])
+        return image if self.transform is None else self.transform(image), self.label(index)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -237,15 +239,12 @@ def default_transforms(
     """
     from torchvision.transforms import v2
 
-    size = check_integer("image_size", image_size, minimum=1)
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    if size > _SMALL:
-        train = [v2.RandomResizedCrop(size)]
-        test = [v2.Lambda(_without_far_ends), v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+    usual = ImageInput(image_size, mean=mean, std=std, resize=resize)
+    if image_size > SMALL:
+        train = [v2.RandomResizedCrop(image_size)]
     else:
-        test = [v2.Resize((size, size))] if resize else []
-        train = [*test, v2.RandomCrop(size, padding=_largest_shift(size))]
-    return v2.Compose([*train, v2.RandomHorizontalFlip(), *to_tensor]), v2.Compose([*test, *to_tensor])
+        train = [*usual.resizing(), v2.RandomCrop(image_size, padding=_largest_shift(image_size))]
+    return v2.Compose([*train, v2.RandomHorizontalFlip(), *usual.to_tensor()]), usual.transform()
 
 
 def _largest_shift(size: int) -> int:
@@ -265,18 +264,3 @@ def batch_transforms(
     to_pixels = v2.Compose([*([v2.Resize((size, size))] if resize else []), v2.PILToTensor()])
     means, deviations = tuple(mean), tuple(std)
     return to_pixels, BatchTransform(means, deviations, _largest_shift(size)), BatchTransform(means, deviations)
-
-
-# A strip of 1 x 10,000 pixels would be enlarged to 256 x 2,560,000 ones before its centre is cropped.
-_LONGEST = 10
-
-
-def _without_far_ends(image: Any) -> Any:
-    """Return the centre of an image that is more than ten times as long as wide, and any other as it is."""
-    from torchvision.transforms import v2
-
-    height, width = v2.functional.get_size(image)
-    longest = _LONGEST * min(height, width)
-    if max(height, width) <= longest:
-        return image
-    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])

@@ -37,3 +37,11 @@ def _kept_labels(dataset: Any) -> Any:
         return [sample[1] for sample in dataset.samples]
     expected = "a data set with `targets`, `labels` or `samples`; else pass its labels"
     raise bad_argument("dataset", expected, got_text=type(dataset).__name__)
+
+
+def names_of_classes(data: Any) -> list[str]:
+    """Return the names of the classes, or nothing if the data module has no ``class_names``, one for each class."""
+    names: Any = getattr(data, "class_names", None)
+    counts = getattr(data, "class_counts", ())
+    has_names = isinstance(names, list | tuple) and len(names) == len(counts) == len(set(map(str, names)))
+    return [str(name) for name in names] if has_names else []

@@ -12,6 +12,8 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.command_parser import instantiate, link_data_to_model
 from lightning_ssesam.experiments.trust import check_functions, read_checkpoint
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.models.description import unknown_name
+from lightning_ssesam.models.saved_parts import name_of_class, saved_content
 
 
 def find_config(checkpoint: Path) -> Path:
@@ -52,14 +54,41 @@ def load_checkpoint(
     Raises:
         ArgumentError: If one of them cannot be read, or they do not belong together.
     """
-    state = dict(read_checkpoint(checkpoint, trust)["state_dict"])
+    content = read_checkpoint(checkpoint, trust)
+    state = dict(content["state_dict"])
     model, data = _build(config)
+    model.on_load_checkpoint(content)
     if differences := _differences(state, model):
         more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
         refusal = f"The checkpoint {str(checkpoint)!r} does not fit the model in {str(config)!r}"
         raise ArgumentError(f"{refusal}: {differences[0]}{more}.")
     model.load_state_dict(state)
     return model, data
+
+
+def load_classifier(
+    checkpoint: Path, config: Path | None = None, trust: bool = False
+) -> tuple[LongTailClassifier, LongTailDataModule | None]:
+    """Return the model of a checkpoint, by what the checkpoint says, and no data module if that is enough.
+
+    Args:
+        checkpoint: File that ``lightning-ssesam fit`` or ``compare`` has saved.
+        config: Configuration of that training. By default it is looked for if the checkpoint does not say what its
+            network is, or how a picture becomes an input.
+        trust: Permission for the checkpoint to hold more than plain data, and so to run any code.
+
+    Raises:
+        ArgumentError: If one of them cannot be read, or they do not belong together.
+    """
+    if config is None and checkpoint.is_file():
+        saved = saved_content(read_checkpoint(checkpoint, trust))
+        if saved["made_by"] not in ("", name_of_class(LongTailClassifier)):
+            found = f"{str(checkpoint)!r} was saved by {saved['made_by']}, which may compute logits in its own way"
+            raise ArgumentError(f"{found}. Load it by that class in Python, and call `predict_step`.")
+        has_network = unknown_name(saved["arguments"].get("backbone", {"unknown": ""})) is None
+        if has_network and saved["image_input"] is not None:
+            return LongTailClassifier.load_from_checkpoint(checkpoint, weights_only=not trust), None
+    return load_checkpoint(checkpoint, config or find_config(checkpoint), trust)
 
 
 def _build(config: Path) -> tuple[LongTailClassifier, LongTailDataModule]:

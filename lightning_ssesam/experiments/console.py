@@ -8,6 +8,8 @@ from logging.handlers import MemoryHandler
 
 import torch
 
+from lightning_ssesam._validation import bad_argument
+
 
 @contextmanager
 def limited_threads(number: int) -> Iterator[None]:
@@ -78,3 +80,13 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def find_device(name: str) -> torch.device:
+    """Return a device by name; ``"auto"`` is a GPU if there is one. A wrong name raises ``ArgumentError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise bad_argument("device", "'auto' or a device of this machine, such as 'cpu'", name) from error

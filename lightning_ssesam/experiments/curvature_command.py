@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_ssesam._validation import bad_argument, check_integer, check_positive
@@ -21,7 +20,7 @@ from lightning_ssesam.curvature.settings import CurvatureSettings
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.checkpoints import find_config, load_checkpoint
-from lightning_ssesam.experiments.console import limited_threads, quiet
+from lightning_ssesam.experiments.console import find_device, limited_threads, quiet
 from lightning_ssesam.experiments.files import make_folder
 from lightning_ssesam.experiments.tables import write_csv
 from lightning_ssesam.experiments.trust import say
@@ -98,7 +97,7 @@ def curvature(
     for name, value in {"samples": samples, "batch_size": batch_size, "threads": threads}.items():
         check_integer(name, value, minimum=1)
     names = groups.split(",") if isinstance(groups, str) else list(groups)
-    place = _device(device)
+    place = find_device(device)
     labels = short_names(checkpoints)
     configs = {path: config or find_config(path) for path in checkpoints}
     make_folder(output)
@@ -142,7 +141,8 @@ def _landscapes(
     first, second = filter_normalized(model, settings.seed), filter_normalized(model, settings.seed + 1)
     lines, planes = {}, {}
     for group, mask in group_masks(model.split, list(batches)).items():
-        hessian = Hessian(model, batches[group], None, mask, settings.dtype, settings.batch_norm)
+        options = (settings.dtype, settings.batch_norm, model.split.multi_label)
+        hessian = Hessian(model, batches[group], None, mask, *options)
         lines[group] = eigen_lines(hessian, measured[group].eigenvalues, points, f"{group}: loss along")
         planes[group] = plane(hessian, first, second, offsets, progress=f"{group}: loss over a plane")
     return lines, planes
@@ -202,15 +202,6 @@ def short_names(checkpoints: Sequence[Path]) -> dict[Path, str]:
 def _common(parts: Sequence[tuple[str, ...]]) -> int:
     """Return the number of entries that all of them begin with in common."""
     return len(list(takewhile(lambda entries: len(set(entries)) == 1, zip(*parts, strict=False))))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise bad_argument("device", "'auto' or a device of this machine, such as 'cpu'", name) from error
 
 
 def _choose_batches(

@@ -2,7 +2,6 @@
 
 import os
 import pydoc
-import re
 import sys
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_ssesam._validation import bad_argument
@@ -24,6 +24,7 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.recipe import KINDS
 from lightning_ssesam.factories import check_factory, returned_type
 from lightning_ssesam.lightning_internals import hyperparameters
+from lightning_ssesam.models.saved_parts import unsafe
 from lightning_ssesam.weights import SELECTIONS
 
 OPTION = "--trust_checkpoint"
@@ -65,12 +66,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
 
 def _unsafe(path: str | Path, error: BaseException) -> ArgumentError | None:
-    """Return the error for a file that holds more than plain data, if that is why torch has refused it."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found and ArgumentError(
-        f"The checkpoint {str(path)!r} holds {found[1]}, which is no plain data and could run code when it is loaded."
-        f" If you trust whoever made the file, add `{OPTION} true`."
-    )
+    return unsafe(path, error, f"add `{OPTION} true`")
 
 
 def guard_loading(trainer: pl.Trainer, trust: bool) -> None:
@@ -93,6 +89,8 @@ def _load(trainer: pl.Trainer, load: Any, trust: bool, checkpoint_path: str | Pa
         if (refusal := _unsafe(checkpoint_path, error)) is None:
             raise
         raise refusal from error
+    if trainer.state.fn == TrainerFn.FITTING:
+        _check_state(checkpoint_path, content)
     if trust or not isinstance(content, Mapping):
         return content
     if hyperparameters(content):
@@ -103,6 +101,17 @@ def _load(trainer: pl.Trainer, load: Any, trust: bool, checkpoint_path: str | Pa
     folders = [os.path.dirname(checkpoint_path), *(getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks)]
     _forget_other_files(content, [Path(os.path.realpath(folder)) for folder in folders if folder is not None])
     return content
+
+
+def _check_state(path: str | Path, content: Any) -> None:
+    """Refuse a checkpoint of weights alone, from which no training can go on.
+
+    FSDP and DeepSpeed load the weights themselves, and return a content without them. It is not checked.
+    """
+    if isinstance(content, Mapping) and "state_dict" in content and "optimizer_states" not in content:
+        found = f"Cannot load the checkpoint {str(path)!r}: it holds weights only, no state of a training"
+        files = "Corrected checkpoints and those of `compare --keep_weights` are such files."
+        raise ArgumentError(f"{found}, so `fit` cannot go on from it. {files}")
 
 
 def _forget_other_files(content: Mapping[str, Any], folders: Sequence[Path]) -> None:

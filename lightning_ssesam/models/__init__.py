@@ -9,13 +9,19 @@ from lightning_ssesam.models.backbones import (
     TorchvisionResNet,
 )
 from lightning_ssesam.models.classifier import LongTailClassifier
+from lightning_ssesam.models.contrast import ContrastiveBranch
+from lightning_ssesam.models.correction import LogitCorrection
+from lightning_ssesam.models.schedules import WarmupLR
 
 __all__ = [
     "BackboneFactory",
     "CIFARResNet",
+    "ContrastiveBranch",
+    "LogitCorrection",
     "LongTailClassifier",
     "NormalizedLinear",
     "SmallConvNet",
     "TimmModel",
     "TorchvisionResNet",
+    "WarmupLR",
 ]

@@ -1,9 +1,11 @@
 """Networks for small images, and larger ones by name. All raise ``ArgumentError`` if an argument is out of range.
 
-A network of images is an ``nn.Sequential``, whose parts run in the order in which ``__init__`` sets them.
+A network of images is an ``nn.Sequential``, whose parts run in the order in which ``__init__`` sets them. It keeps its
+arguments, from which a checkpoint makes it again.
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam._validation import bad_argument, check_choice, check_integer, check_positive
+from lightning_ssesam.models.finetuning import Trainable, rest, train_only
 
 Norm = Literal["batch", "group"]
 
@@ -84,6 +87,7 @@ class SmallConvNet(nn.Sequential):
 
     def __init__(self, num_classes: int, in_channels: int | None = None, width: int = 32, norm: Norm = "group") -> None:
         super().__init__()
+        self._arguments = {"num_classes": num_classes, "in_channels": in_channels, "width": width, "norm": norm}
         check_integer("num_classes", num_classes, minimum=1)
         inputs = _check_channels(in_channels, default=1)
         if check_integer("width", width, minimum=8) % 8:
@@ -149,6 +153,13 @@ class CIFARResNet(nn.Sequential):
         normalized: bool = False,
     ) -> None:
         super().__init__()
+        self._arguments = {
+            "num_classes": num_classes,
+            "depth": depth,
+            "in_channels": in_channels,
+            "norm": norm,
+            "normalized": normalized,
+        }
         check_integer("num_classes", num_classes, minimum=1)
         inputs = _check_channels(in_channels, default=3)
         check_choice("norm", norm, ("batch", "group"))
@@ -219,6 +230,14 @@ class TorchvisionResNet(nn.Sequential):
         weights: str | None = None,
     ) -> None:
         super().__init__()
+        self._arguments = {
+            "num_classes": num_classes,
+            "arch": arch,
+            "stem": stem,
+            "norm": norm,
+            "normalized": normalized,
+            "weights": weights,
+        }
         from torchvision import models
 
         check_integer("num_classes", num_classes, minimum=1)
@@ -248,10 +267,17 @@ class TimmModel(nn.Sequential):
         pretrained: Whether to start from timm's pretrained weights, which it downloads.
         in_channels: Channels of the images, an integer >= 1; by default those of the data, or 3 if they are unknown.
         options: Further arguments of ``timm.create_model``.
+        trainable: What is trained. ``"all"``; ``"classifier"``, which freezes the rest (a linear probe); or
+            ``"lora"``, which freezes the rest and adds adapters of low rank (Hu et al., ICLR 2022; needs
+            ``pip install peft``). What is frozen stays in evaluation mode, with the statistics of its batch norms.
+        lora_rank: Rank of the adapters, an integer >= 1.
+        lora_alpha: Number that, divided by the rank, is the factor on the adapters; finite, > 0.
+        lora_layers: Ends of the names of the linear layers and convolutions that get adapters, such as ``["qkv"]``; by
+            default all linear layers but the classifier.
 
     Raises:
-        ModuleNotFoundError: If timm is not installed.
-        ArgumentError: If timm has no model of that name.
+        ModuleNotFoundError: If timm is not installed, or peft for ``"lora"``.
+        ArgumentError: If timm has no model of that name, or an argument is out of range.
     """
 
     def __init__(
@@ -261,8 +287,25 @@ class TimmModel(nn.Sequential):
         pretrained: bool = False,
         in_channels: int | None = None,
         options: dict[str, Any] | None = None,
+        trainable: Trainable = "all",
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self._arguments = {
+            "num_classes": num_classes,
+            "name": name,
+            "pretrained": pretrained,
+            "in_channels": in_channels,
+            "options": options,
+            "trainable": trainable,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "lora_layers": lora_layers,
+        }
+        check_choice("trainable", trainable, ("all", "classifier", "lora"))
+        adapters = check_integer("lora_rank", lora_rank, minimum=1), check_positive("lora_alpha", lora_alpha)
         try:
             import timm
         except ModuleNotFoundError as error:
@@ -272,6 +315,18 @@ class TimmModel(nn.Sequential):
         inputs = _check_channels(in_channels, default=3)
         if not timm.is_model(name):
             raise bad_argument("name", "a model of timm (see timm.list_models())", name)
-        self.net = timm.create_model(
+        net: Any = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=inputs, **(options or {})
         )
+        found = net.get_classifier()
+        train_only(net, found if isinstance(found, tuple) else (found,), trainable, *adapters, lora_layers)
+        self.net = net
+        self.train()
+
+    @override
+    def train(self, mode: bool = True) -> "TimmModel":
+        """Set the mode of what is trained; what ``trainable`` has frozen stays in evaluation mode."""
+        super().train(mode)
+        if self._arguments["trainable"] != "all":
+            rest(self.net)
+        return self
