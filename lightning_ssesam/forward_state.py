@@ -18,8 +18,16 @@ from lightning_ssesam.tensors import is_sharded
 
 # Attributes of modules that hold what is looked at by itself.
 _NOT_STATE = {"_modules", "_parameters", "_buffers"}
+# Attribute of parameters that no forward moves.
+_STILL = "is_still"
 # How deep to look for generators in the containers and plain objects that a module holds.
 _DEPTH = 3
+
+
+def mark_still(parameters: Iterable[Tensor]) -> None:
+    """Promise that no forward moves some frozen parameters, so that the first step need not copy them to find out."""
+    for parameter in parameters:
+        setattr(parameter, _STILL, True)
 
 
 class _Generator(NamedTuple):
@@ -186,6 +194,8 @@ def _are_same(first: Any, second: Any) -> bool:
 def _is_untrained(value: Any) -> bool:
     """Return whether a value is a tensor that a forward may move, and that can be copied and written to."""
     if not isinstance(value, Tensor) or is_lazy(value) or value.requires_grad or is_sharded(value):
+        return False
+    if getattr(value, _STILL, False):
         return False
     is_plain = value.layout == torch.strided and not (value.is_nested or value.is_meta or value.is_inference())
     return is_plain and not overlaps_itself(value)

@@ -3,7 +3,7 @@
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -84,16 +84,28 @@ class ImageFileModule(ImageDataModule):
         if image_size is not None:
             self.check_in_memory(check_integer("image_size", image_size, minimum=1), len(images))
             return int(image_size)
-        number = min(_SAMPLE, len(images))
-        sizes = (size_of(images.path(k * len(images) // number), self.max_pixels) for k in range(number))
-        sides = [min(size) for size in sizes if size is not None]
-        median = statistics.median_low(sides) if sides else _LARGEST
+        side = median_side(images.path, len(images), self.max_pixels)
+        median = _LARGEST if side is None else side
         if median > _LARGEST:
             self._remarks.append(
                 f"Images are reduced to {_LARGEST}x{_LARGEST} pixels (the median of their shorter sides is {median})."
                 " Give `image_size` for another size."
             )
         return min(_LARGEST, median)
+
+
+def median_side(path: Callable[[int], str], number: int, max_pixels: int | None = MAX_PIXELS) -> int | None:
+    """Return the median of the shorter sides of images; None if no header can be read.
+
+    Args:
+        path: Path of each image, by its index.
+        number: Number of the images. The headers of up to 200 of them, spread evenly, are read.
+        max_pixels: Pixels of the largest image that is read, an integer >= 1, or None for no limit.
+    """
+    sampled = min(_SAMPLE, number)
+    sizes = (size_of(path(k * number // sampled), max_pixels) for k in range(sampled))
+    sides = [min(size) for size in sizes if size is not None]
+    return statistics.median_low(sides) if sides else None
 
 
 def check_images(sets: list[ImageFiles]) -> None:

@@ -83,7 +83,7 @@ class ImageFolderLT(ImageFileModule):
         # From all training images, so that other seeds and fractions do not change it.
         self.image_size = self.choose_image_size(image_size, _Files(parts["train"]))
         missing = _missing(parts, val_fraction, test_fraction)
-        self._parts = {**parts, **_divide(parts["train"], missing, self.seed)}
+        self._parts = {**parts, **divide(parts["train"], missing, self.seed)}
         drawn = [f"{name} {100 * fraction:g} %" for name, fraction in missing.items()]
         if drawn:
             self.division = f"drawn from the images of each class, with seed {self.seed}: {', '.join(drawn)}"
@@ -243,8 +243,14 @@ def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: f
     return wanted
 
 
-def _divide(samples: Samples, fractions: Mapping[str, float], seed: int) -> dict[str, Samples]:
-    """Draw sets with these fractions of each class, rounded. The other samples, at least one a class, train."""
+def divide(samples: Samples, fractions: Mapping[str, float], seed: int) -> dict[str, Samples]:
+    """Draw sets with these fractions of each class, rounded. The other samples, at least one a class, train.
+
+    Args:
+        samples: Path and label of each image.
+        fractions: Fraction of each class in each set, in (0, 1).
+        seed: Seed of the draws, an integer >= 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     sizes = _Files(samples).targets.bincount().tolist()
