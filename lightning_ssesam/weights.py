@@ -155,6 +155,12 @@ class Names:
         )
 
 
+def last_linear(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the last linear layer of a model, its classifier, with its path; None if there is none."""
+    linear = [(path, layer) for path, layer in model.named_modules() if _is_linear(layer)]
+    return linear[-1] if linear else None
+
+
 def _shown(only: Any) -> str:
     """Return a selection as a message shows it: a function by its name."""
     return f"{only.__module__}.{only.__qualname__}" if hasattr(only, "__qualname__") else repr(only)
