@@ -59,10 +59,10 @@ WRITTEN = {
     "results.csv",
     "summary.csv",
     "classes.csv",
+    "confusions.csv",
     "table.md",
-    "comparison.png",
-    "trade_off.png",
-    "confusion.png",
+    "table.tex",
+    *(f"{figure}.png" for figure in ("comparison", "trade_off", "confusion", "curves", "reliability")),
 }
 
 
@@ -80,7 +80,8 @@ def made_up(method, seed, value=0.5, classes=10, epochs=3, **kwargs):
     groups = dict.fromkeys(GROUPS, value)
     confusion = dict.fromkeys(CONFUSIONS, (1 - value) / 2)
     curves = {group: [value / 2] * epochs for group in GROUPS}
-    return Run(method, seed, groups, dict(groups), [value] * classes, confusion, curves, **kwargs)
+    bins = {group: [[3, 0.45, value], [9, 0.95, value]] for group in ("head", "tail", "all")}
+    return Run(method, seed, groups, dict(groups), [value] * classes, confusion, curves, reliability=bins, **kwargs)
 
 
 def test_compare(capsys):
@@ -593,6 +594,7 @@ class TestTables:
         assert [first[name] for name in numbers] == ["0.6", "0.1", "", ""]
         assert [second[name] for name in numbers] == ["0.81", "0.11", "0.21", "0.024841"]
 
+    @pytest.mark.usefixtures("no_pictures")
     def test_best_is_not_the_last(self):
         run = made_up("ERM", 0, 0.5)
         run.best = dict.fromkeys(GROUPS, 0.75)
@@ -731,30 +733,33 @@ def test_pictures_show_the_numbers():
 
 
 @NEEDS_BROWSER
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_report_in_a_browser(width, dark):
+def test_report_in_a_browser():
     names = ["ERM", "SSE-SAM with a name that does not fit", *(f"method {k}" for k in range(8))]
     runs = [made_up(name, seed, (seed + 1) / 4) for name in names for seed in (0, 1)]
     report = report_of(runs, SPLIT).resolve()
-    with open_browser(Path("profile").resolve(), *(["force-dark-mode"] if dark else [])) as browser:
-        show_as(browser, width, dark)
-        browser.get(report.as_uri())
-        assert browser.title == "DigitsLT: comparison of 10 methods"
-        assert browser.execute_script("return innerWidth") == width
-        # Wide tables scroll within themselves; the page does not.
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 600)")
-        for table in ("last", "differences", "best"):
-            rows = browser.execute_script(f"return document.querySelectorAll('#{table} tbody tr').length")
-            assert rows == (9 if table == "differences" else 10)
-        browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert browser.execute_script("return document.querySelector('#runs').offsetHeight") > 300
-        ground, text = colors_in(browser)
-        assert (ground < 150) == dark
-        assert abs(ground - text) > 450
-        assert not errors_in(browser)
+    with open_browser(Path("profile").resolve()) as browser:
+        for width, dark in itertools.product((1280, 390), (False, True)):
+            look_at_report(browser, report, width, dark)
+
+
+def look_at_report(browser, report, width, dark):
+    show_as(browser, width, dark)
+    browser.get(report.as_uri())
+    assert browser.title == "DigitsLT: comparison of 10 methods"
+    assert browser.execute_script("return innerWidth") == width
+    # Wide tables scroll within themselves; the page does not.
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth > 600)")
+    for table in ("last", "differences", "best"):
+        rows = browser.execute_script(f"return document.querySelectorAll('#{table} tbody tr').length")
+        assert rows == (9 if table == "differences" else 10)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.querySelector('#runs').offsetHeight") > 300
+    ground, text = colors_in(browser)
+    assert (ground < 150) == dark
+    assert abs(ground - text) > 450
+    assert not errors_in(browser)
 
 
 @pytest.mark.parametrize("classes", [2, 100, 10_000])

@@ -28,8 +28,8 @@ from lightning_ssesam import ERM, DigitsLT
 from lightning_ssesam.compare import Method, compare
 from lightning_ssesam.data import ImageFolderLT, LongTailDataModule
 from lightning_ssesam.data.samplers import ClassBalancedSampler
+from lightning_ssesam.data.unaugmented import _plain
 from lightning_ssesam.experiments import experiment as experiment_file
-from lightning_ssesam.experiments.recorder import _plain
 from lightning_ssesam.runs import GROUPS, Experiment, RunStore
 
 pytestmark = STRICT

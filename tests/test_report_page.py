@@ -1,6 +1,7 @@
 """The page of a report in a browser: scrolling tables, code blocks, and pictures on light and dark pages."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ from helpers import NEEDS_BROWSER, errors_in, open_browser, show_as
 from PIL import Image
 from test_tables import comparison_of, run_of
 
+from lightning_ssesam import DigitsLT
+from lightning_ssesam.experiments.figures import FIGURES
 from lightning_ssesam.experiments.report import write_report
+from lightning_ssesam.runs import GROUPS
 
 CONFIG = "epochs: 2\n" + "\n".join(f"option_{k}: {'a/very/long/path/' * 12}" for k in range(3))
 
@@ -17,9 +21,17 @@ CONFIG = "epochs: 2\n" + "\n".join(f"option_{k}: {'a/very/long/path/' * 12}" for
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    runs = [run_of(name, seed, right=0.5 + seed / 10) for name in ("ERM", "SAM") for seed in range(2)]
-    comparison = comparison_of(runs)
-    object.__setattr__(comparison, "config", CONFIG)
+    data = DigitsLT()
+    data.setup("test")
+    places = (data._sets["test"].tensors[1] == 2).nonzero().flatten().tolist()
+    kept = {
+        "calibration": dict.fromkeys(GROUPS, 0.1),
+        "reliability": {group: [[30, 0.4, 0.3], [70, 0.9, 0.8]] for group in ("head", "tail", "all")},
+        "confused_pairs": [[2, 0, 9], [0, 1, 5]],
+        "tail_mistakes": [[place, 2, 3, 0.9] for place in places[:8]],
+    }
+    runs = [run_of(name, seed, right=0.5 + seed / 10, **kept) for name in ("ERM", "SAM") for seed in range(2)]
+    comparison = replace(comparison_of(runs), config=CONFIG, own_data=dict.fromkeys(("ERM", "SAM"), data))
     report = write_report(comparison, folder)[0]
     with open_browser(folder / "profile") as browser:
         yield browser, report
@@ -89,7 +101,7 @@ def test_pictures_fit_the_page(page):
         show_as(browser, 1280, dark)
         browser.get(report.as_uri())
         ground = (24, 24, 24) if dark else (255, 255, 255)
-        for number in range(3):
+        for number in range(len(FIGURES)):
             left, top, right, bottom = browser.execute_script(place, number)
             shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
             picture = shot.crop((left + 3, top + 3, right - 3, min(bottom - 3, shot.height)))
@@ -97,6 +109,28 @@ def test_pictures_fit_the_page(page):
             brightness = np.asarray(picture, dtype=int).sum(2)
             assert brightness.min() < 120
             assert brightness.max() > 600
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [1280, 390])
+def test_photos_keep_their_colours_and_fit(page, width):
+    browser, report = page
+    for dark in (False, True):
+        show_as(browser, width, dark)
+        browser.get(report.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        sizes = browser.execute_script(
+            "return [...document.querySelectorAll('#gallery img')].map(i => [i.naturalWidth, i.offsetWidth,"
+            " i.offsetHeight, getComputedStyle(i).filter, getComputedStyle(i).imageRendering,"
+            " i.getBoundingClientRect().right])"
+        )
+        assert [size[:5] for size in sizes] == [[8, 96, 96, "none", "pixelated"]] * 16
+        assert max(size[5] for size in sizes) <= width
+        # As many in a row as there is room for.
+        rows = browser.execute_script("return new Set([...document.querySelectorAll('li')].map(i => i.offsetTop)).size")
+        assert rows == (2 if width == 1280 else 6)
+        assert browser.execute_script("return document.images[0].naturalWidth > 600")
+    assert not errors_in(browser)
 
 
 @NEEDS_BROWSER

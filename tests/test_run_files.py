@@ -130,6 +130,27 @@ def damaged(**values):
         damaged(test_hits=[1] * 10),
         damaged(test_hits=["011"] * 10),
         damaged(test_hits=["", *["01"] * 9]),
+        damaged(calibration={"all": 0.5}),
+        damaged(calibration=dict.fromkeys(RUN.accuracy, 2)),
+        damaged(reliability={"all": [[1, 0.5]]}),
+        damaged(reliability={"all": [[1, 0.5, "x"]]}),
+        damaged(reliability={"all": [[0.5, 0.5, 0.5]]}),
+        damaged(reliability={"all": 3}),
+        damaged(confused_pairs=[[0, 1]]),
+        damaged(confused_pairs=[[0, 0, 1]], test_images=[9] * 10),
+        damaged(confused_pairs=[[0, 10, 1]], test_images=[9] * 10),
+        damaged(confused_pairs=[[0, -1, 1]], test_images=[9] * 10),
+        damaged(confused_pairs=[[0, 1, 10]], test_images=[9] * 10),
+        damaged(confused_pairs=[[0, 1, 1]]),
+        damaged(confused_pairs=["abc"], test_images=[9] * 10),
+        damaged(tail_mistakes=[[3, 0, 1]]),
+        damaged(tail_mistakes=[[3, 0, 1, 1.5]]),
+        damaged(tail_mistakes=[[-1, 0, 1, 0.5]]),
+        damaged(tail_mistakes=[[3.5, 0, 1, 0.5]]),
+        damaged(tail_mistakes=[[3, 0, 12, 0.5]]),
+        damaged(parameters="many"),
+        damaged(parameters=-1),
+        damaged(optimizer=3),
     ],
 )
 def test_a_damaged_run_is_made_again_and_a_line_says_so(content, capsys):
@@ -151,6 +172,14 @@ def test_a_damaged_run_is_made_again_and_a_line_says_so(content, capsys):
     [
         {"test_hits": ["01"] * 10, "test_images": [2] * 10, "class_names": ["a"] * 10, "groups": {"head": "1" * 10}},
         {"test_hits": ["", *["0110"] * 9], "class_recalls": [NAN, *[0.5] * 9]},
+        {
+            "calibration": dict.fromkeys(RUN.accuracy, NAN),
+            "reliability": {"all": [[3, 0.5, 1], [0, NAN, NAN]]},
+            "confused_pairs": [[0, 1, 9], [9, 0, 1]],
+            "test_images": [9] * 10,
+            "tail_mistakes": [[0, 9, 0, 1.0]],
+            "parameters": 12,
+        },
         # No class was tested; a training without validation; one that diverged.
         {"class_recalls": [NAN] * 10, "accuracy": dict.fromkeys(RUN.accuracy, NAN)},
         {"best": dict.fromkeys(RUN.best, NAN), "curves": {group: [NAN] * 2 for group in RUN.curves}},
@@ -440,6 +469,7 @@ def test_rule_of_the_split():
     assert tail_rule({"tail_below": 20}) == "the classes with fewer than 20 training samples (tail_below=20)"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_report_says_where_it_comes_from(made, monkeypatch):
     monkeypatch.setattr(REPORT, write_report)
     facts = {

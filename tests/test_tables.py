@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lightning_ssesam import ClassSplit, DigitsLT
-from lightning_ssesam.experiments.class_table import class_rows, cut_rows, write_classes
+from lightning_ssesam.experiments.class_table import class_rows, folded_rows, write_classes
 from lightning_ssesam.experiments.figures import FIGURES, draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.remarks import FITTED, describe_images, remarks
 from lightning_ssesam.experiments.report import write_report
@@ -67,6 +68,10 @@ def report_of(runs, split=SPLIT):
 def rows_of(path):
     with Path(path).open() as file:
         return list(csv.DictReader(file))
+
+
+def table_in(text, name):
+    return text.partition(f'id="{name}"')[2].partition("</table>")[0]
 
 
 def everywhere(runs):
@@ -142,17 +147,24 @@ class TestImages:
         assert "class 7 (3), and 8,133 more, in classes.csv. In such" in few
         assert absent.startswith("No test images: class 8141. ")
         text = report_of(runs, split)
-        assert text.partition('id="classes"')[2].partition("</table>")[0].count("<tr>") == 1 + 200 + 1
-        assert "The first and the last of 8,142 classes; classes.csv has all." in text
+        # Nothing is lost: the middle is folded.
+        parts = [
+            text.partition(f'id="classes{part}"')[2].partition("</table>")[0] for part in ("", "_between", "_last")
+        ]
+        rows = [re.findall("<tr><td>(\\d+)<", part) for part in parts]
+        assert [len(part) for part in rows] == [100, 7942, 100]
+        assert [int(number) for part in rows for number in part] == list(range(classes))[::-1]
+        assert "<summary>7,942 classes between them</summary>" in text
         assert len(text) < 2_000_000
         assert len(rows_of("classes.csv")) == classes
         # Differences of thousands of classes of three images each are as sure as those of many images.
         assert differences(runs)["b"]["all"].margin < 1
 
-    def test_rows_are_cut_in_the_middle(self):
+    def test_rows_are_folded_in_the_middle(self):
         rows = class_rows(comparison_of([run_of()]))
-        assert [part and [row.number for row in part] for part in cut_rows(rows, 2)] == [[0], [3]]
-        assert cut_rows(rows, 4) == (rows, ())
+        numbers = [[row.number for row in part] for part in folded_rows(rows, 2)]
+        assert numbers == [[0], [1, 2], [3]]
+        assert folded_rows(rows, 4) == [rows]
 
     def test_classes_are_a_file_and_a_table(self):
         runs = [run_of("ERM", seed, (50, 40, 30, 0), (9, 8, 7, 0), right) for seed, right in enumerate((0.5, 0.7))]
@@ -175,7 +187,10 @@ class TestImages:
         run = run_of(val_images=[], test_images=[], test_hits=[], groups={}, class_names=[], train_accuracy={})
         write_classes(comparison_of([run]), Path("classes.csv"))
         assert list(rows_of("classes.csv")[3].values())[1:7] == ["3", "tail", "few", "8", "", ""]
-        assert report_of([run]).count("<td>?</td>") == 8
+        parts = [
+            report_of([run]).partition(f'id="{part}"')[2].partition("</table>")[0] for part in ("classes", "trainings")
+        ]
+        assert [part.count("<td>?</td>") for part in parts] == [8, 3]
         assert not remarks([run])
         assert "training" not in format_table([run])
 
@@ -186,7 +201,8 @@ class TestImages:
         assert all("<script>" not in texts[name] for name in ("markdown", "report"))
         assert "\x1b" not in texts["console"] + texts["markdown"]
         lines = [line for line in texts["markdown"].splitlines() if line.startswith("|")]
-        assert {line.count("|") for line in lines} == {12}
+        # The second table has the top-1 accuracy alone.
+        assert [line.count("|") for line in lines] == [12] * 3 + [3] * 3
 
 
 class TestDivergence:
@@ -205,11 +221,12 @@ class TestDivergence:
             assert "† A mean over runs of which some diverged." in text
         lines = texts["console"].splitlines()
         assert [line.count("†") for line in lines[2:5]] == [0, 7, 0]
-        (line,) = [line for line in texts["markdown"].splitlines() if line.startswith("| SAM")]
+        line, by_image = [line for line in texts["markdown"].splitlines() if line.startswith("| SAM")]
+        assert by_image.count("†") == 1
         # Six groups, the training, and the best epoch.
         assert line.count("†") == 8
         assert line.count("(1 diverged)") == 2
-        for table, number in {"last": 7, "best": 6}.items():
+        for table, number in {"last": 7, "best": 6, "images": 1}.items():
             part = texts["report"].partition(f'id="{table}"')[2].partition("</table>")[0]
             assert part.count(" †</td>") == number
         runs = texts["report"].partition('id="runs"')[2].partition("</table>")[0]

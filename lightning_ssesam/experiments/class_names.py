@@ -47,7 +47,11 @@ _SETTINGS = {
     "samon": "SAM with `ascent: {only: norm}`",
     "latesam": "Staged with the objectives ERM and SAM",
 }
-_NO_CHOICE = {"ImageDataModule", "ImageFileModule", "LongTailClassifier", "NormalizedLinear", "BackboneFactory"}
+_NO_CHOICE = {
+    *("ImageDataModule", "ImageFileModule", "ImageInput"),
+    *("BackboneFactory", "ContrastiveBranch", "LogitCorrection", "LongTailClassifier", "MultiLabelLoss"),
+    "NormalizedLinear",
+}
 
 
 @cache
@@ -56,8 +60,12 @@ def known_classes(option: str) -> tuple[str, ...]:
 
     They are used as help, and need no path if they are of this package.
     """
-    kind = option.rpartition(".")[2]
-    return _classes(*_SOURCES[kind]) if kind in _SOURCES else ()
+    model, _, kind = option.rpartition(".")
+    names = _classes(*_SOURCES[kind]) if kind in _SOURCES else ()
+    if kind == "loss" and not model:
+        # A comparison takes no losses of multi-label data.
+        names = tuple(name for name in names if name not in _classes("lightning_ssesam.losses", "MultiLabelLoss"))
+    return names
 
 
 def takes_class(option: str) -> bool:

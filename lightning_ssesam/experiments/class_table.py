@@ -51,9 +51,10 @@ def class_rows(comparison: Comparison) -> list[ClassRow]:
     ]
 
 
-def cut_rows(rows: Sequence[ClassRow], most: int) -> tuple[Sequence[ClassRow], Sequence[ClassRow]]:
-    """Return the first and the last rows, together at most ``most``. The second part is empty if nothing is cut."""
-    return (rows, ()) if len(rows) <= most else (rows[: most // 2], rows[-(most // 2) :])
+def folded_rows(rows: Sequence[ClassRow], most: int) -> list[Sequence[ClassRow]]:
+    """Return all rows, or the first, those between and the last. First and last are together at most ``most``."""
+    half = most // 2
+    return [rows] if len(rows) <= most else [rows[:half], rows[half:-half], rows[-half:]]
 
 
 def accuracy_headers(comparison: Comparison) -> list[str]:

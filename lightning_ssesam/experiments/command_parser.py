@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.data.labels import names_of_classes
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.class_names import known_classes
 from lightning_ssesam.experiments.completion import options_in
@@ -29,6 +31,7 @@ _TYPES = {
     "Optional[dict[str, tuple[float, float]]]": "mapping | null",
     "dict[str, Any] | null": "mapping | null",
     "dict[str, tuple[float, float]] | null": "mapping | null",
+    "Union[float, list[float], null]": "number | list | null",
     "str | list[str] | dict[str, Method]": "names | mapping",
 }
 _KINDS = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
@@ -42,9 +45,13 @@ class ShortHelp(DefaultHelpFormatter):
     @override
     def _expand_help(self, action: argparse.Action) -> str:
         """Return the text of one option."""
-        text = str(super()._expand_help(action))
+        # The texts of Lightning are written for its documentation.
+        text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", str(super()._expand_help(action)))
         if action.dest.endswith(".help"):
             return "Show the arguments of a class and exit."
+        if " --> " in "".join(action.option_strings):
+            # The name says it: an argument of the model that comes from the data module.
+            return ""
         if action.dest == "print_config":
             return "Print the configuration with all options and exit."
         text = re.sub(r", known subclasses: .*(?=\)$)", "", text, flags=re.DOTALL)
@@ -70,9 +77,20 @@ def names_class(value: Any) -> bool:
 
 
 def link_data_to_model(parser: LightningArgumentParser) -> None:
-    """Let the model take class counts and channels from the data module."""
-    for name in ("class_counts", "in_channels"):
+    """Let the model take class counts, channels, class names and the kind of the labels from the data module."""
+    for name in ("class_counts", "in_channels", "multi_label"):
         parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    parser.link_arguments("data", "model.class_names", _class_names, apply_on="instantiate")
+    parser.link_arguments("data", "model.num_samples", _num_samples, apply_on="instantiate")
+
+
+def _class_names(data: LongTailDataModule) -> list[str] | None:
+    return names_of_classes(data) or None
+
+
+def _num_samples(data: LongTailDataModule) -> int | None:
+    # Data modules of one label a sample may have an attribute of this name for something else.
+    return data.num_samples if data.multi_label else None
 
 
 def instantiate(parser: ArgumentParser, chosen: Namespace) -> Namespace:

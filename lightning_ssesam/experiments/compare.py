@@ -7,9 +7,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lightning_ssesam._validation import check_flag, check_fraction, check_integer, check_radius
+from lightning_ssesam._validation import check_choice, check_flag, check_fraction, check_integer, check_radius
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.experiments.choices import describe, find_choices, note_on_remedies, notes
 from lightning_ssesam.experiments.console import quiet
@@ -22,7 +22,7 @@ from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import expected_images
 from lightning_ssesam.experiments.remarks import about_images
-from lightning_ssesam.experiments.report import write_report
+from lightning_ssesam.experiments.report import FigureFormat, write_report
 from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
 from lightning_ssesam.experiments.samples import Source, make_sources
 from lightning_ssesam.experiments.tables import format_table, write_runs
@@ -43,18 +43,20 @@ def compare(
     output: Path = Path("comparison"),
     keep_weights: bool = False,
     fresh: bool = False,
+    figure_format: FigureFormat = "png",
     config: str | None = None,
     **recipe: Any,
 ) -> list[Run]:
     """Train every method with every seed on one data set, print a table, and write a report.
 
-    Methods with the same seed get the same initial weights, batch order and number of epochs. Accuracies are on the
-    test set, after the last epoch; the curves are on the validation set. Every run is kept in the output folder as soon
+    Methods with the same seed get the same initial weights, batch order and number of epochs. Accuracies are
+    means over classes (balanced accuracy, macro recall) on the test set, after the last epoch; the curves are on the
+    validation set. Every run is kept in the output folder as soon
     as it ends. The same command again makes only the runs that are missing or were made with other settings, other code
     of your own, or other data. Runs of other settings stay in the folder.
 
-    Writes to the output folder: report.html (everything, in one file that opens offline), results.csv (a row for each
-    run), summary.csv, classes.csv, table.md, comparison.png, trade_off.png and confusion.png.
+    Writes to the output folder: report.html (everything, in one file that opens offline), results.csv, summary.csv,
+    classes.csv, confusions.csv, table.md, table.tex and the pictures.
 
     Args:
         methods: Any of ERM, SAM, ImbSAM, SSESAM, ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM,
@@ -69,8 +71,10 @@ def compare(
         searched: Radii and switches that were searched, by name or as ``name=value``. A search's best.yaml has them.
         jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
         output: Folder for the results. Only one command at a time may use it.
-        keep_weights: Checkpoints of the runs, kept in the folder weights, for `lightning-ssesam test`.
+        keep_weights: Checkpoints of the runs, in the folder weights. The best one on the validation images is also
+            best/weights.ckpt.
         fresh: New runs in place of those that are there already, which are moved to the folder earlier.
+        figure_format: Format of the pictures' files.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
@@ -85,6 +89,7 @@ def compare(
         check_integer(name, value, minimum=1, maximum=MOST)
     for name, flag in {"keep_weights": keep_weights, "fresh": fresh}.items():
         check_flag(name, flag)
+    check_choice("figure_format", figure_format, get_args(FigureFormat))
     check_fraction("gamma", gamma)
     shared = Recipe(**recipe)
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
@@ -97,6 +102,7 @@ def compare(
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
     tasks = _plan(experiments, sources, split, seeds)
     _say_what_is_tested(first.prepared, split)
+    own_data = {e.method: source.data for e, source in zip(experiments, sources, strict=True) if source is not first}
     # They hold samples in memory.
     del first, sources
     make_folder(output)
@@ -112,12 +118,12 @@ def compare(
             config,
             origin=facts,
             tail_rule=tail_rule(shared.model_arguments),
+            own_data=own_data,
             values=describe(choices),
             notes=[*notes(choices, list(chosen), isinstance(data, DigitsLT)), *note_on_remedies(experiments, data)],
         )
         print("\n".join([format_table(runs), *comparison.notes]))
-        written = write_report(comparison, output)
-    print(f"\nWritten: {', '.join(str(path) for path in written)}")
+        print(f"\nWritten: {', '.join(map(str, write_report(comparison, output, figure_format)))}")
     return runs
 
 

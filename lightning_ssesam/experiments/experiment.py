@@ -21,6 +21,7 @@ from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.callbacks import StageSwitch
 from lightning_ssesam.data import LongTailDataModule
+from lightning_ssesam.data.labels import names_of_classes
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.fingerprint import (
@@ -38,7 +39,6 @@ from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.recorder import (
     MEASURING,
     Recorder,
-    names_of_classes,
     training_accuracy,
 )
 from lightning_ssesam.experiments.refusals import find_argument_error

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from lightning_ssesam.experiments.predictions import DIAGRAMS
 from lightning_ssesam.experiments.remarks import diverged_runs, divergence
-from lightning_ssesam.experiments.runs import Comparison, Run, by_method
+from lightning_ssesam.experiments.runs import GROUPS, Comparison, Run, by_method
 from lightning_ssesam.experiments.tables import seeds_of
 from lightning_ssesam.split import ClassSplit
 
@@ -28,12 +29,14 @@ class Figure(NamedTuple):
         draw: Function that draws a comparison.
         caption: Function that returns the text below the picture.
         is_small: Whether it takes half of the page's width.
+        is_known: Function that says whether the runs hold what the picture shows. Runs of earlier versions may not.
     """
 
     name: str
     draw: Callable[[Comparison], matplotlib.figure.Figure]
     caption: Callable[[Comparison], str]
     is_small: bool = False
+    is_known: Callable[[Comparison], bool] = lambda _: True
 
 
 def draw_comparison(comparison: Comparison) -> matplotlib.figure.Figure:
@@ -103,6 +106,62 @@ def draw_confusion(comparison: Comparison) -> matplotlib.figure.Figure:
     return figure
 
 
+def draw_curves(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw the validation accuracy of every group over epochs, with deviations over runs."""
+    methods = by_method(comparison.runs)
+    figure = matplotlib.figure.Figure(figsize=(12, 6 + 0.2 * (len(methods) // 6)), layout="constrained")
+    switch_epoch = None if comparison.gamma is None else comparison.gamma * comparison.epochs
+    for ax, group in zip(figure.subplots(2, 3, sharex=True).flat, GROUPS, strict=True):
+        _draw_curves(ax, [[run.curves[group] for run in runs] for runs in methods.values()], switch_epoch)
+        lowest, highest = ax.get_ylim()
+        ax.set(title=group, xlabel="", ylim=(max(-2, lowest - 2), min(102, highest + 2)))
+        for line, label in zip(ax.lines, (_label(*method) for method in methods.items()), strict=False):
+            line.set_label(label)
+    for ax in figure.axes[:: len(GROUPS) // 2]:
+        ax.set_ylabel("accuracy in %")
+    for ax in figure.axes[len(GROUPS) // 2 :]:
+        ax.set_xlabel("epoch")
+    lines = figure.axes[0].lines[: len(methods)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
+    return figure
+
+
+def draw_reliability(comparison: Comparison) -> matplotlib.figure.Figure:
+    """Draw accuracy against confidence of each method, for head, tail and all: the bins of all its runs together.
+
+    The size of a point grows with the number of images in its bin.
+    """
+    methods = by_method(comparison.runs)
+    figure = matplotlib.figure.Figure(figsize=(12, 4.9 + 0.2 * (len(methods) // 6)), layout="constrained")
+    axes = figure.subplots(1, len(DIAGRAMS), sharey=True)
+    for ax, group in zip(axes, DIAGRAMS, strict=True):
+        ax.plot([0, 100], [0, 100], color="0.5", linestyle=":", linewidth=1)
+        for number, (name, runs) in enumerate(methods.items()):
+            color, marker = method_style(number)
+            images, confidence, accuracy = _pooled_bins(runs, group)
+            style = "-" if number < len(_COLORS) else "--"
+            ax.plot(confidence, accuracy, color=color, linestyle=style, linewidth=1, label=_label(name, runs))
+            size = 4 + 60 * images / max(1, images.sum())
+            ax.scatter(confidence, accuracy, s=size, color=color, marker=marker, linewidths=0)
+        ax.set(title=f"{group} (test)", xlabel="confidence in %", xlim=(-2, 102), ylim=(-2, 102), aspect="equal")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy in %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 5), frameon=False)
+    return figure
+
+
+def _pooled_bins(runs: Sequence[Run], group: str) -> np.ndarray:
+    """Return number of images, mean confidence and accuracy in % of the bins that have images, over all runs."""
+    bins = [np.array(run.reliability[group]).reshape(-1, 3) for run in runs if group in run.reliability]
+    if not bins:
+        return np.empty((3, 0))
+    images = np.sum([rows[:, 0] for rows in bins], 0)
+    sums = np.nansum([rows[:, :1] * rows[:, 1:] for rows in bins], 0)
+    is_met = images > 0
+    return np.vstack([images[is_met], 100 * (sums[is_met] / images[is_met, None]).T])
+
+
 def _comparison_caption(comparison: Comparison) -> str:
     switch = "" if comparison.gamma is None else " The dashed line is the switch to stage 2."
     return (
@@ -127,10 +186,31 @@ def _confusion_caption(comparison: Comparison) -> str:
     )
 
 
+def _curves_caption(comparison: Comparison) -> str:
+    return (
+        f"Accuracy of each group on the {comparison.validation_set} set over the epochs. Bands are one standard"
+        f" deviation over seeds.{_divergence_caption(comparison)}"
+    )
+
+
+def _reliability_caption(comparison: Comparison) -> str:
+    return (
+        "Reliability: how often predictions of a confidence are right. On the dotted line, the probability of a"
+        " prediction is the share that is right. Below it, a method is too sure. Large points hold many test images."
+        f"{_divergence_caption(comparison)}"
+    )
+
+
+def _has_reliability(comparison: Comparison) -> bool:
+    return any(run.reliability for run in comparison.runs)
+
+
 FIGURES = (
     Figure("comparison", draw_comparison, _comparison_caption),
     Figure("trade_off", draw_trade_off, _trade_off_caption, is_small=True),
     Figure("confusion", draw_confusion, _confusion_caption),
+    Figure("curves", draw_curves, _curves_caption),
+    Figure("reliability", draw_reliability, _reliability_caption, is_known=_has_reliability),
 )
 """The pictures of the report, in their order. To add one, write a function that draws it, and add an entry."""
 
@@ -224,8 +304,9 @@ def _draw_curves(ax: Axes, methods: Sequence[Sequence[list[float]]], switch_epoc
         color = method_style(number)[0]
         mean, spread = _mean_and_spread(curves)
         epochs = np.arange(1, len(mean) + 1)
-        # Dashes tell apart methods of the same colour.
-        ax.plot(epochs, mean, color=color, linestyle="-" if number < len(_COLORS) else "--")
+        # Dashes tell apart methods of the same colour. A single epoch makes no line.
+        style = "-" if number < len(_COLORS) else "--"
+        ax.plot(epochs, mean, color=color, linestyle=style, marker="." if len(mean) == 1 else None)
         ax.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     if switch_epoch is not None:
         ax.axvline(switch_epoch, color="0.5", linestyle="--", linewidth=1)

@@ -122,14 +122,17 @@ def replaced(path: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
-def set_aside(path: Path) -> None:
-    """Rename a file, if there is one, to a name of the folder ``earlier`` beside it that no file has."""
+def set_aside(path: Path) -> Path | None:
+    """Rename a file, if there is one, to a name of the folder ``earlier`` beside it that no file has.
+
+    Return its new path, or None if there is no file.
+    """
     if not path.exists():
-        return
+        return None
     folder = path.parent / "earlier"
     folder.mkdir(exist_ok=True)
     names = (folder / f"{path.stem}-{number}{path.suffix}" for number in count(1))
-    path.rename(next(name for name in names if not name.exists()))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def write_text(path: Path, text: str) -> None:

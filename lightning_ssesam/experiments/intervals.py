@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lightning_ssesam.experiments.runs import FEW_IMAGES as FEW_IMAGES
 from lightning_ssesam.experiments.runs import Run
-
-FEW_IMAGES = 10
-"""A class or a group with fewer test images than this is called small. A difference there gets no star."""
 
 
 class Difference(NamedTuple):

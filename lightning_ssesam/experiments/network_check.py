@@ -20,6 +20,8 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.graph_step import check_graphs
 from lightning_ssesam.models import LongTailClassifier
+from lightning_ssesam.models.contrast import join_views
+from lightning_ssesam.models.evaluation import losses_of
 from lightning_ssesam.module_checks import check_momentum, check_optimizer, check_selections
 from lightning_ssesam.staged import Staged
 
@@ -49,6 +51,8 @@ def check_network(model: LongTailClassifier, data: LongTailDataModule) -> None:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         inputs, targets = loader.collate_fn([loader.dataset[0]])
+        if model.contrast is not None:
+            inputs, _ = join_views(inputs)
         try:
             # The training gets both as they are. The model as a whole may hold what cannot be copied.
             network, loss = copy.deepcopy((model.backbone, model.loss))
@@ -62,7 +66,8 @@ def check_network(model: LongTailClassifier, data: LongTailDataModule) -> None:
                 expected = f"a network for inputs of shape {tuple(inputs.shape[1:])}"
                 raise bad_argument("backbone", expected, got_text=f"one with the error {str(error)!r}") from error
             return
-        _check_loss(loss, logits, targets)
+        # Of several views, the first one is classified.
+        _check_loss(loss, logits if model.contrast is None else logits[:1], targets, model.split.multi_label)
 
 
 def problems_of_parts(
@@ -98,12 +103,18 @@ def problems_of_parts(
     return problems
 
 
-def _check_loss(loss: nn.Module, logits: Tensor, targets: Tensor) -> None:
+def _check_loss(loss: nn.Module, logits: Tensor, targets: Tensor, is_multi_label: bool) -> None:
     try:
-        losses = loss(logits, targets)
+        losses = losses_of(loss, logits, targets, is_multi_label)
+    except ArgumentError:
+        if is_multi_label:
+            raise
+        return
     except Exception:
         return
     shape = tuple(getattr(losses, "shape", ()))
+    if is_multi_label:
+        return
     # Targets may be class probabilities, with one more dimension.
     if shape[:1] != (1,) or (not targets.is_floating_point() and shape not in ((1,), tuple(targets.shape))):
         expected = "a module that returns a loss for each sample, as with reduction='none'"

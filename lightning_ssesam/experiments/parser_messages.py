@@ -24,6 +24,8 @@ _PATH = re.compile(r"dot import path string: (.*?)(?=\. Got value|$)", re.MULTIL
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 # What a class says, and after it what the other types of an option say to the same value, equally far indented.
 _PROBLEM = re.compile(r"^( *)- Problem with given class_path ", re.MULTILINE)
+# A class of an option with several types, and what its constructor has raised, which is indented further.
+_RAISED = re.compile(r"^( *)- Problem with given class_path '([^']+)':\n(?=((?:\1 {2,}\S[^\n]*\n?)+))", re.MULTILINE)
 _NO_FUNCTION = "expects a function or a callable class: the following arguments are required"
 # The class that the rest of the message is about.
 _OWNER = re.compile(
@@ -42,6 +44,8 @@ _NAMES = {
     "tuple": "a list",
 }
 _SHOWN = 150
+# Characters of the longest list of names.
+_LISTED = 200
 
 
 def shorten(message: str, options: Collection[str]) -> str:
@@ -77,6 +81,13 @@ def reason_in_unions(message: str) -> str:
     """Return what a class says about its arguments, from a message that lists several types; else an empty text."""
     reasons = _REASON.findall(message) if message.startswith("Does not validate against any of the Union") else []
     return max(reasons, key=lambda found: len(found[0]), default=("", ""))[1]
+
+
+def raised_in_unions(message: str) -> str:
+    """Return what the constructor of a class has raised, with the class before it; else an empty text."""
+    found = [(path.rpartition(".")[2], " ".join(text.split())) for _, path, text in _RAISED.findall(message)]
+    raised = [f"{name}: {text}" for name, text in found if not text.startswith(("- ", "Does not validate"))]
+    return raised[-1] if raised else ""
 
 
 def _without_other_types(message: str) -> str:
@@ -116,10 +127,14 @@ def _unknown_options(given: Iterable[str], options: Collection[str]) -> str:
     return f"There is no option `{cut(names[0])}`.{did_you_mean(f'--{guess}' if guess else None)}"
 
 
+# What is given by its place, without the name of an option.
+_BY_PLACE = {"checkpoints": "one or more checkpoints", "checkpoint": "a checkpoint", "images": "images"}
+
+
 def _missing(names: list[str]) -> str:
     """Return the line for required options. Those of Lightning's commands have the command before their names."""
-    if names == ["checkpoints"]:
-        return "Expected one or more checkpoints, but got none."
+    if all(name in _BY_PLACE for name in names):
+        return f"Expected {' and '.join(_BY_PLACE[name] for name in names)}, but got none."
     command = names[0].partition(".")[0]
     options = " and ".join(f"`--{name.removeprefix(f'{command}.')}`" for name in names)
     return f"`{command}` needs {options}, on the command line or in a file (`--config`)."
@@ -174,7 +189,7 @@ def _known(option: str) -> str:
     if len(names) == 1:
         return f"{names[0]} or "
     listed = ", ".join(names)
-    return f"one of {listed}, or " if 0 < len(listed) < _SHOWN else ""
+    return f"one of {listed}, or " if 0 < len(listed) < _LISTED else ""
 
 
 def _bad_value(innermost: str, option: str) -> str | None:

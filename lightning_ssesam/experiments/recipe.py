@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.factories import check_factory, check_made
-from lightning_ssesam.models import BackboneFactory, LongTailClassifier, SmallConvNet
+from lightning_ssesam.models import BackboneFactory, ContrastiveBranch, LongTailClassifier, SmallConvNet
 from lightning_ssesam.objectives import Objective
 from lightning_ssesam.step_options import StepOptions
 
@@ -35,11 +35,11 @@ class Recipe:
     """Options that all trainings of a comparison or a search share, checked when the recipe is made.
 
     Args:
-        data: Data module by class path, with its arguments.
+        data: Data module, by class path.
         backbone: Network by class path, with its arguments.
         optimizer: Optimizer by class path, with its arguments.
         loss: Loss by class path, with its arguments; cross-entropy by default.
-        epochs: Length of each training, an integer >= 1. The learning rate falls to 0 along a cosine.
+        epochs: Epochs of each training. The learning rate falls to 0 along a cosine.
         tail_fraction: Tail classes are the rarest ones that hold at most this fraction of the training samples; 0.2
             if tail_below is not given either.
         tail_below: Tail classes have fewer training samples than this.
@@ -71,14 +71,15 @@ class Recipe:
         check_integer("epochs", self.epochs, minimum=1)
         check_integer("threads", self.threads, minimum=1)
         set_elsewhere = {"class_counts", "backbone", "objective", "loss", "optimizer", "scheduler"}
-        _check_names("model", self.model or {}, LongTailClassifier, set_elsewhere)
+        of_data = {"multi_label", "num_samples"}
+        _check_names("model", self.model or {}, LongTailClassifier, set_elsewhere | of_data)
         _check_names("trainer", self.trainer or {}, pl.Trainer, {"max_epochs", "callbacks"})
         devices = (self.trainer or {}).get("devices", 1)
         is_list = isinstance(devices, Sequence) and not isinstance(devices, str)
         if devices not in (1, "1") and not (is_list and len(devices) == 1):
             expected = "settings with a single device (`jobs` makes several runs at a time)"
             raise bad_argument("trainer", expected, devices)
-        _make_step_options(self.model or {})
+        _make_parts(self.model or {})
 
     def make_data(self) -> LongTailDataModule:
         """Return the data module."""
@@ -88,7 +89,7 @@ class Recipe:
     def model_arguments(self) -> dict[str, Any]:
         """The further arguments of LongTailClassifier, with the tail."""
         model, tail = self.model or {}, {"tail_fraction": self.tail_fraction, "tail_below": self.tail_below}
-        return {**tail, **model, **_make_step_options(model)}
+        return {**tail, **model, **_make_parts(model)}
 
 
 KINDS: dict[str, type] = {
@@ -111,15 +112,21 @@ def check_factories(parts: Mapping[str, Any]) -> None:
             check_factory(name, parts[name], KINDS[name])
 
 
-def _make_step_options(model: Mapping[str, Any]) -> dict[str, StepOptions]:
-    """Return ``step_options`` as a StepOptions if it is a mapping, as in a YAML file, else nothing."""
-    step_options = model.get("step_options")
-    if not isinstance(step_options, Mapping):
-        return {}
-    names = [field.name for field in fields(StepOptions)]
-    if wrong := sorted(step_options.keys() - names):
-        raise bad_argument("step_options", f"any of {', '.join(names)}", got_text=", ".join(map(repr, wrong)))
-    return {"step_options": StepOptions(**step_options)}
+# Arguments of LongTailClassifier that a YAML file gives as a mapping.
+_MAPPINGS: dict[str, type] = {"step_options": StepOptions, "contrast": ContrastiveBranch}
+
+
+def _make_parts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``step_options`` and ``contrast`` as objects, where they are mappings, as in a YAML file."""
+    parts = {}
+    for name, kind in _MAPPINGS.items():
+        if not isinstance(arguments := model.get(name), Mapping):
+            continue
+        names = list(inspect.signature(kind).parameters)
+        if wrong := sorted(arguments.keys() - names):
+            raise bad_argument(name, f"any of {', '.join(names)}", got_text=", ".join(map(repr, wrong)))
+        parts[name] = kind(**arguments)
+    return parts
 
 
 def _check_names(name: str, arguments: Mapping[str, Any], owner: type, set_elsewhere: set[str]) -> None:

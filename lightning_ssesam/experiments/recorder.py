@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import suppress
+from inspect import signature
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -11,16 +12,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from typing_extensions import override
 
 from lightning_ssesam.data import LongTailDataModule
-from lightning_ssesam.data.labels import labels_of
+from lightning_ssesam.data.labels import labels_of, names_of_classes
+from lightning_ssesam.data.unaugmented import unaugmented
+from lightning_ssesam.experiments.predictions import Predictions
 from lightning_ssesam.experiments.runs import GROUPS, Run
-from lightning_ssesam.metrics import HeadTailAccuracy, _GroupMetric, _predicted
+from lightning_ssesam.metrics import HeadTailAccuracy
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.split import ClassSplit
-from lightning_ssesam.targets import ignored_mask
 from lightning_ssesam.trainer_calls import of_first_loader
 
 MEASURING: dict[str, Any] = {
@@ -65,15 +68,8 @@ def _groups_of(split: ClassSplit) -> dict[str, str]:
     return {group: _digits(getattr(split, group)) for group in GROUPS if group != "all"}
 
 
-def names_of_classes(data: LongTailDataModule) -> list[str]:
-    """Return the names of the classes, or nothing if the data module has no ``class_names``, one for each class."""
-    names: Any = getattr(data, "class_names", None)
-    has_names = isinstance(names, list | tuple) and len(names) == data.num_classes
-    return [str(name) for name in names] if has_names else []
-
-
 class Recorder(Callback):
-    """Records validation curves, divergence, numbers of images and what becomes of each test image in a run.
+    """Records network, optimizer, validation curves, divergence, and what becomes of each test image in a run.
 
     Attributes:
         train_loader: Loader of the training batches, after the training.
@@ -86,9 +82,14 @@ class Recorder(Callback):
         self.train_loader: Any = None
         self.train_batches: float = 0
         self.test_loader: Any = None
-        self._hits: _Hits | None = None
+        self._predictions: Predictions | None = None
         self._validated: Tensor | None = None
         run.curves.update({group: [] for group in GROUPS})
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the first epoch: record the optimizer, before a schedule moves its rate."""
+        self.run.optimizer = ", ".join(map(describe_optimizer, trainer.optimizers))
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,6 +107,9 @@ class Recorder(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
+        parameters = list(pl_module.parameters())
+        self.run.parameters = sum(parameter.numel() for parameter in parameters)
+        self.run.trained_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         split = _accuracy_of(pl_module, "val").split
         self.run.groups = _groups_of(split)
         self.run.val_images = [0] * split.num_classes if self._validated is None else self._validated.tolist()
@@ -114,62 +118,38 @@ class Recorder(Callback):
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         accuracy = _accuracy_of(pl_module, "test")
-        self._hits = _Hits(accuracy.split, ignore_index=accuracy.ignore_index).to(pl_module.device)
-        cast("LongTailClassifier", pl_module).test_metrics.append(self._hits)
+        self._predictions = Predictions(accuracy.split, ignore_index=accuracy.ignore_index).to(pl_module.device)
+        cast("LongTailClassifier", pl_module).test_metrics.append(self._predictions)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the module resets its metrics: record recalls, numbers of images and hits."""
-        assert self._hits is not None
+        """Called before the module resets its metrics: record recalls, numbers of images and predictions."""
+        assert self._predictions is not None
         accuracy = _accuracy_of(pl_module, "test")
         self.run.class_recalls = accuracy.class_recalls().tolist()
         self.run.test_images = accuracy.total.tolist()
         loaders = trainer.test_dataloaders
         self.test_loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
-        if _is_sequential(self.test_loader):
-            self.run.test_hits = self._hits.by_class()
+        self._predictions.write_to(self.run, _is_sequential(self.test_loader))
         # The module is as it was.
         cast("LongTailClassifier", pl_module).test_metrics.pop(-1)
 
 
-class _Hits(_GroupMetric):
-    """Keeps whether each test image was classified right. It has no value, so nothing is logged."""
+def describe_optimizer(optimizer: Optimizer) -> str:
+    """Return an optimizer as text, with its learning rate, and its other settings that are not the defaults."""
+    arguments = signature(type(optimizer)).parameters
+    defaults = {"lr": None, **{name: argument.default for name, argument in arguments.items()}}
+    groups, texts = optimizer.param_groups, []
+    for name, default in defaults.items():
+        # A scheduler that has begun keeps the rate under another name.
+        values = [group.get(f"initial_{name}", group.get(name)) for group in groups]
+        if name in groups[0] and name != "params" and (name == "lr" or values != [default] * len(values)):
+            texts.append(f"{name}={' and '.join(dict.fromkeys(map(_as_text, values)))}")
+    return f"{type(optimizer).__name__}({', '.join(texts)})"
 
-    def __init__(self, split: ClassSplit, **kwargs: Any) -> None:
-        super().__init__(split, **kwargs)
-        self.images: list[tuple[Tensor, Tensor]] = []
-        self.has_images = True
 
-    @override
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        super().update(preds, target)
-        # The parts of an image, such as its pixels, are no images.
-        self.has_images &= target.ndim == 1
-        if self.has_images:
-            ignored = ignored_mask(target, self.ignore_index)
-            self.images.append((_predicted(preds) == target, target.long().masked_fill(ignored, -1)))
-
-    @override
-    def _count(self, predicted: Tensor, target: Tensor) -> None:
-        pass
-
-    @override
-    def _classes_of_values(self) -> dict[str, Tensor]:
-        return {}
-
-    @override
-    def _values(self) -> dict[str, Tensor]:
-        return {}
-
-    def by_class(self) -> list[str]:
-        """Return the digits of the images of each class, or nothing if the batches had no images."""
-        if not self.has_images or not self.images:
-            return []
-        hits, targets = (torch.cat(parts).cpu() for parts in zip(*self.images, strict=True))
-        order = targets.argsort(stable=True)[int((targets < 0).sum()) :]
-        digits, counts = _digits(hits[order]), targets[order].bincount(minlength=self.num_classes)
-        ends = counts.cumsum(0).tolist()
-        return [digits[end - number : end] for end, number in zip(ends, counts.tolist(), strict=True)]
+def _as_text(value: Any) -> str:
+    return f"{float(value):g}" if isinstance(value, float | Tensor) else str(value)
 
 
 def _digits(mask: Tensor) -> str:
@@ -203,7 +183,7 @@ def training_accuracy(
     Returns:
         The accuracies, or nothing after a warning if they cannot be measured.
     """
-    loader = _evaluated(recorder.train_loader, recorder.test_loader)
+    loader = unaugmented(recorder.train_loader, recorder.test_loader)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if not math.isfinite(recorder.train_batches):
             return {}
@@ -228,29 +208,3 @@ def training_accuracy(
 
 def _do_nothing(stage: str = "") -> None:
     pass
-
-
-def _evaluated(train: Any, test: Any) -> Any:
-    """Return a loader that yields the images of a training loader once, in order, treated as test images."""
-    if not isinstance(train, DataLoader) or isinstance(train.dataset, IterableDataset):
-        return train
-    pattern = test if isinstance(test, DataLoader) and test.batch_size else train
-    return DataLoader(
-        _plain(train.dataset, getattr(test, "dataset", None)),
-        batch_size=pattern.batch_size or 1,
-        collate_fn=pattern.collate_fn,
-        num_workers=train.num_workers,
-        pin_memory=train.pin_memory,
-    )
-
-
-def _plain(dataset: Any, test: Any) -> Dataset[Any]:
-    """Return a training set with the transform of the test set, if that is known to fit."""
-    while isinstance(test, Subset):
-        test = test.dataset
-    plain: Dataset[Any] = copy.copy(dataset)
-    if isinstance(dataset, Subset):
-        plain.dataset = _plain(dataset.dataset, test)  # type: ignore[attr-defined]
-    elif type(dataset) is type(test) and hasattr(dataset, "transform"):
-        plain.transform = test.transform  # type: ignore[attr-defined]
-    return plain

@@ -16,6 +16,7 @@ from urllib.error import URLError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.experiments.parser_messages import raised_in_unions
 from lightning_ssesam.experiments.sources import PACKAGE, is_foreign_file
 
 _LIMIT = 390
@@ -124,6 +125,8 @@ def _line(error: Exception, options: Sequence[str]) -> str | None:
             text if is_told else f"it is damaged, or no checkpoint of `lightning-ssesam fit` ({type(error).__name__})"
         )
         return f"Cannot load {_checkpoint(options)}: {reason}"
+    if place is None and (reason := raised_in_unions(str(error))):
+        return reason
     if isinstance(error, ModuleNotFoundError) and place is None:
         return f"{text}. Install it: pip install {(error.name or '').partition('.')[0]}"
     return None if any(map(_trains, frames)) else _wrong_argument(error, text, place, frames[-1])

@@ -15,6 +15,9 @@ from lightning_ssesam.experiments.files import make_folder, set_aside, write_tex
 from lightning_ssesam.split import ClassSplit
 
 GROUPS = ("head", "tail", "many", "medium", "few", "all")
+FEW_IMAGES = 10
+"""A class or a group with fewer test images than this is called small. A difference there gets no star."""
+
 CONFUSIONS = ("head_to_head", "head_to_tail", "tail_to_head", "tail_to_tail")
 
 
@@ -41,6 +44,18 @@ class Run:
         test_hits: For each class a text of digits, one for each of its test images in their order: 1 where it was
             classified right. Empty if the order of the images is not known.
         weights: Path of the checkpoint of the run; empty if none was kept.
+        calibration: Expected calibration error of each group on the test images, in [0, 1]
+            (:class:`~lightning_ssesam.GroupCalibrationError`); empty if it is not known.
+        reliability: Number of test images, mean confidence and accuracy in each bin of confidence, of the groups
+            ``"head"``, ``"tail"`` and ``"all"``; NaN for a bin without images.
+        confused_pairs: True class, predicted class and number of test images of the most frequent errors, at most 1,000
+            pairs; the pair with the largest share of its true class first.
+        tail_mistakes: Test images of tail classes that were classified wrong with the highest probability, highest
+            first: position in the test set, true class, predicted class, and its probability. Empty if the order of the
+            images is not known.
+        parameters: Number of parameters of the network; 0 if it is not known.
+        trained_parameters: Number of these that the training changed.
+        optimizer: Optimizer with its learning rate, as text.
     """
 
     method: str
@@ -60,6 +75,13 @@ class Run:
     test_images: list[int] = field(default_factory=list)
     test_hits: list[str] = field(default_factory=list)
     weights: str = ""
+    calibration: dict[str, float] = field(default_factory=dict)
+    reliability: dict[str, list[list[float]]] = field(default_factory=dict)
+    confused_pairs: list[list[int]] = field(default_factory=list)
+    tail_mistakes: list[list[float]] = field(default_factory=list)
+    parameters: int = 0
+    trained_parameters: int = 0
+    optimizer: str = ""
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -105,7 +127,7 @@ class RunStore:
                 return run
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             pass
         print(f"{path} is damaged. Its run is made again.")
         return None
@@ -135,10 +157,10 @@ def _is_complete(run: Run) -> bool:
     kinds = all(isinstance(getattr(run, part.name), _kind_of(part)) for part in fields(run))
     if not kinds or not all(set(GROUPS) <= values.keys() for values in (run.accuracy, run.best, run.curves)):
         return False
-    tables = (run.accuracy, run.best, run.confusion, run.train_accuracy)
+    tables = (run.accuracy, run.best, run.confusion, run.train_accuracy, run.calibration)
     shares = chain(run.class_recalls, *(table.values() for table in tables), *run.curves.values())
     counts = [*run.val_images, *run.test_images]
-    if not all(map(_is_share, shares)) or not all(type(count) is int and count >= 0 for count in counts):
+    if not all(map(_is_share, shares)) or not all(map(_is_number, counts)):
         return False
     classes = len(run.class_recalls)
     lists = (run.class_names, run.val_images, run.test_images, run.test_hits)
@@ -151,7 +173,34 @@ def _is_complete(run: Run) -> bool:
         and all(isinstance(text, str) and set(text) <= {"0", "1"} for text in [*run.groups.values(), *run.test_hits])
         and (run.diverged or math.isnan(run.accuracy["all"]) == is_untested)
         and all(map(_agrees, run.class_recalls, run.test_hits))
+        and _has_whole_predictions(run, classes)
     )
+
+
+def _has_whole_predictions(run: Run, classes: int) -> bool:
+    """Return whether what is kept of predictions has values of its types. Runs of earlier versions have none."""
+    bins = [row for rows in run.reliability.values() for row in rows]
+    return (
+        set(run.calibration) in (set(), set(GROUPS))
+        and all(_is_number(number) and _is_share(confidence) and _is_share(right) for number, confidence, right in bins)
+        and all(
+            _is_error(true, taken, classes) and _is_number(number) and number <= run.test_images[true]
+            for true, taken, number in run.confused_pairs
+        )
+        and all(
+            _is_number(place) and _is_error(true, taken, classes) and _is_share(probability)
+            for place, true, taken, probability in run.tail_mistakes
+        )
+        and min(run.parameters, run.trained_parameters) >= 0
+    )
+
+
+def _is_error(true: Any, predicted: Any, classes: int) -> bool:
+    return all(_is_number(value) and value < classes for value in (true, predicted)) and true != predicted
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_share(value: Any) -> bool:
@@ -187,6 +236,7 @@ class Comparison:
         notes: What a reader must know before comparing the methods, in sentences.
         origin: Facts on where the comparison comes from, by name, such as the date and the command.
         tail_rule: What makes a class a tail class, in words, if it is known.
+        own_data: Data module of each method that has its own.
     """
 
     runs: Sequence[Run]
@@ -199,6 +249,7 @@ class Comparison:
     notes: Sequence[str] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
     tail_rule: str | None = None
+    own_data: Mapping[str, LongTailDataModule] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -209,3 +260,7 @@ class Comparison:
     def validation_set(self) -> str:
         """Name of the set that validates."""
         return "test" if self.data.val_is_test else "validation"
+
+    def data_of(self, method: str) -> LongTailDataModule:
+        """Return the data module of a method."""
+        return self.own_data.get(method, self.data)

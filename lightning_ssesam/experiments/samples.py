@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
 
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import LongTailDataModule
 from lightning_ssesam.experiments.methods import WithSampler
 from lightning_ssesam.factories import check_made
@@ -34,12 +35,19 @@ class Source:
 
 
 def make_sources(factories: Iterable[Callable[[], LongTailDataModule]]) -> list[Source]:
-    """Return the source of each factory. Factories that differ only in their samplers share one."""
+    """Return the source of each factory. Factories that differ only in their samplers share one.
+
+    It raises ``ArgumentError`` for multi-label data, of which runs have no accuracies to compare.
+    """
     found: dict[int, Source] = {}
     sources = []
     for factory in factories:
         plain = factory.data if isinstance(factory, WithSampler) else factory
         if id(plain) not in found:
-            found[id(plain)] = Source(check_made("data", plain(), LongTailDataModule))
+            data = check_made("data", plain(), LongTailDataModule)
+            if data.multi_label:
+                expected = "a data module with one label a sample; `fit`, `validate` and `test` take multi-label data"
+                raise bad_argument("data", expected, got_text=f"{type(data).__name__}, whose samples have several")
+            found[id(plain)] = Source(data)
         sources.append(found[id(plain)])
     return sources

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_ssesam._validation import bad_argument, check_choice, check_integer
+from lightning_ssesam.data.labels import names_of_classes
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
 from lightning_ssesam.experiments.files import locked, make_folder, replaced, set_aside
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import MOST, Recipe
-from lightning_ssesam.experiments.recorder import count_images, names_of_classes
+from lightning_ssesam.experiments.recorder import count_images
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.samples import make_sources
 from lightning_ssesam.experiments.search import (

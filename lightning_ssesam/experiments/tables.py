@@ -15,6 +15,13 @@ from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run, by_method
 TRAINING = "training"
 """Column of the accuracy on the training images."""
 
+TOP_1 = "top-1"
+"""Column of the share of all test images that were classified right."""
+
+IMAGES_NOTE = (
+    "Every test image counts the same: top-1 accuracy, and expected calibration error (ECE) of each group, in %"
+)
+
 DIVERGED = "†"
 """Mark of a mean over runs of which some diverged."""
 
@@ -60,6 +67,37 @@ def accuracy_in(run: Run, column: str) -> float:
     return run.train_accuracy.get("all", math.nan) if column == TRAINING else run.accuracy[column]
 
 
+def top1(run: Run) -> float:
+    """Return the share of all test images that were classified right, in [0, 1]; NaN if it is not known."""
+    if not run.test_images:
+        return math.nan
+    tested = [(recall, number) for recall, number in zip(run.class_recalls, run.test_images, strict=True) if number]
+    if not tested or any(math.isnan(recall) for recall, _ in tested):
+        return math.nan
+    return sum(round(recall * number) for recall, number in tested) / sum(run.test_images)
+
+
+def image_columns(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Return what every test image counts the same in, in [0, 1], one value for each run: top-1, and the ECE.
+
+    What is known of no run is left out.
+    """
+    values = {TOP_1: [top1(run) for run in runs]}
+    values |= {f"ECE {group}": [run.calibration.get(group, math.nan) for run in runs] for group in GROUPS}
+    return {column: shares for column, shares in values.items() if not all(map(math.isnan, shares))}
+
+
+def image_cells(runs: Sequence[Run], width: int = 0) -> dict[str, list[str]]:
+    """Return the cells of a table of :func:`image_columns`, by method with the number of runs that diverged."""
+    shown, cells = image_columns(runs), {}
+    for name, method_runs in by_method(runs).items():
+        places = [place for place, run in enumerate(runs) if run.method == name]
+        mark = f" {DIVERGED}" if any(run.diverged for run in method_runs) else ""
+        texts = [spread([values[place] for place in places], width) + mark for values in shown.values()]
+        cells[name + divergence(method_runs)] = texts
+    return cells
+
+
 def _deviation(values: Sequence[float]) -> float:
     # `statistics.stdev` raises on NaN, which a group without classes has.
     return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
@@ -76,6 +114,8 @@ def format_table(runs: Sequence[Run]) -> str:
     if len(methods) > 1 and number_of_seeds(runs) > 1:
         lines += ["", f"Difference to {runs[0].method}, {_DIFFERENCE_NOTE}"]
         lines += _aligned(GROUPS, {name: by_group.values() for name, by_group in differences(runs).items()})
+    if images := image_columns(runs):
+        lines += ["", IMAGES_NOTE, *_aligned(list(images), image_cells(runs, 4))]
     if found := remarks(runs):
         lines += ["", *found]
     return "\n".join(lines)
@@ -120,7 +160,15 @@ def markdown_table(runs: Sequence[Run], validation: str = "validation") -> str:
         notes.append(f"{images}. All numbers of images are in classes.csv.")
     if found := remarks(runs):
         notes.append("\n".join(f"- {_in_markdown(remark)}" for remark in found))
-    return "\n".join([*lines, "", "\n\n".join(notes), ""])
+    return "\n".join([*lines, "", "\n\n".join(notes), "", *_markdown_of_images(runs)])
+
+
+def _markdown_of_images(runs: Sequence[Run]) -> list[str]:
+    """Return the lines of a table of what every test image counts the same in, if anything of it is known."""
+    if not (shown := image_columns(runs)):
+        return []
+    rows = [f"| {_in_markdown(name)} | {' | '.join(cells)} |" for name, cells in image_cells(runs).items()]
+    return [f"{IMAGES_NOTE}.", "", f"| | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|", *rows, ""]
 
 
 def _in_markdown(text: str) -> str:
@@ -133,12 +181,15 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
     classes = [f"class_{k}" for k in range(len(runs[0].class_recalls))]
     best, train = ([f"{prefix}_{group}" for group in GROUPS] for prefix in ("best", "train"))
     header = ["method", "seed", *GROUPS, *best, *CONFUSIONS, "seconds", "diverged", *train, *classes]
+    header += ["top_1", *(f"ece_{group}" for group in GROUPS), "parameters", "trained_parameters", "optimizer"]
     rows = []
     for run in runs:
         shares = [values[group] for values in (run.accuracy, run.best) for group in GROUPS]
         shares += [run.confusion[name] for name in CONFUSIONS]
         trained = [run.train_accuracy.get(group, "") for group in GROUPS]
         row = [run.method, run.seed, *shares, round(run.seconds, 1), run.diverged, *trained, *run.class_recalls]
+        row += [_known(top1(run)), *(run.calibration.get(group, "") for group in GROUPS)]
+        row += [run.parameters or "", run.trained_parameters if run.parameters else "", run.optimizer]
         rows.append([round(value, 6) if isinstance(value, float) else value for value in row])
     write_csv(path, header, rows)
 
@@ -153,10 +204,17 @@ def write_summary(runs: Sequence[Run], path: Path) -> None:
             difference = to_first.get(name, {}).get(group, Difference(math.nan, math.nan))
             trained = statistics.mean([run.train_accuracy.get(group, math.nan) for run in method_runs])
             shares = (statistics.mean(values), _deviation(values), difference.mean / 100, difference.margin / 100)
-            numbers = ["" if math.isnan(share) else round(share, 6) for share in (*shares, trained)]
+            numbers = [_known(share) for share in (*shares, trained)]
             further = [sum(run.diverged for run in method_runs), difference.doubt, _tested(method_runs, group)]
+            errors = [run.calibration.get(group, math.nan) for run in method_runs]
+            further += [_known(statistics.mean(errors)), _known(_deviation(errors))]
             rows.append([name, group, len(values), *numbers, *further])
-    write_csv(path, [*header, "train_mean", "diverged", "doubt", "test_images"], rows)
+    write_csv(path, [*header, "train_mean", "diverged", "doubt", "test_images", "ece_mean", "ece_std"], rows)
+
+
+def _known(value: float) -> float | str:
+    """Return a number for a CSV file, or nothing for NaN."""
+    return "" if math.isnan(value) else round(value, 6)
 
 
 def _tested(runs: Sequence[Run], group: str) -> int | str:

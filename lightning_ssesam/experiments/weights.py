@@ -1,5 +1,8 @@
-"""The weights that a comparison keeps: a checkpoint of each finished run."""
+"""The weights that a comparison keeps: a checkpoint of each finished run, and a copy of the best one."""
 
+import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -7,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_ssesam.experiments.files import make_folder, remove_unfinished, replaced, set_aside
-from lightning_ssesam.experiments.runs import file_stem
+from lightning_ssesam.experiments.runs import Run, by_method, file_stem
 
 
 class WeightStore:
@@ -34,6 +37,57 @@ class WeightStore:
 def set_weights_aside(folder: Path, method: str, seed: int, fingerprint: str) -> None:
     """Rename the checkpoint of a run in a folder of weights, if there are both."""
     set_aside(_path(folder, method, seed, fingerprint))
+
+
+def copy_best(runs: Sequence[Run], folder: Path) -> Run | None:
+    """Copy the checkpoint and the config.yaml of the best run to a folder, as weights.ckpt and config.yaml.
+
+    Args:
+        runs: Runs of a comparison.
+        folder: Folder of the copies. It is made if it does not exist.
+
+    Returns:
+        The best run, see :func:`find_best`; None if there is none, or if it has no weights.
+
+    Raises:
+        ArgumentError: If the folder cannot be made.
+    """
+    best = find_best(runs)
+    if best is None or not best.weights:
+        return None
+    make_folder(folder)
+    remove_unfinished(folder)
+    kept = Path(best.weights)
+    # The configuration first: it must not be newer than the weights.
+    for source, name in ((kept.with_name("config.yaml"), "config.yaml"), (kept, "weights.ckpt")):
+        with replaced(folder / name) as unfinished:
+            shutil.copyfile(source, unfinished)
+    return best
+
+
+def find_best(runs: Sequence[Run]) -> Run | None:
+    """Return the best run on the validation images, after the last epoch: the best one of the best method.
+
+    A method counts by the mean of its runs. Of equal ones, the first wins. Test images decide nothing.
+
+    Args:
+        runs: Runs of a comparison.
+
+    Returns:
+        The run; None if no method has a validation accuracy in all of its runs.
+    """
+    scores = {name: [_validation_accuracy(run) for run in made] for name, made in by_method(runs).items()}
+    means = {name: sum(values) / len(values) for name, values in scores.items() if all(map(math.isfinite, values))}
+    if not means:
+        return None
+    method = max(means, key=means.__getitem__)
+    return max((run for run in runs if run.method == method), key=_validation_accuracy)
+
+
+def _validation_accuracy(run: Run) -> float:
+    """Return the mean recall of all classes on the validation images; NaN if the run diverged, or there are none."""
+    curve = run.curves.get("all", [])
+    return curve[-1] if curve and not run.diverged else math.nan
 
 
 def _path(folder: Path, method: str, seed: int, fingerprint: str) -> Path:
