@@ -1,6 +1,6 @@
 """Use the mixin in your own module: SSE-SAM on long-tailed digits.
 
-Run it from the root of the repository:
+The digits come with scikit-learn (``pip install scikit-learn``). Run it from the root of the repository:
 
     python examples/plain_module.py
 

@@ -15,7 +15,16 @@ from lightning_ssesam.ascent import (
     Radius,
     Scale,
 )
-from lightning_ssesam.callbacks import CurvatureMonitor, DeferredReweighting, RadiusSchedule, StageSwitch
+from lightning_ssesam.average_precision import GroupAveragePrecision, LabelAveragePrecision
+from lightning_ssesam.calibration import GroupCalibrationError
+from lightning_ssesam.callbacks import (
+    CorrectAfterTraining,
+    CurvatureMonitor,
+    DeferredReweighting,
+    MixingOff,
+    RadiusSchedule,
+    StageSwitch,
+)
 from lightning_ssesam.class_objectives import CCSAM, FocalSAM
 from lightning_ssesam.data import DigitsLT
 from lightning_ssesam.metrics import HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
@@ -49,6 +58,7 @@ __all__ = [
     "Adaptive",
     "Ascent",
     "ClassSplit",
+    "CorrectAfterTraining",
     "CurvatureMonitor",
     "DeferredReweighting",
     "DigitsLT",
@@ -57,12 +67,16 @@ __all__ = [
     "Friendly",
     "FriendlySAM",
     "Gradient",
+    "GroupAveragePrecision",
+    "GroupCalibrationError",
     "HeadTailAccuracy",
     "HeadTailConfusion",
     "ImbSAM",
     "InverseNorm",
+    "LabelAveragePrecision",
     "LongTailClassifier",
     "ManyMediumFewAccuracy",
+    "MixingOff",
     "Momentum",
     "MomentumSAM",
     "Noise",

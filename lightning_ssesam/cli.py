@@ -3,10 +3,13 @@
 import io
 import math
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
+from importlib import import_module
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +24,18 @@ if TYPE_CHECKING:
 
 _USAGE = """usage: lightning-ssesam COMMAND [OPTIONS]
 
-Train classifiers on long-tailed data with sharpness-aware methods.
+Train classifiers on imbalanced classes (long-tailed data) with sharpness-aware methods.
 
 commands:
 {commands}
 
 `lightning-ssesam COMMAND --help` lists the options of a command. `lightning-ssesam completion SHELL` prints a script by
 which bash, zsh or fish completes them. `fit`, `validate` and `test` are Lightning's command line. Give options one by
-one, or in a YAML file with `--config`. The names of these shipped files suffice there: for
-`fit` {fit}; for `compare` {compare}.
+one, or in a YAML file with `--config`. The names of these shipped files suffice there:
+{shipped}
 
 examples:
+  lightning-ssesam suggest images
   lightning-ssesam compare
   lightning-ssesam fit --method SAM
   lightning-ssesam fit --config digits_lt --model.objective SAM --model.objective.rho 0.1
@@ -50,8 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
         name, options = options[0], ["--help"]
     if name in ("-h", "--help", "help"):
         commands = "\n".join(f"  {command:<10} {text}" for command, (_, text) in COMMANDS.items())
-        shipped = {command: ", ".join(_shipped_configs(command)) for command in ("fit", "compare")}
-        print(_USAGE.format(commands=commands, **shipped), end="")
+        names = {command: ", ".join(_shipped_configs(command)) for command in ("fit", "compare")}
+        shipped = textwrap.fill(f"for `fit` {names['fit']}; for `compare` {names['compare']}.", 118)
+        print(_USAGE.format(commands=commands, shipped=shipped), end="")
     elif name in ("-V", "--version"):
         print(f"lightning-ssesam {lightning_ssesam.__version__}")
     elif name == "completion":
@@ -102,7 +107,7 @@ def _print_completion(options: Sequence[str]) -> None:
         with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
             main([command, "--help"])
         words[command] = {**options_in(text.getvalue()), "--config": _shipped_configs(command)}
-        if "--methods" in words[command]:
+        if "--methods" in words[command] and command != "adjust":
             words[command]["--methods"] = METHODS
     more = {"completion": dict.fromkeys(SHELLS, ()), "help": dict.fromkeys(COMMANDS, ())}
     print(completion_script(options[0], {**words, **more}), end="")
@@ -117,11 +122,16 @@ def _train(command: str, options: list[str]) -> None:
 def _compare(options: list[str]) -> None:
     from lightning_ssesam.compare import compare, usable_jobs
     from lightning_ssesam.experiments.fit_config import write_fit_configs
+    from lightning_ssesam.experiments.weights import copy_best
 
     runs, config = _call(compare, "compare", options, jobs=usable_jobs())
     if written := write_fit_configs(runs, config):
         config, weights = os.path.relpath(written[0]), os.path.relpath(written[0].with_name("seed-0.ckpt"))
         print(f"Test weights with: lightning-ssesam test --config {config} --ckpt_path {weights}")
+        folder = written[0].parents[2] / "best"
+        if best := copy_best(runs, folder):
+            print(f"Best on the validation images: {best.method}, seed {best.seed}. Predict new images with it:")
+            print(f"lightning-ssesam predict {shlex.quote(os.path.relpath(folder / 'weights.ckpt'))} FOLDER")
 
 
 def _sweep(options: list[str]) -> None:
@@ -130,35 +140,65 @@ def _sweep(options: list[str]) -> None:
     _call(sweep, "sweep", options)
 
 
-def _curvature(options: list[str]) -> None:
-    from lightning_ssesam.experiments.curvature_command import curvature
+def _run(name: str, options: list[str]) -> None:
+    """Run a command that takes checkpoints, data or images by their places."""
     from lightning_ssesam.experiments.lifetimes import ended_in_order
 
-    chosen = vars(_curvature_parser().parse_args(options))
+    function, parser = _command_with_places(name)
+    chosen = vars(parser.parse_args(options))
     with ended_in_order():
-        curvature(**chosen)
+        function(**chosen)
 
 
-def _curvature_parser() -> "CommandParser":
+def _command_with_places(name: str) -> tuple[Callable[..., Any], "CommandParser"]:
+    """Return the function of a command, and its parser."""
     from lightning_ssesam.experiments.command_parser import CommandParser
-    from lightning_ssesam.experiments.curvature_command import curvature
 
-    parser = CommandParser(prog="lightning-ssesam curvature", description=_description(curvature))
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="Checkpoints, of one training or of several.")
-    parser.add_function_arguments(curvature, as_group=False, skip={"checkpoints"})
-    return parser
+    function = getattr(import_module(f"lightning_ssesam.experiments.{name}_command"), name)
+    places = " ".join(argument.upper() for argument in _PLACES[name])
+    parser = CommandParser(prog=f"lightning-ssesam {name} {places}", description=_description(function))
+    for argument, (number, text) in _PLACES[name].items():
+        parser.add_argument(argument, nargs=number, type=Path, help=text)
+    parser.add_function_arguments(function, as_group=False, skip=set(_PLACES[name]))
+    return function, parser
+
+
+_PLACES: dict[str, dict[str, tuple[str | None, str]]] = {
+    "adjust": {"checkpoint": (None, "Checkpoint of a training.")},
+    "curvature": {"checkpoints": ("+", "Checkpoints, of one training or of several.")},
+    "predict": {
+        "checkpoint": (None, "Checkpoint of the classifier."),
+        "images": (None, "Folder with images, a list file with a path in each line, or a single image."),
+    },
+    "suggest": {
+        "data": (
+            None,
+            "Folder with a folder for each class, list file, CSV file, data module, or YAML file with data.",
+        ),
+    },
+}
+"""The arguments of commands that are given by their place, each with how many there are and its text for the help."""
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "fit": (partial(_train, "fit"), "train a LongTailClassifier"),
     "validate": (partial(_train, "validate"), "evaluate a classifier on the validation data"),
     "test": (partial(_train, "test"), "evaluate a classifier on the test data"),
+    "suggest": (
+        partial(_run, "suggest"),
+        "look at imbalanced classes, say what to begin with, and write a file for compare",
+    ),
     "compare": (
         _compare,
         "train ERM, SAM, ImbSAM and SSESAM, or your own methods, and write tables, pictures and an HTML report",
     ),
     "sweep": (_sweep, "search for the radii of every method and the switch of SSESAM, on validation data"),
-    "curvature": (_curvature, "measure and draw the curvature of head loss and tail loss, at checkpoints of fit"),
+    "predict": (partial(_run, "predict"), "predict the classes of new images, by a checkpoint"),
+    "adjust": (partial(_run, "adjust"), "correct a trained classifier for the class sizes, or its confidence"),
+    "curvature": (
+        partial(_run, "curvature"),
+        "measure and draw the curvature of head loss and tail loss, at checkpoints of fit",
+    ),
 }
 """By name, the function of each command and its text for the usage. The error for unknown commands lists the names."""
 
@@ -299,8 +339,8 @@ def _with_shipped_configs(command: str, options: list[str]) -> list[str]:
         if option not in ("--config", "-c") or (not value and not equals):
             continue
         if os.path.exists(value):
-            # `curvature` says what it makes of the configuration of a training.
-            if command != "curvature":
+            # They say what they make of the configuration of a training.
+            if command not in ("adjust", "curvature"):
                 read_config(Path(value))
             continue
         if value not in shipped:

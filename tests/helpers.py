@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_ssesam
 from lightning_ssesam import ERM, SAM, SSESAM, ClassSplit, ImbSAM, SharpnessAwareMixin, StepOptions, Term
 from lightning_ssesam.cli import main
 from lightning_ssesam.engine import MicroBatch, SharpnessEngine
@@ -28,6 +29,9 @@ from lightning_ssesam.engine import MicroBatch, SharpnessEngine
 STRICT = pytest.mark.filterwarnings("error:::lightning_ssesam", "ignore:.*stays in stage 1")
 
 REFERENCE = Path(__file__).parent / "reference"
+_SHIPPED = sorted(path.stem for path in Path(lightning_ssesam.__file__).parent.joinpath("configs").glob("*.yaml"))
+SHIPPED_COMPARISONS = [name for name in _SHIPPED if name.startswith("compare_")]
+SHIPPED_FITS = [name for name in _SHIPPED if name not in SHIPPED_COMPARISONS]
 SPLIT = ClassSplit([50, 40, 30, 6, 5], tail=[3, 4])
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import STRICT, planned_runs
+from helpers import SHIPPED_COMPARISONS, SHIPPED_FITS, STRICT, planned_runs
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from lightning_ssesam import StageSwitch
-from lightning_ssesam.cli import main
+from lightning_ssesam.cli import COMMANDS, main
 from lightning_ssesam.experiments.checkpoints import find_config
 from lightning_ssesam.experiments.files import locked
 from lightning_ssesam.experiments.resume import folder_of_run
@@ -149,15 +149,15 @@ def test_bad_values_get_one_line(arguments, message):
     [
         (
             ["trian"],
-            "error: Expected a command, one of fit, validate, test, compare, sweep, curvature, but got 'trian'.",
+            f"error: Expected a command, one of {', '.join(COMMANDS)}, but got 'trian'.",
         ),
         (
             ["fit", "--config=nope"],
-            "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope'.",
+            f"error: Expected `--config` to be a YAML file or one of {', '.join(SHIPPED_FITS)}, but got 'nope'.",
         ),
         (
             ["test", "-c", "nope.yaml"],
-            "error: Expected `--config` to be a YAML file or one of cifar100_lt, digits_lt, but got 'nope",
+            f"error: Expected `--config` to be a YAML file or one of {', '.join(SHIPPED_FITS)}, but got 'nope",
         ),
         (["sweep", "--config", "digits_lt"], "error: Expected `--config` to be a YAML file, but got 'digits_lt'."),
         (
@@ -341,8 +341,7 @@ def test_help(arguments, capsys):
     text = capsys.readouterr().out
     for command in ("fit", "validate", "test", "compare", "sweep", "curvature"):
         assert f"\n  {command} " in text
-    compared = "compare_cifar100_lt, compare_cifar10_lt, compare_family, compare_folder"
-    shipped = f"for `fit` cifar100_lt, digits_lt; for `compare` {compared}."
+    shipped = f"for `fit` {', '.join(SHIPPED_FITS)}; for `compare` {', '.join(SHIPPED_COMPARISONS)}."
     assert shipped in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import STRICT
+from helpers import SHIPPED_COMPARISONS, SHIPPED_FITS, STRICT
 
 from lightning_ssesam.cli import COMMANDS, main
 from lightning_ssesam.compare import METHODS
@@ -25,21 +25,30 @@ def printed(arguments, capsys, monkeypatch, columns="80"):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["compare", "sweep", "curvature"])
-def test_help_is_short_and_names_what_is_here(command, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "places"),
+    [
+        ("compare", ""),
+        ("sweep", ""),
+        ("curvature", "CHECKPOINTS "),
+        ("predict", "CHECKPOINT IMAGES "),
+        ("suggest", "DATA "),
+    ],
+)
+def test_help_is_short_and_names_what_is_here(command, places, capsys, monkeypatch):
     text = printed([command, "--help"], capsys, monkeypatch)
     assert len(text.splitlines()) < 100
-    assert text.startswith(f"usage: lightning-ssesam {command} [options]\n\n")
+    assert text.startswith(f"usage: lightning-ssesam {command} {places}[options]\n\n")
     assert "known subclasses" not in text
     assert "torch.ao" not in text
-    if command != "curvature":
+    if not places:
         words = " ".join(text.split())
         assert (
             "(BalancedSoftmaxLoss, ClassBalancedLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss, VSLoss, or a path"
             in words
         )
         assert "(CIFARResNet, SmallConvNet, TimmModel, TorchvisionResNet, or a path, default: SmallConvNet)" in words
-        assert "(CIFAR10LT, CIFAR100LT, DigitsLT, ImageFolderLT, ImageListLT, or a path, default: DigitsLT)" in words
+        assert "ImageFolderLT, ImageListLT, ImageTableLT, TinyImageNetLT, or a path, default: DigitsLT)" in words
         assert "default: SGD {'lr': 0.05, 'momentum': 0.9, 'weight_decay': 0.0005})" in words
 
 
@@ -83,7 +92,6 @@ COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _lightning_ssesam; printf '%s\
 
 
 PROGRAM = "lightning-ssesam"
-CONFIGS = ["compare_cifar100_lt", "compare_cifar10_lt", "compare_family", "compare_folder"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -94,14 +102,14 @@ def test_bash_completes():
     assert bash(PROGRAM, "compare", "--methods", "") == list(METHODS)
     assert bash(PROGRAM, "compare", "--methods", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
     assert bash(PROGRAM, "compare", "--methods", "=", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
-    assert bash(PROGRAM, "compare", "--config", "") == CONFIGS
-    assert bash(PROGRAM, "fit", "--config", "=") == ["cifar100_lt", "digits_lt"]
+    assert bash(PROGRAM, "compare", "--config", "") == SHIPPED_COMPARISONS
+    assert bash(PROGRAM, "fit", "--config", "=") == SHIPPED_FITS
     assert bash(PROGRAM, "fit", "--config", "=", "di") == ["digits_lt"]
     assert bash(PROGRAM, "fit", "--model.loss", "L") == ["LDAMLoss", "LogitAdjustedLoss"]
     assert bash(PROGRAM, "fit", "--model.tta", "") == ["none", "hflip"]
-    assert bash(PROGRAM, "fit", "--data", "Im") == ["ImageFolderLT", "ImageListLT"]
+    assert bash(PROGRAM, "fit", "--data", "Im") == ["ImageFolderLT", "ImageListLT", "ImageTableLT"]
     assert bash(PROGRAM, "completion", "") == ["bash", "zsh", "fish"]
-    assert bash(PROGRAM, "help", "s") == ["sweep"]
+    assert bash(PROGRAM, "help", "s") == ["suggest", "sweep"]
     # An option may follow a value, and files follow where no words are known.
     assert "--seeds" in bash(PROGRAM, "compare", "--config", "mine.yaml", "--se")
     assert bash(PROGRAM, "compare", "--output", "") == bash(PROGRAM, "curvature", "") == []

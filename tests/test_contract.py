@@ -120,7 +120,7 @@ def test_callback_states_and_logged_names():
 
 
 def test_run_files(tmp_path):
-    """A file that an earlier version has written is read; one that is written now has its name and its keys."""
+    """A file that is written now has its name and its keys."""
     saved = CONTRACT["run file"]
     store = RunStore(tmp_path)
     (tmp_path / saved["name"]).write_text(json.dumps(saved["content"]))
@@ -131,6 +131,15 @@ def test_run_files(tmp_path):
     assert path.name == saved["name"]
     assert json.loads(path.read_text()) == saved["content"]
     assert [field.name for field in fields(Run)] == list(saved["content"]["run"])
+
+
+def test_run_file_of_an_earlier_version(tmp_path):
+    """What it does not hold is unknown, and it is not made again."""
+    saved = CONTRACT["run file of an earlier version"]
+    (tmp_path / saved["name"]).write_text(json.dumps(saved["content"]))
+    run = RunStore(tmp_path).load("SSE-SAM + logit adjustment", 3, saved["content"]["fingerprint"])
+    assert run == Run(**saved["content"]["run"])
+    assert (run.calibration, run.confused_pairs, run.parameters, run.optimizer) == ({}, [], 0, "")
 
 
 class Dropping(Model):

@@ -27,13 +27,16 @@ import test_rooms
 import torch
 import yaml
 from helpers import OBJECTIVES, batches_loader, classification_batch, convbn, engine_gradient, mlp, planned_runs
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
-from lightning_ssesam import ClassSplit, ascent, losses, metrics, objectives
-from lightning_ssesam.cli import main
+from lightning_ssesam import ERM, SAM, ClassSplit, DigitsLT, LongTailClassifier, ascent, losses, metrics, objectives
+from lightning_ssesam.cli import COMMANDS, main
 from lightning_ssesam.data import digits
 from lightning_ssesam.experiments import figures, report
 from lightning_ssesam.losses import functional
+from lightning_ssesam.models import SmallConvNet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -319,6 +322,10 @@ RUN_AS_THEY_ARE = [
     "family",
     "troubleshooting",
     "curvature",
+    "correcting",
+    "finetuning",
+    "class_weights",
+    "some_classes",
 ]
 
 
@@ -338,16 +345,72 @@ def test_page_that_runs_as_it_is(name, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == re.findall(r"^# (.*)$", code, re.MULTILINE)
 
 
-def _quiet():
-    from lightning import Trainer
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensorboard(monkeypatch):
+    """The code of the page trains, and logs what the table of the page names."""
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger", CSVLogger)
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet(logger=None))
+    names = {}
+    exec(code_of("docs/tensorboard.md"), names)
+    logged = set(Path("runs/digits/version_0/metrics.csv").read_text().splitlines()[0].split(","))
+    table = (ROOT / "docs" / "tensorboard.md").read_text().partition("| curve |")[2].partition("\n\n")[0]
+    shown = set(re.findall(r"`([\w/-]+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:])))
+    recalls = {f"val/recall/{name}" for name in names["data"].class_names}
+    # A plain training without options of the step does not log the others.
+    others = {"train/skipped_updates", "train/sharpness_tail", "stage", "val/recall/NAME"}
+    assert shown - logged == others
+    assert recalls <= logged
 
+
+def test_going_on(monkeypatch):
+    """A finished network is trained on: from its weights, with the counts of the larger data."""
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet())
+    first = LongTailClassifier(DigitsLT().class_counts, functools.partial(SmallConvNet, width=8), SAM(0.1))
+    runner = Trainer(max_epochs=1)
+    runner.fit(first, DigitsLT())
+    runner.save_checkpoint("digits.ckpt")
+    names = {}
+    monkeypatch.setattr("lightning.Trainer.fit", lambda *args: names.setdefault("before", copy.deepcopy(args[1])))
+    monkeypatch.setattr("lightning.Trainer.save_checkpoint", lambda *args: None)
+    exec(code_of("docs/going_on.md"), names)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), names["before"].parameters(), strict=True))
+    split = names["before"].split
+    assert split.class_counts.tolist() == names["more"].class_counts != first.split.class_counts.tolist()
+    assert names["before"].objective.split is split
+    optimizer = names["before"].configure_optimizers()
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_longer_training_does_not_stretch_the_curve_of_a_checkpoint(monkeypatch):
+    """As docs/going_on.md says: a checkpoint keeps the end of the cosine, after which the rate rises again."""
+    monkeypatch.setattr("lightning.Trainer.__init__", _quiet())
+    rates = []
+
+    def train(epochs, checkpoint=None):
+        cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
+        network = functools.partial(SmallConvNet, width=8)
+        model = LongTailClassifier(DigitsLT().class_counts, network, ERM(), scheduler=cosine)
+        model.on_train_epoch_end = lambda: rates.append(model.trainer.optimizers[0].param_groups[0]["lr"])
+        runner = Trainer(max_epochs=epochs, limit_train_batches=1, limit_val_batches=0)
+        runner.fit(model, DigitsLT(), ckpt_path=checkpoint)
+        runner.save_checkpoint("a.ckpt")
+
+    train(2)
+    train(4, "a.ckpt")
+    assert rates == pytest.approx([0.05, 0, 0.05, 0.1], abs=1e-6)
+
+
+def _quiet(**others):
     silent = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
-    return functools.partialmethod(Trainer.__init__, **silent, enable_checkpointing=False)
+    given = {name: value for name, value in {**silent, **others}.items() if value is not None}
+    return functools.partialmethod(Trainer.__init__, **given, enable_checkpointing=False)
 
 
 def test_every_page_with_code_is_run():
     with_code = {page.stem for page in PAGES if "```python\n" in page.read_text()}
     with_tests_of_their_own = {"README", "CONTRIBUTING", "method", "own_loop", "performance", "toolkit", "trainer"}
+    # tests/test_prediction_page.py, and below.
+    with_tests_of_their_own |= {"prediction", "tensorboard", "going_on"}
     assert with_code - with_tests_of_their_own == set(RUN_AS_THEY_ARE)
 
 
@@ -381,19 +444,26 @@ def _what_the_commands_read(monkeypatch):
         blocks[page], *_ = re.findall(r"^```yaml\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.DOTALL)
     Path("mine.yaml").write_text(blocks["command_line"])
     Path("sweep").mkdir()
+    Path("suggestion.yaml").write_text("tail_below: 100\n")
     Path("sweep/best.yaml").write_text("head_rho: 0.1\ntail_rho: 0.2\ngamma: 0.6\n")
     for name, count in (("cat", 30), ("dog", 12), ("owl", 5)):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
+    # docs/some_classes.md makes it.
+    Path("some").symlink_to("images")
     shutil.copy(ROOT / "examples" / "own_method" / "compare.yaml", "compare.yaml")
     shutil.copy(ROOT / "examples" / "own_method" / "graded.py", "graded.py")
     monkeypatch.setattr("lightning_ssesam.experiments.sweep._open_study", lambda *args: sys.exit("works"))
     monkeypatch.setattr("lightning_ssesam.experiments.curvature_command.short_names", lambda *args: sys.exit("works"))
+    monkeypatch.setattr("lightning_ssesam.experiments.predict_command.load_classifier", lambda *args: sys.exit("works"))
+    monkeypatch.setattr("lightning_ssesam.experiments.adjust_command.find_device", lambda *args: sys.exit("works"))
 
 
 @pytest.mark.usefixtures("_in_a_terminal", "_what_the_commands_read")
-@pytest.mark.parametrize("name", ["fit", "test", "compare", "sweep", "curvature", "--version"])
+@pytest.mark.parametrize(
+    "name", ["fit", "test", "compare", "sweep", "curvature", "predict", "adjust", "suggest", "--version"]
+)
 def test_commands_are_understood(name, monkeypatch, capsys):
     """Every command of the pages, up to the point where it would train."""
     given = [list(command[1:]) for command in commands() if command[:2] == ("lightning-ssesam", name)]
@@ -405,7 +475,10 @@ def test_commands_are_understood(name, monkeypatch, capsys):
                 main(command)
         elif name == "compare":
             assert planned_runs(monkeypatch, command[1:])
-        elif name in ("sweep", "curvature"):
+        elif name == "suggest":
+            main(command)
+            assert "Compare with: lightning-ssesam compare" in capsys.readouterr().out
+        elif name in ("sweep", "curvature", "predict", "adjust"):
             with pytest.raises(SystemExit, match="works"):
                 main(command)
         else:
@@ -414,4 +487,4 @@ def test_commands_are_understood(name, monkeypatch, capsys):
             assert not stop.value.code, command
             assert "class_path" in capsys.readouterr().out
     others = {command[1] for command in commands() if command[0] == "lightning-ssesam"}
-    assert others <= {"fit", "test", "compare", "sweep", "curvature", "--version", "--help", "completion"}
+    assert others <= {*COMMANDS, "--version", "--help", "completion"}

@@ -46,8 +46,8 @@ from lightning_ssesam.data import (
 from lightning_ssesam.data.images import IMAGENET_MEAN, IMAGENET_STD, batch_transforms, default_transforms
 from lightning_ssesam.data.in_memory import BatchTransform, InMemoryImages, SampleBatch
 from lightning_ssesam.data.labels import labels_of
+from lightning_ssesam.data.unaugmented import unaugmented
 from lightning_ssesam.experiments.recipe import Recipe
-from lightning_ssesam.experiments.recorder import _evaluated
 from lightning_ssesam.models import SmallConvNet
 
 pytestmark = STRICT
@@ -321,7 +321,7 @@ def test_curvature_and_training_accuracy_read_them():
     plain, fast = both(partial(ImageFolderLT, "images"), image_size=8, batch_size=5)
     # The accuracy on the training images is that of images which are neither moved nor mirrored.
     expected, found = (
-        everything(_evaluated(data.train_dataloader(), data.test_dataloader())) for data in (plain, fast)
+        everything(unaugmented(data.train_dataloader(), data.test_dataloader())) for data in (plain, fast)
     )
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

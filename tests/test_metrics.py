@@ -3,6 +3,7 @@ import copy
 import matplotlib as mpl
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, recall_score
 from torch import multiprocessing, tensor
 
 from lightning_ssesam import ClassSplit, HeadTailAccuracy, HeadTailConfusion, ManyMediumFewAccuracy
@@ -21,6 +22,34 @@ def naive(preds, target, groups):
                 recalls.append(sum(hits) / len(hits))
         result[name] = sum(recalls) / len(recalls) if recalls else float("nan")
     return result
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize("missing", [[], [2], [0, 5]])
+def test_all_is_balanced_accuracy_and_macro_recall(missing):
+    """The names of other libraries for these numbers; scikit-learn leaves classes without samples out of the first."""
+    torch.manual_seed(0)
+    target = torch.randint(6, (200,))
+    target = target[~torch.isin(target, tensor(missing))]
+    preds = torch.where(torch.rand(len(target)) < 0.5, target, torch.randint(6, target.shape))
+    metric = HeadTailAccuracy(SPLIT)
+    metric.update(preds, target)
+    found = metric.compute()
+    assert found["all"].item() == pytest.approx(balanced_accuracy_score(target, preds), abs=1e-6)
+    few = ManyMediumFewAccuracy(SPLIT)
+    few.update(preds, target)
+    for name, mask in {
+        "head": SPLIT.head,
+        "tail": SPLIT.tail,
+        "all": SPLIT.head | SPLIT.tail,
+        "few": SPLIT.few,
+    }.items():
+        labels = [k for k in mask.nonzero().flatten().tolist() if k not in missing]
+        expected = recall_score(target, preds, labels=labels, average="macro")
+        value = few.compute()["few"] if name == "few" else found[name]
+        assert value.item() == pytest.approx(expected, abs=1e-6)
+    if not missing:
+        assert found["all"].item() == pytest.approx(recall_score(target, preds, average="macro"), abs=1e-6)
 
 
 GROUPS = {

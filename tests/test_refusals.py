@@ -16,7 +16,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from helpers import STRICT
+from helpers import SHIPPED_COMPARISONS, SHIPPED_FITS, STRICT
 
 from lightning_ssesam import DigitsLT
 from lightning_ssesam.cli import COMMANDS, main
@@ -34,7 +34,7 @@ COMPARE = ["compare", "--methods=ERM", "--seeds=1", "--epochs=1", "--jobs=1"]
 SWEEP = ["sweep", "--trials=1", "--epochs=1"]
 SHIPPED = "Expected `--config` to be a YAML file or one of"
 LOSSES = "BalancedSoftmaxLoss, ClassBalancedLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss, VSLoss"
-DATA = "CIFAR10LT, CIFAR100LT, DigitsLT, ImageFolderLT, ImageListLT"
+DATA = "CIFAR10LT, CIFAR100LT, DigitsLT, ImageFolderLT, ImageListLT, ImageTableLT, TinyImageNetLT"
 NETWORKS = "CIFARResNet, SmallConvNet, TimmModel, TorchvisionResNet"
 
 FILES = {
@@ -144,7 +144,7 @@ def refusal(arguments, capsys):
 
 
 WRONG_COMMANDS = [
-    (["trian"], "Expected a command, one of fit, validate, test, compare, sweep, curvature, but got 'trian'."),
+    (["trian"], f"Expected a command, one of {', '.join(COMMANDS)}, but got 'trian'."),
     (["comparre"], "but got 'comparre'. Did you mean 'compare'?"),
     (["FIT"], "Did you mean 'fit'?"),
     (["--nope"], "but got '--nope'."),
@@ -234,8 +234,9 @@ WRONG_CLASSES = [
     ),
     (
         [*FIT, "--model.loss=LDAMLos"],
-        f"one of {LOSSES}, or the path of a class, but got 'LDAMLos'. Did you mean 'LDAMLoss'?",
+        "Expected `--model.loss` to be one of AsymmetricLoss, BalancedSoftmaxLoss, BinaryCrossEntropyLoss, ",
     ),
+    ([*FIT, "--model.loss=LDAMLos"], ", VSLoss, or the path of a class, but got 'LDAMLos'. Did you mean 'LDAMLoss'?"),
     (
         [*FIT, "--model.loss=missing.Loss"],
         "Expected `--model.loss` to be a class that can be imported, but got 'missing.Loss'",
@@ -332,11 +333,11 @@ WRONG_FILES = [
 WRONG_CONFIGURATIONS = [
     (["fit", "--config"], "`--config` needs a value."),
     (["compare", "--config"], "`--config` needs a value."),
-    (["fit", "--config=digits"], f"{SHIPPED} cifar100_lt, digits_lt, but got 'digits'. Did you mean 'digits_lt'?"),
+    (["fit", "--config=digits"], f"{SHIPPED} {', '.join(SHIPPED_FITS)}, but got 'digits'. Did you mean 'digits_lt'?"),
     (["compare", "--config=compare_cifar"], "Did you mean 'compare_cifar10_lt'?"),
     (
         ["compare", "--config", "digits_lt"],
-        f"{SHIPPED} compare_cifar100_lt, compare_cifar10_lt, compare_family, compare_folder, but got 'digits_lt'.",
+        f"{SHIPPED} {', '.join(SHIPPED_COMPARISONS)}, but got 'digits_lt'.",
     ),
     (["sweep", "--config=digits_lt"], "Expected `--config` to be a YAML file, but got 'digits_lt'."),
     (
@@ -502,6 +503,28 @@ def test_a_package_that_is_not_installed(package, arguments, monkeypatch, capsys
 
     monkeypatch.setattr(builtins, "__import__", find)
     assert f"pip install {package}" in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("option", "flags", "expected"),
+    [
+        ("logger", "lightning.fabric.loggers.tensorboard._TENSORBOARD", "TensorBoardLogger: Neither `tensorboard` nor"),
+        ("callbacks", "lightning.pytorch.callbacks.progress.rich_progress._RICH", "RichProgressBar: `RichProgressBar`"),
+    ],
+)
+@pytest.mark.parametrize("sign", ["=", "+="])
+def test_a_part_of_the_trainer_needs_a_package(option, flags, expected, sign, monkeypatch, capsys):
+    """An option that takes a class or a list of classes says what the class says, as one that takes a class does."""
+    monkeypatch.setattr(f"{flags}_AVAILABLE", False)
+    monkeypatch.setattr(f"{flags}X_AVAILABLE", False, raising=False)
+    name = expected.partition(":")[0]
+    arguments = [*FIT, f"--trainer.{option}{sign}{name}"]
+    if option == "logger":
+        arguments.append("--trainer.logger.save_dir=runs")
+    line = refusal(arguments, capsys)
+    assert line.startswith(expected)
+    assert "pip install" in line
+    assert "subtypes" not in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

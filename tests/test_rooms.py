@@ -32,13 +32,13 @@ FLOORS = [
     ["exact_resume", "trainer_support"],
     ["mixin"],
     # What people combine.
-    ["metrics", "losses", "data", "models", "configs", "templates"],
-    ["curvature"],
+    ["metrics", "average_precision", "calibration", "losses", "data", "models", "configs", "templates"],
+    ["curvature", "posthoc"],
     ["callbacks"],
     # Comparisons, searches, the command line.
     ["experiments"],
     # Import paths that are documented, and the package's own names.
-    ["compare", "sweep", "runs", "curvature.command", "curvature.checkpoints", "cli", "__main__", ""],
+    ["compare", "sweep", "suggest", "runs", "curvature.command", "curvature.checkpoints", "cli", "__main__", ""],
 ]
 TORCH_ONLY = [room for floor in FLOORS[:8] for room in floor]
 
@@ -159,7 +159,7 @@ OTHERS = {
     "_plot",  # torchmetrics, its recipe for metrics
     "_BatchNorm", "_NormBase", "_ConvTransposeNd", "_buffers", "_compiled_call_impl", "_dynamo", "_functorch",
     "_modules", "_parameters", "_torchdynamo_orig_callable", "_version", "_foreach_add_", "_foreach_copy_",
-    "_foreach_mul_", "_foreach_norm", "_orig_mod", "_weight_norm", "_backward_hooks",
+    "_foreach_mul_", "_foreach_norm", "_orig_mod", "_weight_norm", "_backward_hooks", "_iterator",
 }  # fmt: skip
 
 

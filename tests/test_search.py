@@ -447,7 +447,7 @@ class Coarse(DigitsLT):
 
 def test_few_validation_images_are_said_before_it_trains(trained, capsys):
     sweep(methods="SAM", trials=1, epochs=1, data=Coarse)
-    warning = "Fewer than 10 validation images: class 9 (4)."
+    warning = "Fewer than 10 validation images: '9' (4)."
     assert warning in capsys.readouterr().out
     assert warning in Path("sweep/best.yaml").read_text()
 

@@ -211,7 +211,7 @@ class CurvatureMonitor(Callback):
         try:
             if not isinstance(loader, DataLoader):
                 raise ValueError(f"The training data is a {type(loader).__name__}, not a DataLoader.")
-            labels = labels_of(loader.dataset)
+            labels = None if split.multi_label else labels_of(loader.dataset)
         except (TypeError, ValueError) as error:
             problem = f"CurvatureMonitor cannot find the classes of the training samples. {error}"
             raise MisconfigurationException(f"{problem} Give it `batches=...` to measure on.") from error
