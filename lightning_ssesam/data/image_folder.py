@@ -26,7 +26,35 @@ Samples: TypeAlias = list[tuple[str, int]]
 _Found: TypeAlias = list[tuple[FoundImage, int]]
 
 
-class ImageFolderLT(ImageFileModule):
+class _ListedImages(ImageFileModule):
+    """Base of data modules whose constructor lists the images of a folder, and chooses those of each set.
+
+    A subclass sets ``root``, and in ``_listed`` and ``_parts`` the images that were found and those that were chosen.
+    """
+
+    root: Path
+    _listed: dict[str, Samples]
+    _parts: dict[str, Samples]
+
+    @override
+    def file_sets(self) -> dict[str, ImageFiles]:
+        """Return all images of the folder that were found, whether they are chosen or not."""
+        return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
+
+    @override
+    def fingerprint(self) -> str:
+        """Return a text that changes with the name, the size or the time of change of an image of any set."""
+        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
+        return hash_files(paths, self.root)
+
+    @override
+    def make_sets(self) -> dict[str, Dataset[Any]]:
+        """Return the sets, which the constructor has listed and chosen."""
+        sets = {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._parts.items()}
+        return self.with_transforms(sets, self.image_size)
+
+
+class ImageFolderLT(_ListedImages):
     """Images in folders, one folder for each class, already long-tailed or made so.
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
@@ -94,23 +122,6 @@ class ImageFolderLT(ImageFileModule):
             tailed = LongTailed(train, imbalance_factor, profile, self.seed)
             self.class_counts = tailed.class_counts
             self._parts["train"] = _chosen(train.samples, tailed.indices)
-
-    @override
-    def file_sets(self) -> dict[str, ImageFiles]:
-        """Return all images of the folder, whether they are chosen or not."""
-        return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
-
-    @override
-    def fingerprint(self) -> str:
-        """Return a text that changes with the name, the size or the time of change of an image of any set."""
-        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
-        return hash_files(paths, self.root)
-
-    @override
-    def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Return the sets, which the constructor has listed and drawn."""
-        sets = {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._parts.items()}
-        return self.with_transforms(sets, self.image_size)
 
 
 class _Files(ImageFiles):

@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
-from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.contents import hash_files
-from lightning_ssesam.data.image_files import ImageFileModule
-from lightning_ssesam.data.image_folder import Samples, _chosen, _Files
-from lightning_ssesam.data.images import ImageFiles
+from lightning_ssesam.data.image_folder import Samples, _chosen, _Files, _ListedImages
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
 from lightning_ssesam.data.reading import shown
@@ -21,7 +16,7 @@ from lightning_ssesam.data.walking import find_images
 from lightning_ssesam.errors import ArgumentError
 
 
-class TinyImageNetLT(ImageFileModule):
+class TinyImageNetLT(_ListedImages):
     """Long-tailed Tiny ImageNet by the protocol of Cao et al., "LDAM", NeurIPS 2019.
 
     ``root`` is the folder of the published archive, http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked:
@@ -84,23 +79,6 @@ class TinyImageNetLT(ImageFileModule):
         tailed = LongTailed(_Files(kept), self.imbalance_factor, self.profile, self.seed)
         parts = {"train": _chosen(kept, tailed.indices), "test": self._listed["test"]}
         return ({**parts, "val": _chosen(train, held_out)} if self.val_per_class else parts), tailed.class_counts
-
-    @override
-    def file_sets(self) -> dict[str, ImageFiles]:
-        """Return all training and test images, whether they are chosen or not."""
-        return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
-
-    @override
-    def fingerprint(self) -> str:
-        """Return a text that changes with the name, the size or the time of change of an image of any set."""
-        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
-        return hash_files(paths, self.root)
-
-    @override
-    def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Return the sets, which the constructor has listed and chosen."""
-        sets = {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._parts.items()}
-        return self.with_transforms(sets, self.image_size)
 
 
 def _not_published(root: Path, got: str) -> ArgumentError:
