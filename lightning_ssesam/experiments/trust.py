@@ -4,7 +4,6 @@ import os
 import pydoc
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -24,10 +22,11 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.recipe import KINDS
 from lightning_ssesam.factories import check_factory, returned_type
 from lightning_ssesam.lightning_internals import hyperparameters
-from lightning_ssesam.models.saved_parts import unsafe
+from lightning_ssesam.models.saved_parts import load_content, unsafe
 from lightning_ssesam.weights import SELECTIONS
 
 OPTION = "--trust_checkpoint"
+_WAY_OUT = f"add `{OPTION} true`"
 _ASCENT = {field.name for field in fields(Ascent)}
 _SAVED_PATHS = {"best_model_path", "last_model_path", "kth_best_model_path"}
 _PLAIN, _ANY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -50,23 +49,13 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         ArgumentError: If the file cannot be read, is no checkpoint, or holds more than plain data and ``trust`` is
             False.
     """
-    refusal = f"{str(path)!r} is no checkpoint of `lightning-ssesam fit`"
-    try:
-        # Tensors stay in the file until they are used.
-        is_mapped = zipfile.is_zipfile(path)
-        content = torch.load(str(path), map_location="cpu", weights_only=not trust, mmap=is_mapped)
-    except Exception as error:
-        raise _unsafe(path, error) or ArgumentError(f"{refusal}.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise ArgumentError(f"{refusal}.")
+    kind = "`lightning-ssesam fit`"
+    # A path, because a text could be the address of another machine.
+    content = load_content(Path(path), not trust, _WAY_OUT, kind)
     for name in ("epoch", "global_step"):
         if not isinstance(content.get(name, 0), int):
-            raise ArgumentError(f"{refusal}: its `{name}` is {content[name]!r}.")
+            raise ArgumentError(f"{str(path)!r} is no checkpoint of {kind}: its `{name}` is {content[name]!r}.")
     return content
-
-
-def _unsafe(path: str | Path, error: BaseException) -> ArgumentError | None:
-    return unsafe(path, error, f"add `{OPTION} true`")
 
 
 def guard_loading(trainer: pl.Trainer, trust: bool) -> None:
@@ -86,7 +75,7 @@ def _load(trainer: pl.Trainer, load: Any, trust: bool, checkpoint_path: str | Pa
         with _only_plain_data(not trust):
             content = load(checkpoint_path, *args, **kwargs)
     except Exception as error:
-        if (refusal := _unsafe(checkpoint_path, error)) is None:
+        if (refusal := unsafe(checkpoint_path, error, _WAY_OUT)) is None:
             raise
         raise refusal from error
     if trainer.state.fn == TrainerFn.FITTING:

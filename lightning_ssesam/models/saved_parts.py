@@ -1,6 +1,8 @@
 """What a classifier's checkpoint has besides weights: all that builds the classifier again."""
 
+import os
 import re
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from inspect import signature
@@ -26,6 +28,37 @@ KEY = "classifier"
 _WAY_OUT = "pass `weights_only=False`"
 
 
+def load_content(source: str | Path | IO[bytes], weights_only: bool, way_out: str, kind: str) -> dict[str, Any]:
+    """Return the content of a checkpoint, on the CPU.
+
+    Args:
+        source: Path or address of the file, or an open file, which is put back to its beginning.
+        weights_only: Flag that refuses more than plain data.
+        way_out: What to do if a file with more is trusted, for the error.
+        kind: What the checkpoint should be one of, for the error.
+
+    Raises:
+        ArgumentError: If the file is no checkpoint, or holds more than plain data.
+    """
+    refusal = f"{str(source)!r} is no checkpoint of {kind}"
+    try:
+        if not isinstance(source, str | Path):
+            content = torch.load(source, map_location="cpu", weights_only=weights_only)
+            source.seek(0)
+        elif os.path.exists(source):
+            # Tensors stay in the file until they are used.
+            is_mapped = zipfile.is_zipfile(source)
+            content = torch.load(str(source), map_location="cpu", weights_only=weights_only, mmap=is_mapped)
+        else:
+            with fsspec.open(str(source), "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=weights_only)
+    except Exception as error:
+        raise unsafe(source, error, way_out) or ArgumentError(f"{refusal}.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise ArgumentError(f"{refusal}.")
+    return content
+
+
 def read_plain(source: str | Path | IO[bytes], weights_only: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint, on the CPU.
 
@@ -36,19 +69,9 @@ def read_plain(source: str | Path | IO[bytes], weights_only: bool = True) -> dic
     Raises:
         ArgumentError: If the file is no checkpoint, or holds more than plain data.
     """
-    try:
-        if isinstance(source, str | Path):
-            with fsspec.open(str(source), "rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=weights_only)
-        else:
-            content = torch.load(source, map_location="cpu", weights_only=weights_only)
-            source.seek(0)
-    except FileNotFoundError:
-        raise ArgumentError(f"No such checkpoint: {str(source)!r}.") from None
-    except Exception as error:
-        raise unsafe(source, error, _WAY_OUT) or _no_checkpoint(source) from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise _no_checkpoint(source)
+    if isinstance(source, str | Path) and "://" not in str(source) and not os.path.exists(source):
+        raise ArgumentError(f"No such checkpoint: {str(source)!r}.")
+    content = load_content(source, weights_only, _WAY_OUT, "a LongTailClassifier")
     if weights_only:
         _refuse_named_code(source, content)
     return content
@@ -75,10 +98,6 @@ def _refusal(source: object, held: str, way_out: str) -> ArgumentError:
         f"The checkpoint {str(source)!r} holds {held} and could run code when it is loaded."
         f" If you trust whoever made the file, {way_out}."
     )
-
-
-def _no_checkpoint(source: object) -> ArgumentError:
-    return ArgumentError(f"{str(source)!r} is no checkpoint of a LongTailClassifier.")
 
 
 def saved_content(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
