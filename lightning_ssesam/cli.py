@@ -96,6 +96,7 @@ def _classes_of_working_folder() -> Iterator[None]:
 def _print_completion(options: Sequence[str]) -> None:
     """Print the script of a shell. The words are those of the help of every command."""
     from lightning_ssesam.experiments.completion import SHELLS, completion_script, options_in
+    from lightning_ssesam.experiments.loggers import LOGGERS
     from lightning_ssesam.experiments.methods import METHODS
     from lightning_ssesam.experiments.refusals import refuse
 
@@ -109,6 +110,8 @@ def _print_completion(options: Sequence[str]) -> None:
         words[command] = {**options_in(text.getvalue()), "--config": _shipped_configs(command)}
         if "--methods" in words[command] and command != "adjust":
             words[command]["--methods"] = METHODS
+        if "--logger" in words[command]:
+            words[command]["--logger"] = LOGGERS
     more = {"completion": dict.fromkeys(SHELLS, ()), "help": dict.fromkeys(COMMANDS, ())}
     print(completion_script(options[0], {**words, **more}), end="")
 

@@ -28,3 +28,10 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, message: str, loss: Tensor) -> None:
         super().__init__(message)
         self.loss = loss
+
+
+class WorkersLostError(RuntimeError):
+    """Processes that train for a comparison were ended from outside, or the cluster that they belong to is gone.
+
+    The runs that are finished are kept. The same command goes on with the others.
+    """

@@ -88,6 +88,7 @@ class ExactResume(Callback):
     def _before_data(self, trainer: pl.Trainer) -> None:
         """Called before the loader is made, unless there is one: let it be made after the checkpoint is loaded."""
         if self._to_restore is not None:
+            internals.end_finished_epoch(trainer)
             # `estimated_stepping_batches` in `configure_optimizers` has made one without a state.
             internals.forget_loader(trainer)
 

@@ -49,6 +49,7 @@ EXACT_RESUME = {
     "trainer.fit_loop.setup_data": _FIT,
     "trainer.fit_loop.restarted_mid_epoch": _FIT,
     "trainer.fit_loop.restarted_on_epoch_end": _FIT,
+    "trainer.fit_loop._restarting": _FIT,
     "trainer.fit_loop.epoch_progress.current.processed": _PROGRESS,
     "trainer.fit_loop.epoch_loop._batches_that_stepped": _EPOCH,
     "trainer.fit_loop.epoch_loop._should_check_val_fx": _EPOCH,
@@ -259,6 +260,19 @@ def load_loader_states(trainer: pl.Trainer, states: list[Any]) -> None:
     loop: Any = trainer.fit_loop
     loop._combined_loader._load_state_dicts(states)
     loop._combined_loader_states_to_load = []
+
+
+def end_finished_epoch(trainer: pl.Trainer) -> None:
+    """Let a resumed run begin the next epoch if its epoch was finished.
+
+    If the number of steps is limited, Lightning takes every resumed epoch for an unfinished one, and ends it again.
+    """
+    loop: Any = trainer.fit_loop
+    epoch = loop.epoch_progress.current
+    # A limit of steps ends an epoch in its middle, too.
+    if epoch.ready == epoch.started == epoch.processed and loop.epoch_loop.batch_progress.is_last_batch:
+        # Its property `restarting` would keep it.
+        loop._restarting = loop.epoch_loop.restarting = False
 
 
 def set_epoch_of_samplers(trainer: pl.Trainer) -> None:

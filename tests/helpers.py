@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import functools
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
@@ -230,9 +233,11 @@ def planned_runs(monkeypatch, *commands):
         planned.extend(tasks)
         raise SystemExit
 
-    monkeypatch.setattr("lightning_ssesam.experiments.compare._finish", stop)
+    monkeypatch.setattr("lightning_ssesam.experiments.compare.make_missing", stop)
     for module in ("CIFAR10LT", "CIFAR100LT"):
         monkeypatch.setattr(f"lightning_ssesam.data.{module}.prepare_data", lambda self: None)
+    # The logger of a command may not be installed.
+    monkeypatch.setattr("lightning_ssesam.experiments.logs._check_package", lambda logger: None)
     # It would read an image.
     monkeypatch.setattr("lightning_ssesam.experiments.experiment.Experiment.check_network", lambda self, data: None)
     for options in commands:
@@ -274,7 +279,28 @@ def _call_in(folder, log, function, args):
         for output in (1, 2):
             os.dup2(file.fileno(), output)
     torch.set_num_threads(1)
-    function(*args)
+    with found_once():
+        function(*args)
+
+
+@contextmanager
+def found_once():
+    """Keep what is the same each time: the plugins of a Trainer, which it looks for in all installed packages.
+
+    Keep no seeds for accelerators that are not there: torch writes down the stack of each, for half a millisecond.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+        for accelerator in (torch.cuda, torch.xpu, torch.mtia):
+            if not accelerator.is_available():
+                patch.setattr(accelerator, "manual_seed_all", lambda seed: None, raising=False)
+        yield
+
+
+def main_without(packages, options):
+    """Run a command that must not import some packages, in a process that begins without them."""
+    main(options)
+    assert not (found := packages & set(sys.modules)), found
 
 
 NEEDS_BROWSER = pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")

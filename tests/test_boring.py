@@ -1,5 +1,6 @@
 """What Lightning does with a BoringModel, automatically and with the mixin; the tool that runs Lightning's tests."""
 
+import os
 import re
 import sys
 from collections import Counter
@@ -9,7 +10,7 @@ from unittest.mock import patch
 import boring
 import pytest
 import torch
-from helpers import STRICT, assert_same_bits, clones, trainer
+from helpers import STRICT, assert_same_bits, clones, start_process, trainer
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -597,8 +598,22 @@ def test_skipped():
 """
 
 
+def run_pytest(arguments, environment):
+    os.environ.update(environment)
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    pytest.main(arguments)
+
+
+def start_pytest(command, cwd, env, check):
+    """Instead of the command: pytest in a process that need not import torch and Lightning."""
+    assert command[:3] == [sys.executable, "-m", "pytest"]
+    process = start_process(run_pytest, command[3:], env, folder=cwd)
+    process.join()
+
+
 def test_tool(tmp_path, monkeypatch, capsys):
     """Its run with the mixin, beside the outcomes of one without, which are known."""
+    monkeypatch.setattr(boring.subprocess, "run", start_pytest)
     folder = tmp_path / "tests" / "tests_pytorch"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()

@@ -244,7 +244,7 @@ class Sounds(LongTailDataModule):
     ],
 )
 def test_network_of_the_wrong_shape_is_refused_before_training(data, backbone, parts, monkeypatch):
-    monkeypatch.setattr("lightning_ssesam.experiments.compare.make_runs", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("lightning_ssesam.experiments.results.make_runs", lambda *_: pytest.fail("trained"))
     methods = {"good": Method(ERM, backbone=Anything), "bad": Method(ERM, backbone=backbone)}
     with pytest.raises(ValueError, match="Expected argument `backbone` to be a network") as caught:
         compare(methods, data=data, seeds=1, epochs=1)

@@ -31,7 +31,7 @@ class Others(LongTailDataModule):
 
 @pytest.fixture(autouse=True)
 def _made_up(monkeypatch):
-    def run(self, seed, device=None):
+    def run(self, seed, *_):
         groups = dict.fromkeys(GROUPS, 0.5)
         curves = {group: [0.5] * self.epochs for group in GROUPS}
         return Run(self.method, seed, groups, dict(groups), [0.5] * 10, dict.fromkeys(CONFUSIONS, 0.2), curves)

@@ -2,7 +2,6 @@ import csv
 import os
 import platform
 import runpy
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -363,12 +362,16 @@ def test_help_names_every_option(command, options, capsys):
 
 
 def test_as_a_module_and_a_command(monkeypatch, capsys):
+    """Each in this process. `test_classes_in_the_working_folder` starts the command as a process of its own."""
     command = Path(sys.executable).parent / "lightning-ssesam"
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == "lightning-ssesam 0.1.0\n"
+    monkeypatch.setattr(sys, "argv", [str(command), "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(command), run_name="__main__")
+    assert end.value.code is None
+    assert capsys.readouterr().out == "lightning-ssesam 0.1.0\n"
     monkeypatch.setattr(sys, "argv", ["lightning_ssesam", "--version"])
     runpy.run_module("lightning_ssesam", run_name="__main__")
-    assert capsys.readouterr().out == done.stdout
+    assert capsys.readouterr().out == "lightning-ssesam 0.1.0\n"
 
 
 IMBSAM = "ImbSAM(rho=0.05, tail_weight=1.0, reduction='batch')"
@@ -378,8 +381,8 @@ IMBSAM = "ImbSAM(rho=0.05, tail_weight=1.0, reduction='batch')"
 def test_shipped_comparisons_are_what_they_say(name, monkeypatch):
     """All but the images and the training is real; the published protocol of CIFAR-100-LT is held to the letter."""
     seen = planned_runs(monkeypatch, ["--config", name])
-    assert {seed for _, _, seed in seen} == {0, 1, 2}
-    experiments = {experiment.method: experiment for experiment, _, _ in seen}
+    assert {task.seed for task in seen} == {0, 1, 2}
+    experiments = {task.experiment.method: task.experiment for task in seen}
     last = experiments["SSE-SAM"]
     data, model = last.data(), last.make_model(last.data())
     assert last.epochs == 200

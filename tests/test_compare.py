@@ -4,15 +4,14 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    IMPORTED,
     NEEDS_BROWSER,
     STRICT,
     colors_in,
@@ -37,9 +35,12 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning_ssesam import ERM, SSESAM, ClassSplit, DigitsLT, StageSwitch, StepOptions
 from lightning_ssesam.cli import main
 from lightning_ssesam.compare import METHODS, Method, compare
+from lightning_ssesam.errors import WorkersLostError
+from lightning_ssesam.experiments.devices import free_gpu
 from lightning_ssesam.experiments.figures import FIGURES, Figure, draw_comparison, draw_confusion, draw_trade_off
 from lightning_ssesam.experiments.intervals import paired_difference
 from lightning_ssesam.experiments.jobs import Task, make_runs
+from lightning_ssesam.experiments.progress import Begun
 from lightning_ssesam.experiments.report import write_report
 from lightning_ssesam.experiments.runs import Comparison
 from lightning_ssesam.experiments.tables import (
@@ -49,6 +50,7 @@ from lightning_ssesam.experiments.tables import (
     write_runs,
     write_summary,
 )
+from lightning_ssesam.experiments.tasks import Pool
 from lightning_ssesam.models import SmallConvNet
 from lightning_ssesam.runs import CONFUSIONS, GROUPS, Experiment, Run, RunStore
 
@@ -289,7 +291,7 @@ def test_what_is_cut_off_while_it_is_written_leaves_what_was_there(monkeypatch):
 def test_an_interrupt_leaves_the_finished_runs_and_says_so(error, monkeypatch, capsys):
     calls = []
 
-    def interrupted(self, seed, device=None):
+    def interrupted(self, seed, *_):
         calls.append(self.method)
         if len(calls) == 2:
             raise error
@@ -339,26 +341,49 @@ def test_goes_on_after_a_kill_and_several_processes_make_the_same_runs():
     assert order[0] == order[1]
     for path in Path("k/runs").glob("[!.]*.json"):
         one, several = (json.loads(run.read_text()) for run in (Path("one/runs", path.name), path))
-        assert one["run"] | {"seconds": 0} == several["run"] | {"seconds": 0}
+        unlike = {"seconds": 0, "interruptions": 0}
+        assert one["run"] | unlike == several["run"] | unlike
 
 
-def test_a_process_that_dies_is_not_waited_for(capsys, monkeypatch):
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: IMPORTED)
-    with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
-        compare(["ERM", "SAM"], seeds=1, epochs=1, jobs=2, backbone=DeadlyNet(os.getpid()), output=Path("dead"))
-    assert "Interrupted after 0 of 2 runs" in capsys.readouterr().out
+class BrokenPool:
+    """Its processes finish some of the tasks at hand, and are then lost."""
+
+    def __init__(self, *finished):
+        self.finished, self.asked = list(finished), []
+
+    @contextmanager
+    def __call__(self, jobs):
+        number = self.finished.pop(0)
+        self.asked.append([])
+
+        def submit(task):
+            self.asked[-1].append(task.seed)
+            future = Future()
+            if len(self.asked[-1]) <= number:
+                future.set_result(made_up("ERM", task.seed))
+            else:
+                future.set_exception(BrokenProcessPool("killed"))
+            return future
+
+        yield Pool(submit, lambda: [Begun(f"ERM, seed {seed}") for seed in self.asked[-1][: number + 1]])
 
 
-class DeadlyNet:
-    """Kills every process that builds it but one."""
+def test_a_training_whose_process_is_lost_goes_on_in_another(monkeypatch, capsys):
+    tasks = [Task(Experiment("ERM", ERM), "", seed) for seed in range(5)]
+    monkeypatch.setattr("lightning_ssesam.experiments.jobs._processes", pool := BrokenPool(1, 0, 1, 0, 9))
+    made = list(make_runs(tasks, 2))
+    assert pool.asked == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4], [2, 3, 4]]
+    # Each of them was begun once more than it was lost.
+    assert sorted((run.seed, run.interruptions) for run in made) == [(0, 0), (1, 2), (2, 2), (3, 0), (4, 0)]
+    assert capsys.readouterr().out.count("goes on in others") == 4
 
-    def __init__(self, survivor):
-        self.survivor = survivor
 
-    def __call__(self, num_classes):
-        if os.getpid() != self.survivor:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return SmallConvNet(num_classes)
+def test_processes_that_are_lost_again_and_again_are_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr("lightning_ssesam.experiments.jobs._processes", pool := BrokenPool(1, 0, 0, 9))
+    with pytest.raises(WorkersLostError, match="was ended from outside, 3 times in a row"):
+        compare("ERM", seeds=3, epochs=3, jobs=2)
+    assert len(pool.asked) == 3
+    assert "Interrupted after 1 of 3 runs" in capsys.readouterr().out
 
 
 def test_what_cannot_be_built_replaces_nothing():
@@ -420,33 +445,26 @@ def test_methods_with_spaces_between_and_data_that_is_prepared_once(monkeypatch)
     assert prepared == [0, 0, 7]
 
 
-def test_workers_share_the_gpus(monkeypatch):
+def test_workers_share_the_gpus(monkeypatch, tmp_path):
     """Three trainings at a time on two GPUs. Whichever ends leaves its place to the next."""
-
-    class Pool:
-        def __init__(self, jobs, context, initializer):
-            assert jobs == 3
-
-        def submit(self, run, seed, device):
-            taken.append((seed, device))
-            running.append((future := Future(), made_up("ERM", seed)))
-            if len(running) == 3 or seed > 2:
-                # The second of those that are under way ends first.
-                future, run = running.pop(1)
-                future.set_result(run)
-                return running[-1][0]
-            return future
-
-        def shutdown(self, cancel_futures):
-            pass
-
-    taken, running = [], []
-    monkeypatch.setattr("lightning_ssesam.experiments.jobs.ProcessPoolExecutor", Pool)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    tasks = [Task(Experiment("ERM", ERM), "", seed) for seed in range(5)]
-    made = list(itertools.islice(make_runs(tasks, 3), 3))
-    assert [run.seed for run in made] == [1, 2, 3]
-    assert taken == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ExitStack() as first, ExitStack() as second:
+        assert [first.enter_context(free_gpu()), second.enter_context(free_gpu())] == [0, 1]
+        with free_gpu() as third:
+            assert third == 0
+        second.close()
+        with free_gpu() as third, free_gpu() as fourth:
+            assert (third, fourth) == (1, 0)
+    with free_gpu() as gpu:
+        assert gpu == 0
+    # A process that sees one of the two, by another number.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert [path.name for path in tmp_path.glob("*/gpu-1-0*")] == ["gpu-1-0.lock"]
+    with free_gpu() as gpu:
+        assert gpu == 0
+        assert not (tmp_path / "gpu-0-1.lock").exists()
 
 
 def test_an_experiment_copies_callbacks_and_takes_the_thresholds_of_its_data():
@@ -468,7 +486,9 @@ def test_plan(monkeypatch):
     )
     seen = planned_runs(monkeypatch, options, ["--config=own.yaml", "--seeds=1"])
     methods = ("ERM", "SAM", "ImbSAM", "SSESAM")
-    assert [(e.method, seed) for e, _, seed in seen[:8]] == [(method, seed) for seed in (0, 1) for method in methods]
+    assert [(task.experiment.method, task.seed) for task in seen[:8]] == [
+        (method, seed) for seed in (0, 1) for method in methods
+    ]
     objectives = [experiment.objective() for experiment, *_ in seen[:4]]
     assert (objectives[1].rho, objectives[2].rho) == (0.1, 0.2)
     assert (objectives[3].head_rho, objectives[3].tail_rho) == (0.3, 0.4)

@@ -48,7 +48,10 @@ def test_help_is_short_and_names_what_is_here(command, places, capsys, monkeypat
             in words
         )
         assert "(CIFARResNet, SmallConvNet, TimmModel, TorchvisionResNet, or a path, default: SmallConvNet)" in words
-        assert "ImageFolderLT, ImageListLT, ImageTableLT, TinyImageNetLT, or a path, default: DigitsLT)" in words
+        assert (
+            "ImageFolderLT, ImageListLT, ImageShardsLT, ImageTableLT, TinyImageNetLT, or a path, default: DigitsLT)"
+            in words
+        )
         assert "default: SGD {'lr': 0.05, 'momentum': 0.9, 'weight_decay': 0.0005})" in words
 
 
@@ -102,12 +105,13 @@ def test_bash_completes():
     assert bash(PROGRAM, "compare", "--methods", "") == list(METHODS)
     assert bash(PROGRAM, "compare", "--methods", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
     assert bash(PROGRAM, "compare", "--methods", "=", "ERM,S") == ["ERM,SAM", "ERM,SSESAM"]
+    assert bash(PROGRAM, "compare", "--logger", "") == ["tensorboard", "csv", "wandb", "mlflow"]
     assert bash(PROGRAM, "compare", "--config", "") == SHIPPED_COMPARISONS
     assert bash(PROGRAM, "fit", "--config", "=") == SHIPPED_FITS
     assert bash(PROGRAM, "fit", "--config", "=", "di") == ["digits_lt"]
     assert bash(PROGRAM, "fit", "--model.loss", "L") == ["LDAMLoss", "LogitAdjustedLoss"]
     assert bash(PROGRAM, "fit", "--model.tta", "") == ["none", "hflip"]
-    assert bash(PROGRAM, "fit", "--data", "Im") == ["ImageFolderLT", "ImageListLT", "ImageTableLT"]
+    assert bash(PROGRAM, "fit", "--data", "Im") == ["ImageFolderLT", "ImageListLT", "ImageShardsLT", "ImageTableLT"]
     assert bash(PROGRAM, "completion", "") == ["bash", "zsh", "fish"]
     assert bash(PROGRAM, "help", "s") == ["suggest", "sweep"]
     # An option may follow a value, and files follow where no words are known.

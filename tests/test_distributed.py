@@ -2,9 +2,14 @@
 
 import os
 import socket
+import sys
 import traceback
 import warnings
+from argparse import Namespace
+from collections import Counter
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +58,11 @@ from lightning_ssesam import (
     RandomSAM,
     StageSwitch,
 )
+from lightning_ssesam.terms import unperturbed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from scaling_parts import traffic
 
 pytestmark = STRICT
 
@@ -356,6 +366,102 @@ def automatic(rank):
     return train(rank, Automatic(network()), data(even=True))
 
 
+def sender(objective, make=network, **options):
+    """A module whose exchanges are counted, and its batches."""
+    model = Model(make(), objective())
+    choose(model, **options)
+    return model, [part[:4] for part in data()] if "interval" in options else few()
+
+
+def few():
+    """Three updates. In the last one a process has no sample; in one of the others, DDP arranges its buckets."""
+    return [[part[0], part[2], part[5]] for part in data()]
+
+
+def frozen():
+    model, parts = sender(OBJECTIVES["SSESAM 1"])
+    model.net[0].bias.requires_grad_(False)
+    return model, parts
+
+
+# By name: what makes a module and its batches, and arguments of DDP.
+SENDERS = {
+    **{
+        f"{o} {ascent}": (partial(sender, OBJECTIVES[o], processes=ascent), {})
+        for o in OBJECTIVES
+        for ascent in ("global", "local")
+    },
+    **{
+        name: (partial(sender, FAMILY[name]), {})
+        for name in ("GSAM", "PGN", "CCSAM", "MomentumSAM", "friendly adaptive")
+    },
+    "local GSAM": (partial(sender, FAMILY["GSAM"], processes="local"), {}),
+    "local LookSAM": (partial(sender, FAMILY["LookSAM"], processes="local", interval=3, reuse=0.7), {}),
+    "LookSAM": (partial(sender, FAMILY["LookSAM"], interval=3, reuse=0.7), {}),
+    "LookSAM of PGN": (partial(sender, FAMILY["PGN"], interval=2, reuse=0.7), {}),
+    "LookSAM of MomentumSAM": (partial(sender, FAMILY["MomentumSAM"], interval=2, reuse=0.7), {}),
+    "interval": (partial(sender, OBJECTIVES["SSESAM 1"], interval=2), {}),
+    "no parameter unused": (partial(sender, OBJECTIVES["SSESAM 1"]), {"find_unused_parameters": True}),
+    "small buckets": (partial(sender, OBJECTIVES["SSESAM 1"]), {"bucket_cap_mb": 1e-4}),
+    "batch norm by groups": (lambda: (grouped(), [part[:3] for part in data((3, 5, 5), even=True)]), {}),
+    "frozen": (frozen, {}),
+}
+
+
+def sends(rank, make, options):
+    """The bytes of each step by kind of collective, as counted."""
+    counts, (model, parts) = traffic.TrafficOfSteps(), make()
+    train(rank, model, parts, ddp(**options), callbacks=[counts])
+    return [step.nbytes for step in counts.steps]
+
+
+def sends_otherwise(rank, run, *args, **kwargs):
+    counts = traffic.TrafficOfSteps()
+    run(rank, *args, callbacks=[counts], **kwargs)
+    return [step.nbytes for step in counts.steps]
+
+
+def sends_probabilities(rank):
+    parts = few()
+    parts[1] = [(x, F.one_hot(y, 5).double()) for x, y in parts[1]]
+    return sends_otherwise(rank, train, Model(network(), SSESAM(SPLIT)), parts)
+
+
+def sends_number(rank):
+    model, parts = sender(OBJECTIVES["SAM"], on_nonfinite="skip")
+    return sends_otherwise(rank, train, model, parts)
+
+
+class ShardedWhole(Model):
+    """Its parameters stay whole from a forward to the next backward pass."""
+
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded_whole(rank, objective, **kwargs):
+    strategy = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo", timeout=timedelta(seconds=60))
+    return train(rank, ShardedWhole(network(), OBJECTIVES[objective]()), few(), strategy, **kwargs)
+
+
+SENT_SHARDED = ("ERM", "SAM", "ImbSAM", "SSESAM 1", "SSESAM 2", "own")
+
+
+SMALL = {"network": "small", "width": 8, "image_size": 8, "classes": 10, "compiled": False, "batch_size": 10}
+
+
+def script(rank):
+    """What `benchmarks/scaling.py` counts and measures, for one objective."""
+    from scaling_parts import processes
+
+    processes.OBJECTIVES = {"SSE-SAM stage 1": processes.OBJECTIVES["SSE-SAM stage 1"]}
+    ascents = ("global", "FSDP2") if SHARDS_ON_CPU else ("global",)
+    options = Namespace(**SMALL, tail_share=0.2, processes=WORLD, ascents=ascents, rounds=1, warm_up=1)
+    found = processes.count(options, rank), processes.measure(options, rank)
+    torch.set_num_threads(1)
+    return found
+
+
 # What each process does, given its rank.
 SCENARIOS = {
     **{
@@ -406,6 +512,13 @@ SCENARIOS = {
     "automatic": automatic,
     "ERM even": lambda rank: train(rank, Model(network()), data(even=True)),
     "static graph": lambda rank: raises(train, rank, Model(network(), SAM(0.1)), data(), ddp(static_graph=True)),
+    **{f"sends {name}": partial(sends, make=make, options=options) for name, (make, options) in SENDERS.items()},
+    "sends accumulated": lambda rank: sends_otherwise(
+        rank, train, *sender(OBJECTIVES["SSESAM 1"], interval=1), accumulate_grad_batches=2
+    ),
+    "sends probabilities": sends_probabilities,
+    "sends a number": sends_number,
+    "script": script,
 }
 
 # An older torch shards on a GPU only.
@@ -422,6 +535,13 @@ if SHARDS_ON_CPU:
         "sharded clipped": lambda rank: sharded(rank, "SSESAM 1", gradient_clip_val=0.05),
         "sharded local": lambda rank: raises(sharded, rank, "SAM", processes="local"),
         "sharded split": lambda rank: raises(sharded, rank, "SAM", passes="split"),
+        **{
+            f"sends sharded {o}": lambda rank, o=o: sends_otherwise(rank, sharded, o, parts=few()) for o in SENT_SHARDED
+        },
+        "sends whole": lambda rank: sends_otherwise(rank, sharded_whole, "SSESAM 1"),
+        "sends sharded accumulated": lambda rank: sends_otherwise(
+            rank, sharded, "SSESAM 1", parts=few(), accumulate_grad_batches=3
+        ),
         "tensor parallel": tensor_parallel,
         "tensor parallel reported": lambda rank: tensor_parallel(rank, log_sharpness=True),
     }
@@ -668,6 +788,103 @@ class TestModelParallel:
     def test_what_it_cannot_do_is_refused(self, results):
         assert "`processes='local'` cannot work with ModelParallelStrategy" in results[0]["sharded local"]
         assert "`passes='split'` cannot work with ModelParallelStrategy" in results[0]["sharded split"]
+
+
+def targets_of(parts, accumulate=1):
+    """For every update, the targets of all processes, and their number in the process that has most."""
+    for start in range(0, len(parts[0]), accumulate):
+        own = [torch.cat([y for _, y in part[start : start + accumulate]]) for part in parts]
+        yield torch.cat(own), max(map(len, own))
+
+
+def assert_sent(counted, expected):
+    """What was counted in every update. In one of the first two, DDP also says how it has arranged its buckets."""
+    assert not any(step["broadcast"] for step in counted[2:])
+    assert [Counter({k: v for k, v in step.items() if k != "broadcast"}) for step in counted] == expected
+
+
+@pytest.mark.usefixtures("float64")
+class TestTraffic:
+    """The formulas of `benchmarks/scaling_parts/traffic.py` give what the processes exchange, to the byte."""
+
+    @pytest.mark.parametrize("name", SENDERS)
+    def test_ddp(self, results, name):
+        make, ddp_options = SENDERS[name]
+        model, parts = make()
+        options, expected = model.step_options, []
+        for number, (y, most) in enumerate(targets_of(parts)):
+            terms = model.objective.terms(y)
+            keeps = model.objective.needs_clean_gradient or options.reuse is not None
+            if not options.perturbs(number, can_reuse=True):
+                terms = unperturbed(terms)
+            exchanges = traffic.gradient_exchanges(terms, options.processes == "local", keeps)
+            sent = traffic.under_ddp(model.parameters(), exchanges, bool(ddp_options.get("find_unused_parameters")))
+            expected.append(sent if options.processes == "local" else sent + traffic.of_targets(WORLD, most))
+        for result in results:
+            assert_sent(result[f"sends {name}"], expected)
+
+    def test_exchanges_of_the_main_methods(self, results):
+        """In copies of the parameters, without the formula."""
+        size = sum(p.nbytes for p in network().parameters())
+        copies = {"ERM": 1, "SAM": 2, "ImbSAM": 2, "SSESAM 1": 3, "SSESAM 2": 2}
+        for name, number in copies.items():
+            assert results[0][f"sends {name} global"][-1]["all-reduce"] == number * size
+            assert results[0][f"sends {name} local"][-1] == {"all-reduce": size}
+
+    def test_accumulated_batches_are_one_update(self, results):
+        model, parts = sender(OBJECTIVES["SSESAM 1"], interval=1)
+        expected = []
+        for y, most in targets_of(parts, 2):
+            sent = traffic.under_ddp(model.parameters(), traffic.gradient_exchanges(model.objective.terms(y), False))
+            expected.append(sent + traffic.of_targets(WORLD, most))
+        counted = results[1]["sends accumulated"]
+        assert_sent(counted[1::2], expected)
+        assert not any(counted[::2])
+
+    def test_class_probabilities_in_one_process(self, results):
+        gathered = [step["all-gather"] for step in results[0]["sends probabilities"]]
+        assert gathered == [traffic.of_targets(WORLD, most, 5)["all-gather"] for _, most in targets_of(few())]
+
+    def test_a_number_that_says_whether_all_is_finite(self, results):
+        plain = results[0]["sends SAM global"][-1]
+        assert results[0]["sends a number"][-1] == plain + Counter({"all-reduce": 8})
+
+    @pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on a GPU only")
+    @pytest.mark.parametrize(
+        ("name", "objective"), [*((f"sharded {o}", o) for o in SENT_SHARDED), ("whole", "SSESAM 1")]
+    )
+    def test_fsdp2(self, results, name, objective):
+        net, expected = network(), []
+        for y, most in targets_of(few()):
+            terms = OBJECTIVES[objective]().terms(y)
+            sent = traffic.under_fsdp2(net.parameters(), WORLD, terms, stays=lambda p: name == "whole")
+            expected.append(sent + traffic.of_targets(WORLD, most))
+        assert_sent(results[0][f"sends {name}"], expected)
+
+    @pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on a GPU only")
+    def test_fsdp2_accumulated(self, results):
+        ((y, most),) = targets_of(few(), 3)
+        terms = OBJECTIVES["SSESAM 1"]().terms(y)
+        expected = traffic.under_fsdp2(network().parameters(), WORLD, terms, batches=3)
+        counted = results[0]["sends sharded accumulated"]
+        assert sum(counted, Counter()) == expected + traffic.of_targets(WORLD, most)
+
+    def test_script(self, results):
+        """It counts what the formula says, on the wire too, and times each way of making a step."""
+        counted, seconds = results[0]["script"]
+        for row in counted:
+            assert row["counted"] == row["formula"]
+            expected = traffic.ring_bytes(Counter(row["formula"]), WORLD)
+            if row["ascent"] == "FSDP2":
+                # gloo divides a sum by an all-reduce.
+                expected += row["formula"]["reduce-scatter"] / 2
+            # Each message has a header, which weighs with so small a network.
+            assert expected < row["wire"] < 1.1 * expected + 1500
+        for row, other in zip(seconds, results[1]["script"][1], strict=True):
+            assert len(row["seconds"]) == 1
+            assert all(time > 0 for time in row["seconds"])
+            waits = row["way"] in ("alone", "both cores")
+            assert all((time == 0) == waits for time in other["seconds"])
 
 
 def test_other_strategies_are_refused(monkeypatch):

@@ -33,8 +33,9 @@ from PIL import Image
 
 from lightning_ssesam import ERM, SAM, ClassSplit, DigitsLT, LongTailClassifier, ascent, losses, metrics, objectives
 from lightning_ssesam.cli import COMMANDS, main
-from lightning_ssesam.data import digits
+from lightning_ssesam.data import ImageList, digits, write_shards
 from lightning_ssesam.experiments import figures, report
+from lightning_ssesam.experiments.search_place import Place
 from lightning_ssesam.losses import functional
 from lightning_ssesam.models import SmallConvNet
 
@@ -177,6 +178,11 @@ def test_performance(capsys):
 
 
 def test_toolkit(capsys):
+    for name in ("train", "test"):
+        for number in range(3):
+            Path("images", name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
+        Path(f"{name}.txt").write_text("".join(f"{name}/{number}.png {number}\n" for number in range(3)))
     code = code_of("docs/toolkit.md")
     exec(code, {})
     printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
@@ -225,7 +231,7 @@ def test_comparison_of_ones_own(monkeypatch):
     Path("mine.yaml").write_text(text)
     monkeypatch.setattr("lightning_ssesam.runs.Experiment.make_trainer", lambda *args: None)
     seen = planned_runs(monkeypatch, ["--config", "mine.yaml"])
-    assert [(experiment.method, seed) for experiment, _, seed in seen] == [
+    assert [(task.experiment.method, task.seed) for task in seen] == [
         (method, seed) for seed in range(3) for method in ("LDAM-DRW", "LDAM-DRW + SSE-SAM")
     ]
     model = seen[1][0].make_model(seen[1][0].data())
@@ -326,6 +332,7 @@ RUN_AS_THEY_ARE = [
     "finetuning",
     "class_weights",
     "some_classes",
+    "scaling",
 ]
 
 
@@ -450,10 +457,19 @@ def _what_the_commands_read(monkeypatch):
         Path("images", name).mkdir(parents=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(f"images/{name}/{number}.png")
+    kinds = [("cat", 0)] * 8 + [("dog", 1)] * 4 + [("owl", 2)]
+    Path("list.txt").write_text("".join(f"{kind}/0.png {label}\n" for kind, label in kinds))
+    for name in ("train", "test"):
+        write_shards(ImageList("list.txt", "images"), "shards", name)
     # docs/some_classes.md makes it.
     Path("some").symlink_to("images")
     shutil.copy(ROOT / "examples" / "own_method" / "compare.yaml", "compare.yaml")
     shutil.copy(ROOT / "examples" / "own_method" / "graded.py", "graded.py")
+    (cluster,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    Path("slurm.yaml").write_text(cluster)
+    # There is no disk and no machine of that name.
+    monkeypatch.setattr("lightning_ssesam.experiments.sweep.Place", lambda output, storage: Place(output, None))
+    monkeypatch.setattr("lightning_ssesam.experiments.cluster._client", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr("lightning_ssesam.experiments.sweep._open_study", lambda *args: sys.exit("works"))
     monkeypatch.setattr("lightning_ssesam.experiments.curvature_command.short_names", lambda *args: sys.exit("works"))
     monkeypatch.setattr("lightning_ssesam.experiments.predict_command.load_classifier", lambda *args: sys.exit("works"))

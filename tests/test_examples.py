@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 
 from lightning_ssesam import ClassSplit
 from lightning_ssesam.cli import main
@@ -16,6 +17,19 @@ from lightning_ssesam.cli import main
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.fixture
+def _six_epochs(monkeypatch):
+    """Trainings of thirty or sixty epochs, made shorter: they print the same lines with other figures."""
+
+    def start(self, *args, max_epochs, **kwargs):
+        assert max_epochs >= 30
+        make(self, *args, max_epochs=6, **kwargs)
+
+    make = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", start)
+
+
+@pytest.mark.usefixtures("_six_epochs")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["plain_module", "existing_project", "mixup"])
 def test_script(name, capsys):
@@ -36,7 +50,8 @@ def test_cli_config(capsys, monkeypatch):
     assert len(commands) == 2
     monkeypatch.setattr(sys, "argv", ["lightning-ssesam"])
     for command in commands:
-        main(command.replace("examples/cli_config.yaml", str(config)).split())
+        # Instead of thirty epochs, as above.
+        main([*command.replace("examples/cli_config.yaml", str(config)).split(), "--trainer.max_epochs=6"])
     printed = capsys.readouterr().out
     for name in re.findall(r"test/\w+", config.read_text()):
         assert name in printed

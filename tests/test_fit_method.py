@@ -78,7 +78,7 @@ def compared(monkeypatch, *arguments):
         seen.update({task.experiment.method: task.experiment for task in tasks})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_ssesam.experiments.compare._finish", collect)
+    monkeypatch.setattr("lightning_ssesam.experiments.compare.make_missing", collect)
     with pytest.raises(SystemExit) as stop:
         main(["compare", *arguments])
     assert stop.value.code == 130

@@ -663,7 +663,10 @@ def test_loaders(workers):
     data = ImageFolderLT("root", image_size=8, num_workers=workers)
     for name in ("train", "val", "test"):
         loader = getattr(data, f"{name}_dataloader")()
+        # Those of small images keep them in memory.
         assert (loader.num_workers, loader.persistent_workers) == (workers, workers > 0)
+        large = getattr(ImageFolderLT("root", image_size=80, num_workers=workers), f"{name}_dataloader")()
+        assert (large.num_workers, large.persistent_workers) == (workers, False)
         assert loader.pin_memory == torch.cuda.is_available()
 
 

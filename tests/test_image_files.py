@@ -336,7 +336,7 @@ def test_all_bad_files_are_counted_before_training(monkeypatch):
     assert message.count("root/a/") == 5
     assert message.endswith(f"; and {number - 5} more. Replace or remove them.")
     # Nothing is trained and nothing written.
-    monkeypatch.setattr("lightning_ssesam.experiments.compare.make_runs", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("lightning_ssesam.experiments.results.make_runs", lambda *_: pytest.fail("trained"))
     assert refusal(lambda: compare("ERM", data=partial(ImageFolderLT, "root"), seeds=1)) == message
     assert not Path("comparison").exists()
 
@@ -455,8 +455,8 @@ def test_a_check_takes_less_than_a_millisecond_a_file():
 
 def samples(**options):
     """The paths of each class of the folder ``root``."""
-    parts = ImageFolderLT("root", test_fraction=0.5, val_fraction=0, **options)._listed.values()
-    images = [(path, label) for part in parts for path, label in part]
+    parts = ImageFolderLT("root", test_fraction=0.5, val_fraction=0, **options).listed.values()
+    images = [(path, label) for part in parts for path, label in part.samples]
     return {k: [path for path, label in images if label == k] for k in {label for _, label in images}}
 
 
@@ -474,7 +474,7 @@ def test_order_is_that_of_torchvision():
     ]
     for number, path in enumerate(paths):
         save(f"root/{path}", number)
-    listed = ImageFolderLT("root", test_fraction=0.5)._listed["train"]
+    listed = ImageFolderLT("root", test_fraction=0.5).listed["train"].samples
     assert listed == ImageFolder("root").samples
 
 

@@ -24,7 +24,6 @@ pytestmark = [STRICT, pytest.mark.skipif(os.name != "posix", reason="needs proce
 # of a function in C, no Python code runs in a process: no other thread, and no handler of a signal.
 PROGRAM = f"""
 import multiprocessing, os, subprocess, sys, time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, {str(Path(lightning_ssesam.experiments.__file__).parent)!r})
@@ -43,7 +42,7 @@ def train(number):
     stuck()
 
 def pool():
-    with lifetimes.killed_on_error(ProcessPoolExecutor(2, context, initializer=lifetimes.end_with_parent)) as executor:
+    with lifetimes.bound_processes(2, str) as executor:
         futures = [executor.submit(train, number) for number in range(2)]
         while len(list(Path().glob("*.pid"))) < 6:
             time.sleep(0.01)
@@ -62,7 +61,6 @@ def alone():
     time.sleep(60)
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
     try:
         with lifetimes.ended_in_order():
             pool() if "pool" in sys.argv else alone()

@@ -71,7 +71,15 @@ def test_metadata(wheel):
     assert about.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     assert about.metadata["License-Expression"] == "Apache-2.0"
     assert about.metadata["Requires-Python"] == ">=3.10"
-    assert set(about.metadata.get_all("Provides-Extra")) == {"cli", "curvature", "test", "docs", "dev"}
+    assert set(about.metadata.get_all("Provides-Extra")) == {
+        "cli",
+        "cluster",
+        "curvature",
+        "streaming",
+        "test",
+        "docs",
+        "dev",
+    }
 
 
 WITHOUT_THE_REPOSITORY = """

@@ -370,7 +370,7 @@ def test_digits_are_fitted():
 def test_few_images_are_said_before_the_training(monkeypatch, capsys):
     """They are known then; a training may take hours."""
 
-    def train(self, seed, device=None):
+    def train(self, seed, *_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Experiment, "run", train)

@@ -34,7 +34,7 @@ COMPARE = ["compare", "--methods=ERM", "--seeds=1", "--epochs=1", "--jobs=1"]
 SWEEP = ["sweep", "--trials=1", "--epochs=1"]
 SHIPPED = "Expected `--config` to be a YAML file or one of"
 LOSSES = "BalancedSoftmaxLoss, ClassBalancedLoss, FocalLoss, LDAMLoss, LogitAdjustedLoss, VSLoss"
-DATA = "CIFAR10LT, CIFAR100LT, DigitsLT, ImageFolderLT, ImageListLT, ImageTableLT, TinyImageNetLT"
+DATA = "CIFAR10LT, CIFAR100LT, DigitsLT, ImageFolderLT, ImageListLT, ImageShardsLT, ImageTableLT, TinyImageNetLT"
 NETWORKS = "CIFARResNet, SmallConvNet, TimmModel, TorchvisionResNet"
 
 FILES = {

@@ -206,6 +206,8 @@ def test_from_the_checkpoint_of_an_exception(accumulate):
         ({"monitor": "val"}, {"val_check_interval": 2, "accumulate": 3}),
         ({"monitor": "val"}, {"val_check_interval": 1, "accumulate": 2}),
         ({"every_n_train_steps": 1}, {"max_steps": 12}),
+        ({"every_n_epochs": 1}, {"max_steps": 12}),
+        ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {"max_steps": 12}),
         ({"every_n_train_steps": 1}, {"limit_train_batches": 4, "check_val_every_n_epoch": 2}),
     ],
     ids=str,

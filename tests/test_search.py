@@ -86,7 +86,7 @@ def planned(monkeypatch):
             found.extend(task.experiment for task in tasks)
             sys.exit("planned")
 
-        monkeypatch.setattr("lightning_ssesam.experiments.compare._finish", stop)
+        monkeypatch.setattr("lightning_ssesam.experiments.compare.make_missing", stop)
         with pytest.raises(SystemExit, match="planned"):
             main(["compare", f"--config={config}", "--seeds=1", *options])
         return {experiment.method: experiment for experiment in found}

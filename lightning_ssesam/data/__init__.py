@@ -8,6 +8,7 @@ from lightning_ssesam.data.image_files import ImageFileModule
 from lightning_ssesam.data.image_folder import ImageFolderLT
 from lightning_ssesam.data.image_input import ImageInput
 from lightning_ssesam.data.image_list import ImageList, ImageListLT
+from lightning_ssesam.data.image_shards import ImageShardsLT
 from lightning_ssesam.data.image_table import ImageTableLT
 from lightning_ssesam.data.images import ImageDataModule
 from lightning_ssesam.data.long_tailed import LongTailed
@@ -18,6 +19,7 @@ from lightning_ssesam.data.samplers import (
     ProgressivelyBalancedSampler,
     SquareRootSampler,
 )
+from lightning_ssesam.data.shard_index import index_shards, write_shards
 from lightning_ssesam.data.tiny_imagenet import TinyImageNetLT
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "ImageInput",
     "ImageList",
     "ImageListLT",
+    "ImageShardsLT",
     "ImageTableLT",
     "LongTailDataModule",
     "LongTailed",
@@ -41,6 +44,8 @@ __all__ = [
     "SimAugment",
     "SquareRootSampler",
     "TinyImageNetLT",
+    "index_shards",
     "long_tailed_counts",
     "long_tailed_indices",
+    "write_shards",
 ]

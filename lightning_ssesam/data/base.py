@@ -165,7 +165,13 @@ class LongTailDataModule(pl.LightningDataModule):
 
     def _loader(self, name: str, **options: Any) -> DataLoader[Any]:
         options = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available(), **options}
-        return DataLoader(self._set(name), persistent_workers=options["num_workers"] > 0, **options)
+        # Processes that stay would hold random states, which no checkpoint has.
+        stay = self._workers_stay(name) and options["num_workers"] > 0
+        return DataLoader(self._set(name), persistent_workers=stay, **options)
+
+    def _workers_stay(self, name: str) -> bool:
+        """Return whether the processes that load a set stay from epoch to epoch."""
+        return False
 
     def _set(self, name: str) -> Dataset[Any]:
         # Outside a Trainer, nobody calls these hooks.

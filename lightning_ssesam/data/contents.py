@@ -9,6 +9,7 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import nn
 from torch.utils.data import Dataset
+
+from lightning_ssesam.data.threads import in_threads
 
 # Elements of an array that are copied at a time.
 _CHUNK = 2**22
@@ -36,14 +39,18 @@ def hash_files(paths: Iterable[str], root: str | Path | None = None) -> str:
         root: Folder of the files, whose own path does not count.
     """
     above, hashed = 0 if root is None else len(os.path.join(os.path.expanduser(root), "")), hashlib.sha256()
-    for path in paths:
-        try:
-            found = os.stat(path)
-            state = f"{found.st_size} {found.st_mtime_ns}"
-        except (OSError, ValueError):
-            state = "missing"
-        hashed.update(os.fsencode(path[above:]) + f"\0{state}\0".encode())
+    for text in in_threads(partial(_describe, above), paths):
+        hashed.update(text)
     return hashed.hexdigest()
+
+
+def _describe(above: int, path: str) -> bytes:
+    try:
+        found = os.stat(path)
+        state = f"{found.st_size} {found.st_mtime_ns}"
+    except (OSError, ValueError):
+        state = "missing"
+    return os.fsencode(path[above:]) + f"\0{state}\0".encode()
 
 
 def hash_array(values: torch.Tensor | np.ndarray[Any, Any]) -> str:

@@ -1,60 +1,28 @@
 """Images in folders, one folder for each class."""
 
-import math
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from typing_extensions import override
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_ssesam._validation import bad_argument, check_fraction, check_integer
-from lightning_ssesam.data.contents import hash_files
-from lightning_ssesam.data.image_files import ImageFileModule, count_text
-from lightning_ssesam.data.images import ImageFiles, Transform
+from lightning_ssesam.data.image_files import count_text
+from lightning_ssesam.data.listed import ListedImageModule, ListedImages, divide
 from lightning_ssesam.data.long_tailed import LongTailed
-from lightning_ssesam.data.profiles import Profile, hold_out
-from lightning_ssesam.data.reading import MAX_PIXELS, shown
-from lightning_ssesam.data.walking import FoundImage, find_images, is_hidden
+from lightning_ssesam.data.profiles import Profile
+from lightning_ssesam.data.reading import shown
+from lightning_ssesam.data.walking import find_images, is_hidden
 from lightning_ssesam.errors import ArgumentError
 
-Samples: TypeAlias = list[tuple[str, int]]
-_Found: TypeAlias = list[tuple[FoundImage, int]]
+_Digests: TypeAlias = NDArray[np.uint64]
 
 
-class _ListedImages(ImageFileModule):
-    """Base of data modules whose constructor lists the images of a folder, and chooses those of each set.
-
-    A subclass sets ``root``, and in ``_listed`` and ``_parts`` the images that were found and those that were chosen.
-    """
-
-    root: Path
-    _listed: dict[str, Samples]
-    _parts: dict[str, Samples]
-
-    @override
-    def file_sets(self) -> dict[str, ImageFiles]:
-        """Return all images of the folder that were found, whether they are chosen or not."""
-        return {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._listed.items()}
-
-    @override
-    def fingerprint(self) -> str:
-        """Return a text that changes with the name, the size or the time of change of an image of any set."""
-        paths = (path for _, samples in sorted(self._parts.items()) for path, _ in samples)
-        return hash_files(paths, self.root)
-
-    @override
-    def make_sets(self) -> dict[str, Dataset[Any]]:
-        """Return the sets, which the constructor has listed and chosen."""
-        sets = {name: _Files(samples, max_pixels=self.max_pixels) for name, samples in self._parts.items()}
-        return self.with_transforms(sets, self.image_size)
-
-
-class ImageFolderLT(_ListedImages):
+class ImageFolderLT(ListedImageModule):
     """Images in folders, one folder for each class, already long-tailed or made so.
 
     ``root`` has either a folder for each class, or the folders ``train``, ``test`` and perhaps ``val``, which have a
@@ -106,34 +74,21 @@ class ImageFolderLT(_ListedImages):
         super().__init__(**kwargs)
         self.root = Path(root)
         self.seed = check_integer("seed", seed, minimum=0)
-        self.class_names, parts, self._ignored = _list(self.root)
-        self._listed = parts
+        self.class_names, self.listed, self._ignored = _list(self.root)
         # From all training images, so that other seeds and fractions do not change it.
-        self.image_size = self.choose_image_size(image_size, _Files(parts["train"]))
-        missing = _missing(parts, val_fraction, test_fraction)
-        self._parts = {**parts, **divide(parts["train"], missing, self.seed)}
+        self.image_size = self.choose_image_size(image_size, self.listed["train"])
+        missing = _missing(self.listed, val_fraction, test_fraction)
+        self.parts = {**self.listed, **divide(self.listed["train"], missing, self.seed)}
         drawn = [f"{name} {100 * fraction:g} %" for name, fraction in missing.items()]
         if drawn:
             self.division = f"drawn from the images of each class, with seed {self.seed}: {', '.join(drawn)}"
-        self.val_is_test = "val" not in self._parts
-        train = _Files(self._parts["train"])
+        self.val_is_test = "val" not in self.parts
+        train = self.parts["train"]
         self.class_counts: list[int] = train.targets.bincount().tolist()
         if imbalance_factor is not None:
             tailed = LongTailed(train, imbalance_factor, profile, self.seed)
             self.class_counts = tailed.class_counts
-            self._parts["train"] = _chosen(train.samples, tailed.indices)
-
-
-class _Files(ImageFiles):
-    def __init__(
-        self, samples: Samples, transform: Transform | None = None, max_pixels: int | None = MAX_PIXELS
-    ) -> None:
-        self.samples, self.transform, self.max_pixels = samples, transform, max_pixels
-        self.targets = torch.tensor([label for _, label in samples])
-
-    @override
-    def path(self, index: int) -> str:
-        return self.samples[index][0]
+            self.parts["train"] = train.choose(tailed.indices)
 
 
 # Usual names of the folders of a divided data set, which no class is likely to have.
@@ -141,28 +96,34 @@ _SETS = {"train", "training", "val", "valid", "validation", "dev", "test", "test
 
 
 class _Listing(NamedTuple):
-    """What is in a root: the class names, the samples of each set, and the ignored files of each folder."""
+    """What is in a root: the class names, the images of each set, and the ignored files of each folder."""
 
     names: list[str]
-    parts: dict[str, Samples]
+    parts: dict[str, ListedImages]
     ignored: dict[str, Counter[str]]
 
 
+class _Found(NamedTuple):
+    """Images of a set, and a digest of the path that each one has when all links are followed, ``(N, 2)``, uint64."""
+
+    images: ListedImages
+    digests: _Digests
+
+
 def _list(root: Path) -> _Listing:
-    """Return what is in a root, with the samples of ``train`` and of those of ``val`` and ``test`` that exist."""
+    """Return what is in a root, with the images of ``train`` and of those of ``val`` and ``test`` that exist."""
     names, folders = _layout(root)
     found, ignored = dict[str, _Found](), dict[str, Counter[str]]()
     for part, folder in folders.items():
         found[part] = _find(folder, names, ignored, f"{part}/" if len(folders) > 1 else "")
-        present = {label for _, label in found[part]}
+        present = set(np.unique(found[part].images.targets.numpy()).tolist())
         if not present and part != "train":
             raise bad_argument("root", f"a folder with images in {part}", got_text=f"{root} with none")
         empty = [name for label, name in enumerate(names) if label not in present]
         if part == "train" and empty:
             raise _without_images(folder, empty, ignored)
     _refuse_shared(found)
-    samples = {part: [(image.path, label) for image, label in images] for part, images in found.items()}
-    return _Listing(names, samples, ignored)
+    return _Listing(names, {part: images for part, (images, _) in found.items()}, ignored)
 
 
 def _layout(root: Path) -> tuple[list[str], dict[str, Path]]:
@@ -186,20 +147,26 @@ def _layout(root: Path) -> tuple[list[str], dict[str, Path]]:
 
 def _find(folder: Path, names: list[str], ignored: dict[str, Counter[str]], prefix: str) -> _Found:
     """Return the images of a set with their labels. Add the other files of each class to ``ignored``."""
-    found: _Found = []
-    try:
+    digests = bytearray()
+
+    def samples() -> Iterator[tuple[str, int]]:
         for label, name in enumerate(names):
             if not (folder / name).is_dir():
                 continue
             images, ignored[f"{prefix}{name}"] = find_images(os.path.join(folder, name))
-            found += [(image, label) for image in images]
+            for image in images:
+                digests.extend(hashlib.blake2b(os.fsencode(image.real), digest_size=16).digest())
+                yield image.path, label
+
+    try:
+        found = ListedImages.pack(samples())
         images, others = find_images(str(folder), recursive=False)
     except OSError as error:
         expected = "a folder that can be read"
         raise bad_argument("root", expected, got_text=f"{shown(str(folder))}: {error.strerror}") from error
     # No class folder has them.
     ignored[str(folder)] = others + Counter(os.path.splitext(image.path)[1].lower() for image in images)
-    return found
+    return _Found(found, np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2))
 
 
 def _without_images(folder: Path, empty: list[str], ignored: Mapping[str, Counter[str]]) -> ArgumentError:
@@ -229,20 +196,27 @@ def _folders(root: Path) -> list[str]:
 
 def _refuse_shared(found: Mapping[str, _Found]) -> None:
     """Refuse a file that links lead to from two classes, or from two sets."""
-    first: dict[str, tuple[str, int, str]] = {}
-    shared = []
-    for part, images in found.items():
-        for image, label in images:
-            path, *place = first.setdefault(image.real, (image.path, label, part))
-            if place != [label, part]:
-                shared.append(f"{shown(path)} and {shown(image.path)}")
+    digests = np.concatenate([digests for _, digests in found.values()])
+    # Millions of paths would take more memory, and none of them is needed again if all differ.
+    order = np.lexsort((digests[:, 1], digests[:, 0]))
+    is_repeated = (digests[order[1:]] == digests[order[:-1]]).all(1)
+    repeated = np.unique(np.concatenate([order[1:][is_repeated], order[:-1][is_repeated]]))
+    first: dict[bytes, tuple[str, int, str]] = {}
+    shared, start = [], 0
+    for part, (images, of_part) in found.items():
+        for index in (repeated[(repeated >= start) & (repeated < start + len(images))] - start).tolist():
+            here = (images.path(index), images.label(index), part)
+            path, *place = first.setdefault(of_part[index].tobytes(), here)
+            if place != [*here[1:]]:
+                shared.append(f"{shown(path)} and {shown(here[0])}")
+        start += len(images)
     if shared:
         expected = "a folder whose images are each in one class and in one set"
         more = f" (and {len(shared) - 1} more pairs)" if len(shared) > 1 else ""
         raise bad_argument("root", expected, got_text=f"links to the same file: {shared[0]}{more}")
 
 
-def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: float) -> dict[str, float]:
+def _missing(parts: Mapping[str, ListedImages], val_fraction: float, test_fraction: float) -> dict[str, float]:
     """Return, for each missing set, the fraction of each class to draw for it."""
     check_fraction("test_fraction", test_fraction)
     if val_fraction != 0:
@@ -252,29 +226,3 @@ def _missing(parts: Mapping[str, Samples], val_fraction: float, test_fraction: f
     if sum(wanted.values()) >= 1:
         raise bad_argument("val_fraction", f"less than 1 - test_fraction = {1 - test_fraction:g}", val_fraction)
     return wanted
-
-
-def divide(samples: Samples, fractions: Mapping[str, float], seed: int) -> dict[str, Samples]:
-    """Draw sets with these fractions of each class, rounded. The other samples, at least one a class, train.
-
-    Args:
-        samples: Path and label of each image.
-        fractions: Fraction of each class in each set, in (0, 1).
-        seed: Seed of the draws, an integer >= 0.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts = {}
-    sizes = _Files(samples).targets.bincount().tolist()
-    for name, fraction in fractions.items():
-        labels = _Files(samples).targets
-        remaining = labels.bincount().tolist()
-        counts = [min(math.floor(n * fraction + 0.5), r - 1) for n, r in zip(sizes, remaining, strict=True)]
-        if sum(counts) == 0:
-            raise bad_argument(f"{name}_fraction", "large enough to hold out an image of some class", fraction)
-        picked, others = hold_out(labels, counts, generator)
-        parts[name], samples = _chosen(samples, picked), _chosen(samples, others)
-    return {**parts, "train": samples}
-
-
-def _chosen(samples: Samples, indices: Tensor) -> Samples:
-    return [samples[index] for index in indices.tolist()]

@@ -15,13 +15,16 @@ from typing_extensions import override
 from lightning_ssesam._validation import bad_argument, check_integer
 from lightning_ssesam.class_order import check_class_names
 from lightning_ssesam.data.contents import hash_files
-from lightning_ssesam.data.image_files import ImageFileModule
+from lightning_ssesam.data.image_files import ImageFileModule, looked_at
 from lightning_ssesam.data.images import ImageFiles, Transform
 from lightning_ssesam.data.reading import MAX_PIXELS, read_image, shown
 from lightning_ssesam.data.walking import is_hidden
 from lightning_ssesam.errors import ArgumentError
 
 _BOM = b"\xef\xbb\xbf"
+
+# Lines whose places are read as numbers of Python at a time.
+_PART = 2**16
 
 # Labels are stored in 32 bits.
 _MAX_CLASSES = 2**31
@@ -76,13 +79,16 @@ class ImageList(ImageFiles):
     def path(self, index: int) -> str:
         # Opened each time, because an open file cannot be shared with the processes of a loader.
         with self._opened() as file:
-            return self._read_path(file, index)
+            return self._read_path(file, index, int(self._starts[index]), int(self.targets[index]))
 
     @override
     def paths(self) -> Iterator[str]:
         with self._opened() as file:
-            for index in range(len(self)):
-                yield self._read_path(file, index)
+            # In parts, because a list of all numbers would take more memory than the numbers.
+            for number, starts in enumerate(torch.split(self._starts, _PART)):
+                labels = self.targets[number * _PART : (number + 1) * _PART].tolist()
+                for index, (start, label) in enumerate(zip(starts.tolist(), labels, strict=True), start=number * _PART):
+                    yield self._read_path(file, index, start, label)
 
     @override
     def place(self, index: int) -> str:
@@ -107,10 +113,10 @@ class ImageList(ImageFiles):
         except OSError as error:
             raise _bad_file(self.list_file, error.strerror or repr(error)) from error
 
-    def _read_path(self, file: BinaryIO, index: int) -> str:
-        file.seek(int(self._starts[index]))
+    def _read_path(self, file: BinaryIO, index: int, start: int, label: int) -> str:
+        file.seek(start)
         fields = file.readline().rsplit(None, 1)
-        if len(fields) != 2 or fields[1].lstrip(b"0") != (b"%d" % int(self.targets[index])).lstrip(b"0"):
+        if len(fields) != 2 or fields[1].lstrip(b"0") != (b"%d" % label).lstrip(b"0"):
             raise self._bad_line(index, "Expected the line that was here when the file was scanned, but got another.")
         return os.path.join(self.root, os.fsdecode(fields[0]))
 
@@ -130,8 +136,9 @@ class ImageListLT(ImageFileModule):
     """A long-tailed data set of list files, such as ImageNet-LT, Places-LT and iNaturalist 2018.
 
     The constructor reads the training list. Before training, ``prepare_data`` looks at the header of every image of all
-    lists, and ``setup`` reads the first image of each list. Symbolic links are followed. Batches are pairs of images
-    ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``, int64.
+    lists, up to ``max_checked_files`` of each, and ``setup`` reads the first image of each list. Symbolic links are
+    followed. Batches are pairs of images ``(N, 3, image_size, image_size)``, float32, and class indices ``(N,)``,
+    int64.
 
     Attributes:
         image_size: Height and width of the images, as given or chosen.
@@ -187,7 +194,7 @@ class ImageListLT(ImageFileModule):
     def fingerprint(self) -> str:
         """Return a text that changes with a list, or with the size or the time of change of an image."""
         lists = [os.path.realpath(path) for path in (self._train.list_file, self.test, self.val) if path is not None]
-        images = chain.from_iterable(_listed(path, self.root) for path in lists)
+        images = chain.from_iterable(_listed(path, self.root, self.max_checked_files) for path in lists)
         return f"{hash_files(lists, os.path.dirname(lists[0]))} {hash_files(images, self.root)}"
 
     @override
@@ -233,13 +240,18 @@ def _scan(path: str, limit: int) -> tuple["array[int]", "array[int]"]:
     return starts, labels
 
 
-def _listed(path: str, root: str | Path) -> Iterator[str]:
-    """Yield the paths of a list file, also those of hidden files."""
+def _listed(path: str, root: str | Path, limit: int | None) -> Iterator[str]:
+    """Yield the paths of a list file, also those of hidden files, or a number of them that is spread over it evenly."""
     try:
         with open(path, "rb") as file:
-            for fields in (line.removeprefix(_BOM).rsplit(None, 1) for line in file):
-                if fields:
-                    yield os.path.join(root, os.fsdecode(fields[0]))
+            number = sum(not line.isspace() for line in file)
+            chosen, next_one = looked_at(number, limit), 0
+            file.seek(0)
+            for index, line in enumerate(line for line in file if not line.isspace()):
+                if next_one < chosen and index * chosen >= next_one * number:
+                    next_one += 1
+                    if fields := line.removeprefix(_BOM).rsplit(None, 1):
+                        yield os.path.join(root, os.fsdecode(fields[0]))
     except OSError as error:
         raise _bad_file(path, error.strerror or repr(error)) from error
 

@@ -15,6 +15,7 @@ from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.image_files import ImageFileModule
 from lightning_ssesam.data.images import ImageFiles
 from lightning_ssesam.data.label_table import Columns, LabelTable, read_table
+from lightning_ssesam.data.packed import PackedTexts
 from lightning_ssesam.data.reading import MAX_PIXELS, shown
 from lightning_ssesam.errors import ArgumentError
 
@@ -132,8 +133,8 @@ class ImageTableLT(ImageFileModule):
     @override
     def fingerprint(self) -> str:
         """Return a text that changes with the table, the sets, or the size or the time of change of an image."""
-        paths = (path for _, images in sorted(self.file_sets().items()) for path in images.paths())
-        return f"{hash_files([self.table], os.path.dirname(self.table))} {hash_files(paths, self.root)}"
+        images = [images for _, images in sorted(self.file_sets().items())]
+        return f"{hash_files([self.table], os.path.dirname(self.table))} {self.hash_images(images, self.root)}"
 
     @override
     def make_sets(self) -> dict[str, Dataset[Any]]:
@@ -148,8 +149,9 @@ class _TableImages(ImageFiles):
         self, content: LabelTable, members: Sequence[int], root: str, max_pixels: int | None = MAX_PIXELS
     ) -> None:
         self.table, self.root, self.max_pixels, self.transform = content.path, root, max_pixels, None
-        self.files = [content.files[number] for number in members]
-        self.lines = [content.lines[number] for number in members]
+        # No lists of Python objects: each worker of a loader would copy them.
+        self.files = PackedTexts.pack(content.files[number] for number in members)
+        self.lines = torch.tensor([content.lines[number] for number in members])
         self.targets = content.answers[list(members)]
 
     @override

@@ -130,6 +130,11 @@ class ImageDataModule(LongTailDataModule):
         pin_memory = torch.cuda.is_available() and images.images.device.type == "cpu"
         return super()._loader(name, **{"num_workers": 0, "collate_fn": collate, "pin_memory": pin_memory, **options})
 
+    @override
+    def _workers_stay(self, name: str) -> bool:
+        """Return whether the processes that load a set keep its images in memory."""
+        return getattr(self._set(name), "_kept", None) is not None
+
     def with_transforms(self, sets: Mapping[str, "ImageFiles"], image_size: int) -> dict[str, Dataset[Any]]:
         """Give sets their transforms, and let them keep small images in memory, because decoding photos takes long.
 

@@ -1,5 +1,6 @@
 """Image files: which are read, how one is read, and what is wrong with one as far as its header shows."""
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def shown(path: str) -> str:
     return path if path.isprintable() else repr(path)
 
 
-def read_image(path: str, max_pixels: int | None = MAX_PIXELS) -> Any:
+def read_image(path: str, max_pixels: int | None = MAX_PIXELS, content: bytes | None = None) -> Any:
     """Return the image in a file, upright, as a PIL image in RGB.
 
     The EXIF orientation is applied. Transparent pixels are laid on white. Of an animation, the first frame is read.
@@ -58,13 +59,14 @@ def read_image(path: str, max_pixels: int | None = MAX_PIXELS) -> Any:
     Args:
         path: Path of the file.
         max_pixels: Pixels of the largest image that is read, as its header has them; None for no limit.
+        content: Content of the file. By default it is read.
 
     Raises:
         ArgumentError: If the file is missing, broken, too large, no image, or has more than 8 bits a channel.
     """
     # A broken file makes Pillow raise almost any kind of exception.
     try:
-        with _opened(path, max_pixels) as (image, _):
+        with _opened(path, max_pixels, content) as (image, _):
             image.load()
             return _to_rgb(image)
     except Exception as error:
@@ -100,18 +102,22 @@ def size_of(path: str, max_pixels: int | None = MAX_PIXELS) -> tuple[int, int] |
 
 
 @contextmanager
-def _opened(path: str, max_pixels: int | None) -> Iterator[tuple[Any, BinaryIO]]:
-    """Open a file and read its header."""
+def _opened(path: str, max_pixels: int | None, content: bytes | None = None) -> Iterator[tuple[Any, BinaryIO]]:
+    """Open a file, or the content of one, and read its header."""
     from PIL import Image
 
-    found = os.stat(path)
-    # To open a pipe would wait for its other end.
-    if not stat.S_ISREG(found.st_mode):
-        raise _RefusedError("a folder" if stat.S_ISDIR(found.st_mode) else "no regular file")
-    if found.st_size == 0:
+    if content is None:
+        found = os.stat(path)
+        # To open a pipe would wait for its other end.
+        if not stat.S_ISREG(found.st_mode):
+            raise _RefusedError("a folder" if stat.S_ISDIR(found.st_mode) else "no regular file")
+    if (found.st_size if content is None else len(content)) == 0:
         raise _RefusedError("an empty file")
     _raise_pillows_limit(max_pixels)
-    with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+    with (
+        open(path, "rb") if content is None else io.BytesIO(content) as file,
+        Image.open(file, formats=_formats()) as image,
+    ):
         width, height = image.size
         if max_pixels is not None and width * height > max_pixels:
             raise _RefusedError(f"{width} x {height} pixels, more than max_pixels={max_pixels}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from typing_extensions import override
 from lightning_ssesam._validation import check_integer
 from lightning_ssesam.split import as_labels
 from lightning_ssesam.targets import IGNORE_INDEX
+
+# Draws that are numbers of Python at a time.
+_PART = 2**16
 
 
 class ClassSampler(DistributedSampler[int]):
@@ -67,7 +71,9 @@ class ClassSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         self._look_up_processes()
         mine = torch.arange(self.rank, self.total_size, self.num_replicas) % self.draws
-        return iter(self._draw()[mine].tolist())
+        # In parts, because millions of Python integers would take more memory than the draws.
+        parts = torch.split(self._draw()[mine], _PART)
+        return chain.from_iterable(part.tolist() for part in parts)
 
     @override
     def __len__(self) -> int:

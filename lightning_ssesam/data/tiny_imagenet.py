@@ -2,13 +2,14 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_ssesam._validation import bad_argument, check_integer
-from lightning_ssesam.data.image_folder import Samples, _chosen, _Files, _ListedImages
+from lightning_ssesam.data.listed import ListedImageModule, ListedImages
 from lightning_ssesam.data.long_tailed import LongTailed
 from lightning_ssesam.data.profiles import Profile, hold_out
 from lightning_ssesam.data.reading import shown
@@ -16,7 +17,7 @@ from lightning_ssesam.data.walking import find_images
 from lightning_ssesam.errors import ArgumentError
 
 
-class TinyImageNetLT(_ListedImages):
+class TinyImageNetLT(ListedImageModule):
     """Long-tailed Tiny ImageNet by the protocol of Cao et al., "LDAM", NeurIPS 2019.
 
     ``root`` is the folder of the published archive, http://cs231n.stanford.edu/tiny-imagenet-200.zip, unpacked:
@@ -61,24 +62,25 @@ class TinyImageNetLT(_ListedImages):
         folders = _class_folders(self.root)
         self.class_names = _names(self.root, folders)
         ignored: dict[str, Counter[str]] = {}
-        self._listed = {"train": _train(self.root, folders, ignored), "test": _test(self.root, folders)}
+        train = ListedImages.pack(_train(self.root, folders, ignored))
+        self.listed = {"train": train, "test": ListedImages.pack(_test(self.root, folders))}
         self._ignored = ignored
-        self.image_size = self.choose_image_size(image_size, _Files(self._listed["train"]))
+        self.image_size = self.choose_image_size(image_size, train)
         self.val_per_class = check_integer("val_per_class", val_per_class, minimum=0)
         self.val_is_test = val_per_class == 0
-        self._parts, self.class_counts = self._divide(self._listed["train"], len(folders))
+        self.parts, self.class_counts = self._divide(train, len(folders))
 
-    def _divide(self, train: Samples, num_classes: int) -> tuple[dict[str, Samples], list[int]]:
+    def _divide(self, train: ListedImages, num_classes: int) -> tuple[dict[str, ListedImages], list[int]]:
         """Hold out the validation images, and make the others long-tailed."""
-        labels = _Files(train).targets
+        labels = train.targets
         if self.val_per_class >= (smallest := int(labels.bincount().min())):
             raise bad_argument("val_per_class", f"less than the {smallest} images of a class", self.val_per_class)
         generator = torch.Generator().manual_seed(self.seed)
         held_out, others = hold_out(labels, [self.val_per_class] * num_classes, generator)
-        kept = _chosen(train, others)
-        tailed = LongTailed(_Files(kept), self.imbalance_factor, self.profile, self.seed)
-        parts = {"train": _chosen(kept, tailed.indices), "test": self._listed["test"]}
-        return ({**parts, "val": _chosen(train, held_out)} if self.val_per_class else parts), tailed.class_counts
+        kept = train.choose(others)
+        tailed = LongTailed(kept, self.imbalance_factor, self.profile, self.seed)
+        parts = {"train": kept.choose(tailed.indices), "test": self.listed["test"]}
+        return ({**parts, "val": train.choose(held_out)} if self.val_per_class else parts), tailed.class_counts
 
 
 def _not_published(root: Path, got: str) -> ArgumentError:
@@ -96,20 +98,18 @@ def _class_folders(root: Path) -> list[str]:
     return folders
 
 
-def _train(root: Path, folders: list[str], ignored: dict[str, Counter[str]]) -> Samples:
-    """Return the training images. Every class folder also has a text file, which is no news."""
-    samples: Samples = []
+def _train(root: Path, folders: list[str], ignored: dict[str, Counter[str]]) -> Iterator[tuple[str, int]]:
+    """Yield the training images. Every class folder also has a text file, which is no news."""
     for label, folder in enumerate(folders):
         images, others = find_images(os.path.join(root, "train", folder))
         if not images:
             raise _not_published(root, f"has no images in `train/{folder}`")
         others.pop(".txt", None)
         ignored[folder] = others
-        samples += [(image.path, label) for image in images]
-    return samples
+        yield from ((image.path, label) for image in images)
 
 
-def _test(root: Path, folders: list[str]) -> Samples:
+def _test(root: Path, folders: list[str]) -> list[tuple[str, int]]:
     """Return the published validation images, whose classes are in a text file."""
     path, labels = root / "val" / "val_annotations.txt", {folder: label for label, folder in enumerate(folders)}
     try:

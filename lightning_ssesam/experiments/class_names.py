@@ -61,7 +61,7 @@ def known_classes(option: str) -> tuple[str, ...]:
     They are used as help, and need no path if they are of this package.
     """
     model, _, kind = option.rpartition(".")
-    names = _classes(*_SOURCES[kind]) if kind in _SOURCES else ()
+    names = _classes(*_SOURCES[kind]) if takes_class(option) else ()
     if kind == "loss" and not model:
         # A comparison takes no losses of multi-label data.
         names = tuple(name for name in names if name not in _classes("lightning_ssesam.losses", "MultiLabelLoss"))
@@ -70,7 +70,8 @@ def known_classes(option: str) -> tuple[str, ...]:
 
 def takes_class(option: str) -> bool:
     """Return whether an option, such as ``model.loss``, takes a class."""
-    return option.rpartition(".")[2] in _SOURCES
+    # `--logger` is that of a comparison, which takes one of a few words.
+    return option.rpartition(".")[2] in _SOURCES and option != "logger"
 
 
 def guess_class(option: str, name: str) -> str:

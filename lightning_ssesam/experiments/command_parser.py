@@ -27,6 +27,8 @@ _NO_OUTPUT = "Expected `--output` to be a folder, but got nothing."
 # Types as people write them in a YAML file.
 _TYPES = {
     "<class 'Path'>": "path",
+    "Optional[list[str]]": "list | null",
+    "list[str] | null": "list | null",
     "Optional[dict[str, Any]]": "mapping | null",
     "Optional[dict[str, tuple[float, float]]]": "mapping | null",
     "dict[str, Any] | null": "mapping | null",
@@ -60,6 +62,8 @@ class ShortHelp(DefaultHelpFormatter):
             text = re.sub(r" \((?:required, )?type: .*?(?=, default: |\)$)", f" ({', '.join(names)}, or a path", text)
         # The values stand behind the name of the option.
         text = re.sub(r"type: Literal\[[^\]]*\], ", "", text)
+        if found := re.search(r"Optional\[Literal\[([^\]]*)\]\]|Literal\[([^\]]*)\] \| null", text):
+            text = text.replace(found[0], " | ".join([*re.findall(r"'([^']*)'", found[0]), "null"]))
         # The default is named behind the type.
         text = re.sub(r"\s*Default: (?:``[^`]*``|\d+)\.\s*(?=\(type)", " ", text)
         for written, plain in _TYPES.items():

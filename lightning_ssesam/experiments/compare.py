@@ -1,11 +1,8 @@
 """Train several methods with several seeds on one data set, and put them side by side."""
 
 import inspect
-from bisect import insort
-from collections.abc import Iterable, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,19 +11,20 @@ from lightning_ssesam.data import DigitsLT, LongTailDataModule
 from lightning_ssesam.experiments.choices import describe, find_choices, note_on_remedies, notes
 from lightning_ssesam.experiments.console import quiet
 from lightning_ssesam.experiments.experiment import Experiment
-from lightning_ssesam.experiments.files import locked, make_folder, remove_unfinished
-from lightning_ssesam.experiments.jobs import Task, make_runs
-from lightning_ssesam.experiments.lifetimes import interruption
+from lightning_ssesam.experiments.files import locked, make_folder
+from lightning_ssesam.experiments.loggers import LoggerName
+from lightning_ssesam.experiments.logs import Logs, plan_logs, prepare_logs
 from lightning_ssesam.experiments.methods import DEFAULT_METHODS, Method, make_methods
 from lightning_ssesam.experiments.origin import origin, tail_rule
 from lightning_ssesam.experiments.recipe import MOST, Recipe
 from lightning_ssesam.experiments.recorder import expected_images
 from lightning_ssesam.experiments.remarks import about_images
 from lightning_ssesam.experiments.report import FigureFormat, write_report
-from lightning_ssesam.experiments.runs import Comparison, Run, RunStore
+from lightning_ssesam.experiments.results import make_missing
+from lightning_ssesam.experiments.runs import Comparison, Run
 from lightning_ssesam.experiments.samples import Source, make_sources
-from lightning_ssesam.experiments.tables import format_table, write_runs
-from lightning_ssesam.experiments.weights import KeepWeights, WeightStore, set_weights_aside
+from lightning_ssesam.experiments.tables import format_table
+from lightning_ssesam.experiments.tasks import Task
 from lightning_ssesam.split import ClassSplit
 
 
@@ -40,6 +38,8 @@ def compare(
     gamma: float = 0.7,
     searched: list[str] | None = None,
     jobs: int = 1,
+    cluster: str | None = None,
+    logger: LoggerName | None = None,
     output: Path = Path("comparison"),
     keep_weights: bool = False,
     fresh: bool = False,
@@ -51,9 +51,8 @@ def compare(
 
     Methods with the same seed get the same initial weights, batch order and number of epochs. Accuracies are
     means over classes (balanced accuracy, macro recall) on the test set, after the last epoch; the curves are on the
-    validation set. Every run is kept in the output folder as soon
-    as it ends. The same command again makes only the runs that are missing or were made with other settings, other code
-    of your own, or other data. Runs of other settings stay in the folder.
+    validation set. Every run is kept in the output folder as soon as it ends, and goes on there if it was cut off. The
+    same command again makes only the runs that are missing or were made with other settings, code of your own, or data.
 
     Writes to the output folder: report.html (everything, in one file that opens offline), results.csv, summary.csv,
     classes.csv, confusions.csv, table.md, table.tex and the pictures.
@@ -62,18 +61,19 @@ def compare(
         methods: Any of ERM, SAM, ImbSAM, SSESAM, ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM,
             MomentumSAM, RandomSAM, with commas between them. In a YAML file: your own names and their options. The
             others are compared with the first method.
-        seeds: Number of seeds, at most 10,000, counted from 0, for the initial weights and the batch order.
+        seeds: Number of seeds, counted from 0, for the initial weights and the batch order.
         sam_rho: Radius of SAM.
-        imbsam_rho: Radius of ImbSAM, for the tail.
-        head_rho: Radius of SSESAM for the head, in stage 1.
-        tail_rho: Radius of SSESAM for the tail.
+        imbsam_rho: Tail radius of ImbSAM.
+        head_rho: Head radius of SSESAM, in stage 1.
+        tail_rho: Tail radius of SSESAM.
         gamma: Fraction of the training after which SSESAM's stage 2 begins.
-        searched: Radii and switches that were searched, by name or as ``name=value``. A search's best.yaml has them.
-        jobs: Number of trainings at a time, each in its own process. They are spread over the GPUs.
-        output: Folder for the results. Only one command at a time may use it.
-        keep_weights: Checkpoints of the runs, in the folder weights. The best one on the validation images is also
-            best/weights.ckpt.
-        fresh: New runs in place of those that are there already, which are moved to the folder earlier.
+        searched: Radii and switches that were searched, by name or as ``name=value``.
+        jobs: Number of trainings at a time, each in its own process, spread over the GPUs.
+        cluster: Dask cluster to train on: ``local``, an address, or a file.
+        logger: Logger of the trainings, by method and seed.
+        output: Folder for the results, for one command at a time.
+        keep_weights: Checkpoints of the runs, in the folder weights; the best on validation also as best/weights.ckpt.
+        fresh: New runs in place of those that are there, which are moved to the folder earlier.
         figure_format: Format of the pictures' files.
         config: Configuration that repeats the comparison, as YAML, for the report. The command line fills it in.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
@@ -83,15 +83,15 @@ def compare(
 
     Raises:
         ArgumentError: If an argument is out of range.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ModuleNotFoundError: If matplotlib is not installed, or Dask for a cluster.
+        WorkersLostError: If processes or machines that train are lost again and again.
     """
-    for name, value in {"seeds": seeds, "jobs": jobs}.items():
-        check_integer(name, value, minimum=1, maximum=MOST)
-    for name, flag in {"keep_weights": keep_weights, "fresh": fresh}.items():
-        check_flag(name, flag)
-    check_choice("figure_format", figure_format, get_args(FigureFormat))
-    check_fraction("gamma", gamma)
+    _check_values({"seeds": seeds, "jobs": jobs}, {"keep_weights": keep_weights, "fresh": fresh}, gamma, figure_format)
+    if cluster is not None:
+        # Nobody else needs its package.
+        import_module("lightning_ssesam.experiments.cluster").check_cluster(cluster)
     shared = Recipe(**recipe)
+    logs = plan_logs(logger, shared.trainer, output)
     radii = {"sam_rho": sam_rho, "imbsam_rho": imbsam_rho, "head_rho": head_rho, "tail_rho": tail_rho}
     chosen = make_methods(methods, {name: check_radius(name, radius) for name, radius in radii.items()})
     experiments = [method.experiment(name, shared, gamma) for name, method in chosen.items()]
@@ -100,7 +100,7 @@ def compare(
     split = _check(experiments, sources, data)
     options = {**radii, "gamma": gamma}
     choices = find_choices(experiments, options, _defaults(options), searched, not isinstance(methods, dict))
-    tasks = _plan(experiments, sources, split, seeds)
+    tasks = _plan(experiments, sources, split, seeds, logs)
     _say_what_is_tested(first.prepared, split)
     own_data = {e.method: source.data for e, source in zip(experiments, sources, strict=True) if source is not first}
     # They hold samples in memory.
@@ -108,7 +108,8 @@ def compare(
     make_folder(output)
     with locked(output):
         facts = origin()
-        runs = _finish(tasks, jobs, output, keep_weights, fresh)
+        prepare_logs(logs)
+        runs = make_missing(tasks, output, keep_weights, fresh, jobs, cluster)
         comparison = Comparison(
             runs,
             split,
@@ -125,6 +126,17 @@ def compare(
         print("\n".join([format_table(runs), *comparison.notes]))
         print(f"\nWritten: {', '.join(map(str, write_report(comparison, output, figure_format)))}")
     return runs
+
+
+def _check_values(
+    numbers: Mapping[str, int], flags: Mapping[str, bool], gamma: float, figure_format: FigureFormat
+) -> None:
+    for name, value in numbers.items():
+        check_integer(name, value, minimum=1, maximum=MOST)
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    check_choice("figure_format", figure_format, get_args(FigureFormat))
+    check_fraction("gamma", gamma)
 
 
 def _say_what_is_tested(data: LongTailDataModule, split: ClassSplit) -> None:
@@ -147,7 +159,9 @@ def _check(experiments: Sequence[Experiment], sources: Sequence[Source], data: L
     return split
 
 
-def _plan(experiments: Sequence[Experiment], sources: Sequence[Source], split: ClassSplit, seeds: int) -> list[Task]:
+def _plan(
+    experiments: Sequence[Experiment], sources: Sequence[Source], split: ClassSplit, seeds: int, logs: Logs | None
+) -> list[Task]:
     """Download the data, because several processes must not do so at once. Check files and networks.
 
     Return a task for every run, seed by seed, so that an interrupted comparison has as many runs of each method.
@@ -156,63 +170,6 @@ def _plan(experiments: Sequence[Experiment], sources: Sequence[Source], split: C
     for experiment, source in zip(experiments, sources, strict=True):
         pairs.append((experiment, experiment.fingerprint(split, source.contents, source.data)))
         experiment.check_network(source.prepared)
-    return [Task(experiment, fingerprint, seed) for seed in range(seeds) for experiment, fingerprint in pairs]
-
-
-def _load(tasks: Sequence[Task], store: RunStore, weights: WeightStore | None, fresh: bool) -> list[Run | None]:
-    """Return the runs that need not be made, and None for each of the others."""
-    found: list[Run | None] = []
-    for task in tasks:
-        key = (task.experiment.method, task.seed, task.fingerprint)
-        if fresh:
-            store.set_aside(*key)
-        has_weights = weights is None or weights.path(*key).is_file()
-        found.append(store.load(*key) if has_weights else None)
-    return found
-
-
-def _with_weights(task: Task, weights: WeightStore) -> Task:
-    """Return a task that keeps the weights."""
-    path = weights.path(task.experiment.method, task.seed, task.fingerprint)
-    callbacks = [*task.experiment.callbacks, KeepWeights(path)]
-    return task._replace(experiment=replace(task.experiment, callbacks=callbacks))
-
-
-def _finish(tasks: list[Task], jobs: int, output: Path, keep_weights: bool, fresh: bool) -> list[Run]:
-    """Make the runs that are missing. Return all of them, method by method."""
-    store, weights = RunStore(output / "runs"), WeightStore(output / "weights") if keep_weights else None
-    remove_unfinished(store.folder)
-    kept = _load(tasks, store, weights, fresh)
-    missing = [task for task, run in zip(tasks, kept, strict=True) if run is None]
-    if len(missing) < len(tasks):
-        print(f"{len(tasks) - len(missing)} of {len(tasks)} runs are in {store.folder} already.")
-    for task in missing:
-        # Weights of an earlier run would be taken for those of the new one.
-        set_weights_aside(output / "weights", task.experiment.method, task.seed, task.fingerprint)
-    if weights is not None:
-        missing = [_with_weights(task, weights) for task in missing]
-    fingerprints = {task.experiment.method: task.fingerprint for task in tasks}
-    methods = list(fingerprints)
-
-    def place(run: Run) -> tuple[int, int]:
-        return methods.index(run.method), run.seed
-
-    runs = sorted(filter(None, kept), key=place)
-    try:
-        with closing(make_runs(missing, jobs)) as made:
-            for run in made:
-                store.save(run, fingerprints[run.method])
-                insort(runs, run, key=place)
-                write_runs(runs, output / "results.csv")
-    except (KeyboardInterrupt, SystemExit, BrokenProcessPool) as error:
-        print(f"\nInterrupted after {len(runs)} of {len(tasks)} runs, which are in {store.folder}.")
-        print("Run it again to make the others.")
-        if runs:
-            print(format_table(runs))
-        if isinstance(error, BrokenProcessPool):
-            raise
-        raise interruption(error) from None
-    if weights is not None:
-        for run in runs:
-            run.weights = str(weights.path(run.method, run.seed, fingerprints[run.method]))
-    return runs
+    return [
+        Task(experiment, fingerprint, seed, logs=logs) for seed in range(seeds) for experiment, fingerprint in pairs
+    ]

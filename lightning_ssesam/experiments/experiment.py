@@ -3,7 +3,6 @@
 import copy
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from lightning_ssesam.experiments.fingerprint import (
     trainer_settings,
     without_addresses,
 )
+from lightning_ssesam.experiments.logs import TrainingLog, opened
 from lightning_ssesam.experiments.network_check import check_network, problems_of_parts
 from lightning_ssesam.experiments.recipe import Recipe
 from lightning_ssesam.experiments.recorder import (
@@ -45,6 +45,7 @@ from lightning_ssesam.experiments.refusals import find_argument_error
 from lightning_ssesam.experiments.runs import CONFUSIONS, GROUPS, Run
 from lightning_ssesam.experiments.sources import sources_of
 from lightning_ssesam.experiments.switches import needs_switch, problem_of
+from lightning_ssesam.experiments.unfinished import Unfinished
 from lightning_ssesam.factories import check_made
 from lightning_ssesam.models import LongTailClassifier
 from lightning_ssesam.objectives import Objective
@@ -206,22 +207,43 @@ class Experiment(Recipe):
         return digest(parts)
 
     def fit(
-        self, seed: int, callbacks: Sequence[Callback] = (), device: int | None = None
+        self,
+        seed: int,
+        callbacks: Sequence[Callback] = (),
+        device: int | None = None,
+        unfinished: Unfinished | None = None,
     ) -> tuple[pl.Trainer, LongTailClassifier, LongTailDataModule]:
-        """Train once, with further callbacks. Return the Trainer, the module and its data."""
+        """Train once, with further callbacks. Return the Trainer, the module and its data.
+
+        A training that was cut off goes on from the checkpoint in its folder ``unfinished``.
+        """
         pl.seed_everything(seed, verbose=False)
         data = self._checked_data()
         model = self.make_model(data)
         trainer = self.make_trainer([*callbacks, *self.make_callbacks(model)], device)
-        trainer.fit(model, datamodule=data)
+        keeps = unfinished is not None and model.step_options.exact_resume
+        trainer.fit(model, datamodule=data, ckpt_path=unfinished.resume(trainer) if unfinished and keeps else None)
         return trainer, model, data
 
-    def run(self, seed: int, device: int | None = None) -> Run:
-        """Train and test once, then measure the accuracy on the training images."""
-        run, start = Run(self.method, seed), time.perf_counter()
+    def run(
+        self,
+        seed: int,
+        device: int | None = None,
+        unfinished: Unfinished | None = None,
+        log: TrainingLog | None = None,
+    ) -> Run:
+        """Train and test once, then measure the accuracy on the training images.
+
+        Args:
+            seed: Seed of the training.
+            device: Number of the GPU.
+            unfinished: Folder of the training while it is under way.
+            log: Log of the training.
+        """
+        run = Run(self.method, seed, interruptions=unfinished.begin() if unfinished else 0)
         recorder = Recorder(run)
-        with quiet(), limited_threads(self.threads):
-            trainer, model, data = self.fit(seed, [recorder], device)
+        with quiet(), limited_threads(self.threads), opened(log, unfinished) as logging:
+            trainer, model, data = self.fit(seed, [*logging, recorder], device, unfinished)
             tested = of_first_loader(trainer.test(model, datamodule=data, verbose=False)[0])
         run.accuracy = {group: tested[f"test/acc_{group}"] for group in GROUPS}
         run.confusion = {name: tested[f"test/{name}"] for name in CONFUSIONS}
@@ -233,7 +255,7 @@ class Experiment(Recipe):
         device_used = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device_used) if device_used.type == "cuda" else platform.processor()
         run.device = name or platform.machine()
-        run.seconds = time.perf_counter() - start
+        run.seconds = recorder.seconds
         run.class_names = names_of_classes(data)
         with quiet(), limited_threads(self.threads):
             measuring = replace(self, trainer={**(self.trainer or {}), **MEASURING})

@@ -35,7 +35,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iterator[None]:
+def locked(folder: Path, option: str = "`output`", beside: bool = False, seconds: float = 0.0) -> Iterator[None]:
     """Keep other commands out of an output folder that exists, and remove what a killed one was writing there.
 
     The operating system frees the lock when this program ends, whatever ends it.
@@ -44,6 +44,7 @@ def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iter
         folder: Output folder.
         option: Option that chooses another folder, for the error.
         beside: Place of the lock: beside the folder instead of in it.
+        seconds: Time to wait for another command that has the folder.
 
     Raises:
         ArgumentError: If another command has the folder.
@@ -57,7 +58,7 @@ def locked(folder: Path, option: str = "`output`", beside: bool = False) -> Iter
             f"Another command is at work in {str(folder)!r}{who}. Wait until it has ended, or choose another {option}."
         )
 
-    with held(f"{place}.lock", 0, refusal):
+    with held(f"{place}.lock", seconds, refusal):
         owner.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         remove_unfinished(folder)
         yield

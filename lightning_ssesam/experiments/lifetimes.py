@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.connection import Connection
 from types import FrameType
+from typing import Any
 
 # Waits until the worker (its parent process) or the worker's parent is gone. The standard input is a pipe that only
 # the latter holds open. Then it kills its process group: the worker, all that the worker has started, and itself.
@@ -50,40 +52,55 @@ def interruption(error: BaseException) -> BaseException:
     return error if isinstance(error, Terminated) else KeyboardInterrupt()
 
 
-def end_with_parent() -> None:
+def end_with_parent(lifeline: int | None = None) -> None:
     """Make this process of a pool, and all that it starts, end with the process that started it.
 
     It becomes the leader of a process group. A second process, the guard, waits for the end of the parent and kills the
     group. A thread in this process could not do so, because a call into C++ may keep Python's lock for hours. On Linux
     the system kills this process and its forks, too, which works if the guard was killed.
+
+    Args:
+        lifeline: Descriptor of a pipe of which only the parent has the other end. By default it is that by which
+            ``multiprocessing`` knows the parent.
     """
     # Ctrl-C reaches every process of a terminal. The first process handles it, and the others ignore it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if os.name == "posix" and parent is not None:
+    lifeline = parent.sentinel if lifeline is None and parent is not None else lifeline
+    if os.name == "posix" and lifeline is not None:
         os.setpgid(0, 0)
         command = [sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid())]
         end_with_parent.guard = subprocess.Popen(  # type: ignore[attr-defined]
-            command, stdin=parent.sentinel, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, stdin=lifeline, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         _bind_to_parent()
 
 
 @contextmanager
-def killed_on_error(executor: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """Shut down a pool at the end, and kill its processes before that if an exception is raised.
+def bound_processes(number: int, begin: Callable[..., None], *args: Any) -> Iterator[Executor]:
+    """Yield a pool of processes that end with this one. They are killed if an exception is raised.
 
-    Their guards kill what they have started.
+    Args:
+        number: Number of processes.
+        begin: Function that each process calls first.
+        *args: Arguments of this function.
     """
-    known = set(multiprocessing.active_children())
-    try:
-        yield executor
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - known:
-            process.kill()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
+    from loky import ProcessPoolExecutor
+
+    lifeline, held = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    with lifeline, held:
+        executor: Executor = ProcessPoolExecutor(number, initializer=_begin_bound, initargs=(lifeline, begin, *args))
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(kill_workers=True)  # type: ignore[call-arg]
+            raise
+        executor.shutdown()
+
+
+def _begin_bound(lifeline: Connection, begin: Callable[..., None], *args: Any) -> None:
+    end_with_parent(lifeline.fileno())
+    begin(*args)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data.image_files import count_text
+from lightning_ssesam.data.packed import PackedTexts
 from lightning_ssesam.data.reading import image_endings, read_image, shown
 from lightning_ssesam.data.walking import find_images
 from lightning_ssesam.errors import ArgumentError
@@ -43,7 +44,7 @@ class PictureSet(Dataset[tuple[int, Tensor | str]]):
     """
 
     def __init__(self, paths: Sequence[str], transform: Callable[[Any], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
+        self.paths, self.transform = PackedTexts.pack(paths), transform
 
     @override
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
@@ -124,13 +125,14 @@ def _of_list(file: Path, class_names: Sequence[str], is_labelled: bool | None) -
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines or "\0" in text:
         raise bad_argument("images", "a list file with a path in each line", got_text=f"{str(file)!r}, which is none")
+    classes = _Classes(class_names)
     if is_labelled is None:
-        is_labelled = not _resolve(file, lines[0][1]).exists() and _divide(lines[0][1], class_names) is not None
+        is_labelled = not _resolve(file, lines[0][1]).exists() and classes.divide(lines[0][1]) is not None
     if not is_labelled:
         return Pictures([str(_resolve(file, line)) for _, line in lines], None)
     paths, labels = [], []
     for number, line in lines:
-        if (divided := _divide(line, class_names)) is None:
+        if (divided := classes.divide(line)) is None:
             expected = "a path and the name or the index of a class"
             raise ArgumentError(f"{file}, line {number}: Expected {expected}, but got {shown(line)!r}.")
         paths.append(str(_resolve(file, divided[0])))
@@ -142,13 +144,23 @@ def _resolve(file: Path, path: str) -> Path:
     return file.parent / os.path.expanduser(path)
 
 
-def _divide(line: str, class_names: Sequence[str]) -> tuple[str, int] | None:
-    """Return path and class of a line, or None if it does not end with the name or the index of a class."""
-    # A name may contain spaces. The longest one counts.
-    for name in sorted(class_names, key=len, reverse=True):
-        path = line.removesuffix(name)
-        if path != line and path.rstrip() not in ("", path):
-            return path.rstrip(), class_names.index(name)
-    path, _, label = line.rpartition(" ") if " " in line else line.rpartition("\t")
-    is_index = label.isascii() and label.isdigit() and len(label) < 10 and int(label) < len(class_names)
-    return (path.rstrip(), int(label)) if path and is_index else None
+class _Classes:
+    """The classes by name, found at the end of a line in a time that does not depend on how many there are."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.index: dict[str, int] = {}
+        self.number = len(class_names)
+        for number, name in enumerate(class_names):
+            self.index.setdefault(name, number)
+        # A name may contain spaces. The longest one counts.
+        self.lengths = sorted({len(name) for name in self.index if name}, reverse=True)
+
+    def divide(self, line: str) -> tuple[str, int] | None:
+        """Return path and class of a line, or None if it does not end with the name or the index of a class."""
+        for length in self.lengths:
+            path, name = line[:-length], line[-length:]
+            if name in self.index and path.rstrip() not in ("", path):
+                return path.rstrip(), self.index[name]
+        path, _, label = line.rpartition(" ") if " " in line else line.rpartition("\t")
+        is_index = label.isascii() and label.isdigit() and len(label) < 10 and int(label) < self.number
+        return (path.rstrip(), int(label)) if path and is_index else None

@@ -40,13 +40,31 @@ class EpochEnd(NamedTuple):
         return f"{self.training}: epoch {self.epoch}/{self.epochs}{best}"
 
 
-_listener: Callable[[EpochEnd], None] | None = None
+class Begun(NamedTuple):
+    """What a process reports when it begins a training.
+
+    Attributes:
+        training: Name of the training.
+    """
+
+    training: str
 
 
-def listen(listener: Callable[[EpochEnd], None] | None) -> None:
+Report = EpochEnd | Begun
+
+_listener: Callable[[Any], None] | None = None
+
+
+def listen(listener: Callable[[Any], None] | None) -> None:
     """Send what the trainings of this process report to a function, or to none."""
     global _listener
     _listener = listener
+
+
+def tell(report: Report) -> None:
+    """Report to the listener of the process, if there is one."""
+    if _listener is not None:
+        _listener(report)
 
 
 def send_through(connection: Connection) -> None:
@@ -58,9 +76,9 @@ def send_through(connection: Connection) -> None:
     if os.name == "posix":
         os.set_blocking(connection.fileno(), False)
 
-    def send(end: EpochEnd) -> None:
+    def send(report: Report) -> None:
         with suppress(OSError):
-            connection.send(end._replace(training=end.training[:200]))
+            connection.send(report._replace(training=report.training[:200]))
 
     listen(send)
 
@@ -77,13 +95,20 @@ class EpochReports(Callback):
         self._best = math.nan
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best accuracy so far, for a training that is cut off and goes on."""
+        return {"best": self._best}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = state_dict["best"]
+
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after validation: report."""
         accuracy = float(of_first_loader(trainer.callback_metrics).get("val/acc_all", math.nan))
         self._best = accuracy if math.isnan(self._best) else max(self._best, accuracy)
-        if _listener is not None:
-            epochs = trainer.max_epochs or 0
-            _listener(EpochEnd(self.training, trainer.current_epoch + 1, epochs, self._best))
+        tell(EpochEnd(self.training, trainer.current_epoch + 1, trainer.max_epochs or 0, self._best))
 
 
 class Progress:
@@ -132,7 +157,7 @@ def shown(trainings: int, epochs: int) -> Iterator[Progress]:
         progress.close()
 
 
-def received(connection: Connection) -> Generator[EpochEnd, None, None]:
+def received(connection: Connection) -> Generator[Report, None, None]:
     """Yield what other processes have sent so far."""
     with suppress(EOFError, OSError):
         while connection.poll():

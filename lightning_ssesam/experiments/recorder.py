@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from contextlib import suppress
 from inspect import signature
 from typing import Any, Literal, cast
@@ -58,7 +59,11 @@ def count_images(data: LongTailDataModule, stage: Literal["val", "test"]) -> lis
     with suppress(Exception):
         data.setup("fit")
         loaders = data.val_dataloader() if stage == "val" else data.test_dataloader()
-        labels = labels_of((loaders[0] if isinstance(loaders, list) else loaders).dataset)
+        dataset = (loaders[0] if isinstance(loaders, list) else loaders).dataset
+        if isinstance(dataset, IterableDataset):
+            # A stream may know how many samples it has of each class, but not their order.
+            return list(dataset.class_counts)  # type: ignore[attr-defined]
+        labels = labels_of(dataset)
         known = labels[(labels >= 0) & (labels < data.num_classes)]
         return known.bincount(minlength=data.num_classes).tolist()
     return []
@@ -70,6 +75,8 @@ def _groups_of(split: ClassSplit) -> dict[str, str]:
 
 class Recorder(Callback):
     """Records network, optimizer, validation curves, divergence, and what becomes of each test image in a run.
+
+    Checkpoints hold what it has recorded, so that a training that goes on from one ends with the same run.
 
     Attributes:
         train_loader: Loader of the training batches, after the training.
@@ -84,12 +91,34 @@ class Recorder(Callback):
         self.test_loader: Any = None
         self._predictions: Predictions | None = None
         self._validated: Tensor | None = None
+        # The Trainer forgets what was logged when it goes on from a checkpoint.
+        self._logged: dict[str, float] = {}
+        self._start, self._before = time.perf_counter(), 0.0
         run.curves.update({group: [] for group in GROUPS})
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the run so far, in all the processes that it was made in."""
+        return self._before + time.perf_counter() - self._start
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is recorded in the training, as plain values and tensors."""
+        curves = {group: list(curve) for group, curve in self.run.curves.items()}
+        recorded = {"curves": curves, "optimizer": self.run.optimizer, "seconds": self.seconds}
+        return {**recorded, "logged": self._logged, "validated": self._validated}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.run.curves.update(state_dict["curves"])
+        self.run.optimizer = state_dict["optimizer"]
+        self._before = state_dict["seconds"]
+        self._logged, self._validated = state_dict["logged"], state_dict["validated"]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called before the first epoch: record the optimizer, before a schedule moves its rate."""
-        self.run.optimizer = ", ".join(map(describe_optimizer, trainer.optimizers))
+        self.run.optimizer = self.run.optimizer or ", ".join(map(describe_optimizer, trainer.optimizers))
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,12 +130,16 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after validation: record the accuracies. They are NaN until the first validation."""
         metrics = of_first_loader(trainer.callback_metrics)
+        names = {"train/loss", *(f"val/acc_{group}" for group in GROUPS)}
+        self._logged |= {name: float(metrics[name]) for name in names & metrics.keys()}
         for group, curve in self.run.curves.items():
-            curve.append(float(metrics.get(f"val/acc_{group}", math.nan)))
+            curve.append(self._logged.get(f"val/acc_{group}", math.nan))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.run.diverged = not trainer.callback_metrics["train/loss"].isfinite().item()
+        loss = trainer.callback_metrics.get("train/loss", self._logged.get("train/loss"))
+        # Without the option `log_loss` there is no loss to look at.
+        self.run.diverged = not (weights_are_finite(pl_module) if loss is None else math.isfinite(loss))
         parameters = list(pl_module.parameters())
         self.run.parameters = sum(parameter.numel() for parameter in parameters)
         self.run.trained_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -133,6 +166,11 @@ class Recorder(Callback):
         self._predictions.write_to(self.run, _is_sequential(self.test_loader))
         # The module is as it was.
         cast("LongTailClassifier", pl_module).test_metrics.pop(-1)
+
+
+def weights_are_finite(module: pl.LightningModule) -> bool:
+    """Return whether no parameter is infinite or not a number."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())
 
 
 def describe_optimizer(optimizer: Optimizer) -> str:

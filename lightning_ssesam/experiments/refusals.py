@@ -15,7 +15,7 @@ from urllib.error import URLError
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lightning_ssesam.errors import ArgumentError
+from lightning_ssesam.errors import ArgumentError, WorkersLostError
 from lightning_ssesam.experiments.parser_messages import raised_in_unions
 from lightning_ssesam.experiments.sources import PACKAGE, is_foreign_file
 
@@ -106,7 +106,7 @@ def _line(error: Exception, options: Sequence[str]) -> str | None:
         # A process of a DataLoader raises the same type again, with its traceback before the message.
         return str(argument_error).rpartition("ArgumentError: ")[2]
     text = " ".join(str(error).split())
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, MisconfigurationException | WorkersLostError):
         return text
     text = text if len(text) < _LIMIT - 100 else f"{text[: _LIMIT - 100]}..."
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
@@ -164,7 +164,8 @@ def _trains(frame: FrameType) -> bool:
     module, function = str(frame.f_globals.get("__name__")), frame.f_code.co_name
     if module == "lightning.pytorch.trainer.trainer":
         return function in ("fit", "validate", "test")
-    return module.startswith(("optuna.", "lightning_ssesam.curvature.", "lightning_ssesam.experiments.jobs"))
+    parts = ("curvature.", "experiments.tasks", "experiments.search_turns")
+    return module.startswith(("optuna.", *(f"lightning_ssesam.{part}" for part in parts)))
 
 
 def _loads(frame: FrameType) -> bool:

@@ -24,7 +24,20 @@ _MAX_NAMES = 8
 def remarks(runs: Sequence[Run]) -> list[str]:
     """Return what must be said beside the results, a sentence or two each. Most important remarks come first."""
     found = [f"Diverged, with a loss that is not finite: {diverged}"] if (diverged := diverged_runs(runs)) else []
-    return [*found, *_not_fitted(runs), *about_images(runs), *_one_seed(runs)]
+    return [*found, *_not_fitted(runs), *about_images(runs), *_one_seed(runs), *_interrupted(runs)]
+
+
+def _interrupted(runs: Sequence[Run]) -> list[str]:
+    """Return which trainings were cut off. They are as good as the others."""
+    names = [_name_with_interruptions(run) for run in runs if run.interruptions]
+    more = f", and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    cut_off = f"Cut off and then made to the end, with the same numbers: {', '.join(names[:_MAX_NAMES])}{more}."
+    return [cut_off] if names else []
+
+
+def _name_with_interruptions(run: Run) -> str:
+    times = f" ({run.interruptions} times)" if run.interruptions > 1 else ""
+    return f"{run.method} with seed {run.seed}{times}"
 
 
 def diverged_runs(runs: Sequence[Run]) -> str:

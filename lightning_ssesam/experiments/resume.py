@@ -19,8 +19,6 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.files import held, locked
 
 _CONFIG, _METRICS = "config.yaml", "metrics.csv"
-# A warning of CSVLogger that is wrong here.
-METRICS_ARE_DELETED = "Experiment logs directory .* exists and is not empty"
 # Seconds that a command waits until another one has made its folder.
 _PATIENCE = 30
 # Checkpoints that an error names.

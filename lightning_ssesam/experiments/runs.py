@@ -56,6 +56,7 @@ class Run:
         parameters: Number of parameters of the network; 0 if it is not known.
         trained_parameters: Number of these that the training changed.
         optimizer: Optimizer with its learning rate, as text.
+        interruptions: How often the training was cut off, and went on from its last checkpoint or began anew.
     """
 
     method: str
@@ -82,6 +83,7 @@ class Run:
     parameters: int = 0
     trained_parameters: int = 0
     optimizer: str = ""
+    interruptions: int = 0
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -142,7 +144,7 @@ class RunStore:
         set_aside(self._path(method, seed, fingerprint))
 
     def _path(self, method: str, seed: int, fingerprint: str) -> Path:
-        return self.folder / f"{file_stem(method)}-{seed}-{fingerprint[:12]}.json"
+        return self.folder / f"{run_stem(method, seed, fingerprint)}.json"
 
 
 def file_stem(method: str) -> str:
@@ -150,6 +152,11 @@ def file_stem(method: str) -> str:
     # The hash keeps names apart that differ only in punctuation, in case, or after many characters.
     mark = hashlib.sha256(method.encode()).hexdigest()[:8]
     return f"{re.sub('[^A-Za-z0-9]+', '-', method)[:60]}-{mark}"
+
+
+def run_stem(method: str, seed: int, fingerprint: str) -> str:
+    """Return a name for the files of a run, which no run of another method, seed or other settings has."""
+    return f"{file_stem(method)}-{seed}-{fingerprint[:12]}"
 
 
 def _is_complete(run: Run) -> bool:
@@ -191,7 +198,7 @@ def _has_whole_predictions(run: Run, classes: int) -> bool:
             _is_number(place) and _is_error(true, taken, classes) and _is_share(probability)
             for place, true, taken, probability in run.tail_mistakes
         )
-        and min(run.parameters, run.trained_parameters) >= 0
+        and min(run.parameters, run.trained_parameters, run.interruptions) >= 0
     )
 
 

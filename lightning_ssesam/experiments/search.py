@@ -19,6 +19,7 @@ from lightning_ssesam.experiments.choices import learning_rate
 from lightning_ssesam.experiments.experiment import Experiment, about_method
 from lightning_ssesam.experiments.methods import OWN_SCALE, RADII, Method
 from lightning_ssesam.experiments.recipe import Recipe
+from lightning_ssesam.experiments.recorder import weights_are_finite
 from lightning_ssesam.experiments.runs import GROUPS
 from lightning_ssesam.experiments.search_progress import SearchProgress
 from lightning_ssesam.experiments.switches import fixed_radii, needs_switch
@@ -246,7 +247,7 @@ class _Watch(Callback):
         import optuna
 
         self.progress.epoch(len(self.finished), trainer.current_epoch + 1)
-        if not _loss_is_finite(trainer) and not _weights_are_finite(pl_module):
+        if not _loss_is_finite(trainer) and not weights_are_finite(pl_module):
             self.give_up_diverged()
         if not (accuracy := _accuracies(trainer)):
             return
@@ -263,7 +264,7 @@ class _Watch(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without the option `log_loss` there is no loss to look at.
         has_loss = "train/loss" in trainer.callback_metrics
-        if not (_loss_is_finite(trainer) if has_loss else _weights_are_finite(pl_module)):
+        if not (_loss_is_finite(trainer) if has_loss else weights_are_finite(pl_module)):
             self.give_up_diverged()
         if not (accuracy := _accuracies(trainer)):
             remedy = "Set `check_val_every_n_epoch` to at most `epochs`, and do not switch validation off."
@@ -319,7 +320,3 @@ def _accuracies(trainer: pl.Trainer) -> dict[str, float]:
 
 def _loss_is_finite(trainer: pl.Trainer) -> bool:
     return math.isfinite(trainer.callback_metrics.get("train/loss", math.nan))
-
-
-def _weights_are_finite(module: pl.LightningModule) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())

@@ -37,6 +37,15 @@ class SearchProgress:
         share = (seed * self.epochs + epoch) / (self.seeds * self.epochs)
         self._show(min(share, 1.0), f"{self._trial}: {training}epoch {epoch}/{self.epochs}{self._best}")
 
+    def count(self, done: int) -> None:
+        """Show how many trials are done, with those that other processes have made."""
+        self._done = done
+        self._show(0, self._trial)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text)
+
     def end(self) -> None:
         """Count the trial, whatever ended it."""
         self._done += 1

@@ -14,10 +14,10 @@ from typing import Any
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.data import ImageFolderLT, ImageList, LongTailDataModule
 from lightning_ssesam.data.image_files import median_side
-from lightning_ssesam.data.image_folder import Samples, divide
 from lightning_ssesam.data.image_list import counts_of_images
 from lightning_ssesam.data.label_table import ANSWERS
 from lightning_ssesam.data.labels import labels_of, names_of_classes
+from lightning_ssesam.data.listed import ListedImages, divide
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.class_names import closest, did_you_mean, known_classes
 from lightning_ssesam.experiments.command_parser import CommandParser, instantiate, read_config
@@ -163,7 +163,7 @@ def _of_list(path: Path, places: Places) -> FoundData:
     side = _side(paths, root)
     if (test := places.test or _sibling(path, "test")) is None:
         samples = [(place if os.path.isabs(place) else os.path.relpath(place, root)) for place in paths]
-        labelled = list(zip(samples, labels_of(images).tolist(), strict=True))
+        labelled = ListedImages.pack(zip(samples, labels_of(images).tolist(), strict=True))
         return _divided(divide(labelled, _FRACTIONS, seed=0), [], side, root, places.output)
     tested = labels_of(ImageList(test, root, images.num_classes)).bincount(minlength=images.num_classes).tolist()
     lists = {"train": path, "test": test, "val": _sibling(path, "val")}
@@ -194,10 +194,13 @@ def _of_table(path: Path, places: Places) -> FoundData:
     side = _side([str(root / place) for place, _ in samples], root)
     sets = [row.get("split", "").strip().lower() for row in rows]
     if not set(sets) <= set(_SETS) or not {"train", "test"} <= set(sets):
-        return _divided(divide(samples, _FRACTIONS, seed=0), names, side, root, places.output)
-    parts: dict[str, Samples] = {name: [] for name in _SETS if name in sets}
-    for name, sample in zip(sets, samples, strict=True):
-        parts[name].append(sample)
+        divided = divide(ListedImages.pack(samples), _FRACTIONS, seed=0)
+        return _divided(divided, names, side, root, places.output)
+    parts = {
+        name: ListedImages.pack(sample for other, sample in zip(sets, samples, strict=True) if other == name)
+        for name in _SETS
+        if name in sets
+    }
     return _divided(parts, names, side, root, places.output)
 
 
@@ -246,15 +249,12 @@ def _side(paths: Sequence[str], root: Path) -> int:
     return side
 
 
-def _divided(parts: Mapping[str, Samples], names: list[str], side: int, root: Path, output: Path) -> FoundData:
+def _divided(parts: Mapping[str, ListedImages], names: list[str], side: int, root: Path, output: Path) -> FoundData:
     """Return what sets of images have. Their lists have to be written."""
-    number = 1 + max(label for samples in parts.values() for _, label in samples)
-    counts = {name: [0] * number for name in parts}
-    for name, samples in parts.items():
-        for _, label in samples:
-            counts[name][label] += 1
+    number = 1 + max(int(images.targets.max()) for images in parts.values())
+    counts = {name: images.targets.bincount(minlength=number).tolist() for name, images in parts.items()}
     lists = {name: output.with_name(f"{output.stem}_{name}.txt") for name in _SETS if name in parts}
-    content = {str(lists[name]): "".join(f"{path} {label}\n" for path, label in parts[name]) for name in lists}
+    content = {str(lists[name]): "".join(f"{path} {label}\n" for path, label in parts[name].samples) for name in lists}
     arguments: dict[str, Any] = {name: str(path) for name, path in lists.items()}
     named = {"class_names": names} if names else {}
     config = {"class_path": "ImageListLT", "init_args": {**arguments, "root": str(root), **named}}

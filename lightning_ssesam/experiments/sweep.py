@@ -10,7 +10,7 @@ from lightning_ssesam._validation import bad_argument, check_choice, check_integ
 from lightning_ssesam.data.labels import names_of_classes
 from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.console import limited_threads, quiet
-from lightning_ssesam.experiments.files import locked, make_folder, replaced, set_aside
+from lightning_ssesam.experiments.files import make_folder, replaced, set_aside
 from lightning_ssesam.experiments.lifetimes import interruption
 from lightning_ssesam.experiments.methods import Method, make_methods
 from lightning_ssesam.experiments.recipe import MOST, Recipe
@@ -26,6 +26,7 @@ from lightning_ssesam.experiments.search import (
     find_candidates,
     is_done,
 )
+from lightning_ssesam.experiments.search_place import Place
 from lightning_ssesam.experiments.search_progress import SearchProgress
 from lightning_ssesam.experiments.search_report import (
     Finding,
@@ -35,7 +36,9 @@ from lightning_ssesam.experiments.search_report import (
     write_best,
     write_trials,
 )
-from lightning_ssesam.experiments.search_storage import open_storage
+from lightning_ssesam.experiments.search_settings import Settings
+from lightning_ssesam.experiments.search_storage import JOURNAL
+from lightning_ssesam.experiments.search_turns import Turns, is_surplus, is_taken
 
 if TYPE_CHECKING:
     import optuna
@@ -60,6 +63,7 @@ def sweep(
     prune: bool = True,
     output: Path = Path("sweep"),
     config: str | None = None,
+    storage: str | None = None,
     **recipe: Any,
 ) -> dict[str, dict[str, float]]:
     """Search for the radii of every method, and the switch of SSE-SAM, with Optuna on the validation set.
@@ -72,10 +76,10 @@ def sweep(
 
     Args:
         methods: Any of ERM, SAM, ImbSAM, SSESAM, ASAM, FriendlySAM, GSAM, WSAM, PGN, LESAM, FocalSAM, CCSAM,
-            MomentumSAM, RandomSAM, with commas between them. In a YAML file: your own names and their options, as in
-            compare. The radii that their objectives have are searched.
+            MomentumSAM, RandomSAM, with commas between them. In a YAML file: your own names and their options. The
+            radii of their objectives are searched.
         trials: Number of trials of each method, including those of earlier calls.
-        seeds: Number of trainings for a trial; their accuracies are averaged. Their seeds differ from those of compare.
+        seeds: Trainings for a trial, with averaged results. Seeds differ from compare's.
         sam_rho: Smallest and largest radius of SAM. All radii are searched on a log scale.
         imbsam_rho: Smallest and largest radius of ImbSAM, for the tail.
         head_rho: Smallest and largest radius of SSESAM for the head.
@@ -83,13 +87,14 @@ def sweep(
         gamma: Smallest and largest fraction of the training after which SSESAM's stage 2 begins.
         lr: Smallest and largest learning rate, searched on a log scale for every method; the optimizer's by default.
         radii: Smallest and largest value of other radii, such as {ASAM.rho: [0.1, 2]}; by default a
-            hundredth of the objective's value, and ten times that value.
-        metric: Accuracy to maximise, after the last epoch. In ``all`` and ``tail``, each class counts the same. In
-            ``mean_of_head_and_tail``, the two groups count the same.
+            hundredth of the objective's value and ten times it.
+        metric: Accuracy to maximise, after the last epoch. Each class counts the same; in ``mean_of_head_and_tail``,
+            each group.
         prune: Early end of trials below the median of their method, after a fifth of stage 2.
         output: Folder for the results.
         config: Configuration of the search, as YAML. Options that compare has as well go to best.yaml. The command line
             fills it in.
+        storage: Optuna storage of several machines: journal:PATH, or a URL.
         **recipe: Fields of :class:`~lightning_ssesam.experiments.recipe.Recipe`, such as ``data`` and ``epochs``.
 
     Returns:
@@ -97,7 +102,7 @@ def sweep(
 
     Raises:
         ArgumentError: If an argument is out of range, another command is at work in the folder, its journal is damaged,
-            or no trial of a method was trained to its end.
+            the storage cannot be reached, or no trial of a method was trained to its end.
         ModuleNotFoundError: If Optuna is not installed.
     """
     import optuna
@@ -115,22 +120,24 @@ def sweep(
     if not (candidates := [candidate for candidate in named if candidate.bounds]):
         expected = "methods of which something is searched (ERM has no radius; `lr` searches its learning rate)"
         raise bad_argument("methods", expected, got_text=", ".join(chosen))
+    place = Place(output, storage)
     prepared = _prepare(named, shared, metric)
     make_folder(output)
-    with locked(output):
-        storage = open_storage(output)
-        studies = {
-            c.name: _open_study(storage, c, f"{prepared.settings[c.name]} {seeds} {metric} {c.bounds}", output)
-            for c in candidates
-        }
+    with place.opened() as opened:
+        settings = {c.name: Settings(prepared.settings[c.name], seeds, metric, c.bounds, shared) for c in candidates}
+        studies = {c.name: _open_study(opened, c, settings[c.name], place) for c in candidates}
         print("\n".join([*prepared.remarks, *(f"{c.name} has nothing to search." for c in named if not c.bounds)]))
         earliest = a_fifth_later(sum(bounds["gamma"]) / 2) if prune else math.inf
         done = sum(min(_count(study), trials) for study in studies.values())
         with SearchProgress(trials * len(candidates), done, seeds, shared.epochs) as progress:
             searches = [(studies[c.name], Search(c, shared, seeds, metric, earliest, progress)) for c in candidates]
-            findings = _search(searches, trials, output)
+            turns = Turns(searches, trials, place, lambda study: settings[study.study_name].check(study, place))
+            findings = _search(
+                searches, turns.make_all if place.is_shared else partial(_alone, searches, trials), place
+            )
         write = partial(write_best, metric=metric, remarks=prepared.remarks, candidates=named, recipe=shared)
-        return _report(findings, output, partial(write, config=config))
+        with place.written():
+            return _report(findings, output, partial(write, config=config))
 
 
 class _Prepared(NamedTuple):
@@ -161,46 +168,66 @@ def _prepare(candidates: Sequence[Candidate], recipe: Recipe, metric: str) -> _P
     return _Prepared(settings, remarks)
 
 
-def _open_study(storage: Any, candidate: Candidate, settings: str, output: Path) -> "optuna.Study":
-    """Return the search for a method in a folder, or a new one. Interrupted trials will be repeated."""
+def _open_study(storage: Any, candidate: Candidate, settings: Settings, place: Place) -> "optuna.Study":
+    """Return the search for a method in a place, or a new one. Interrupted trials will be repeated."""
     import optuna
 
     study = optuna.create_study(storage=storage, study_name=candidate.name, direction="maximize", load_if_exists=True)
     study.pruner = optuna.pruners.MedianPruner()
-    if study.user_attrs.get("settings", settings) != settings:
-        found = f"{str(output)!r} holds a search with other settings."
-        raise ArgumentError(f"{found} Use another `output`, or delete the folder.")
-    study.set_user_attr("settings", settings)
-    for trial in study.trials:
-        if trial.state == optuna.trial.TrialState.RUNNING:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            if len(trial.params) == len(candidate.bounds):
-                study.enqueue_trial(trial.params)
+    settings.keep(study, place)
+    if not place.is_shared:
+        _repeat_interrupted(study, candidate, place)
     # A new sampler with the same seed would repeat its first draws.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
     return study
+
+
+def _repeat_interrupted(study: "optuna.Study", candidate: Candidate, place: Place) -> None:
+    """Mark the trials that a command has begun, and put their values into the queue. The command has ended."""
+    import optuna
+
+    running = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+    if any(map(is_taken, running)):
+        found = f"Other processes are at work on the search in {place.name!r}."
+        raise ArgumentError(f"{found} Join them by `storage`: journal:{place.output / JOURNAL}")
+    for trial in running:
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if len(trial.params) == len(candidate.bounds):
+            study.enqueue_trial(trial.params)
 
 
 def _count(study: "optuna.Study") -> int:
     return sum(map(is_done, study.trials))
 
 
-def _search(searches: Sequence[tuple["optuna.Study", Search]], trials: int, output: Path) -> list[Finding]:
-    """Make the trials that are missing, in turns, so that an interrupted search has as many of each method."""
-    done = [_count(study) for study, _ in searches]
+def _search(
+    searches: Sequence[tuple["optuna.Study", Search]], make_trials: Callable[[], None], place: Place
+) -> list[Finding]:
+    """Make the trials that are missing, and write a table of all, also after an interruption."""
     with quiet(), limited_threads(searches[0][1].recipe.threads):
         try:
-            for number in range(trials):
-                for (study, search), before in zip(searches, done, strict=True):
-                    if number >= before:
-                        study.optimize(search, n_trials=1)
+            make_trials()
         except (KeyboardInterrupt, SystemExit) as error:
             print("\nInterrupted; run it again to go on.")
             raise interruption(error) from None
         finally:
-            findings = [Finding(search.candidate, study.trials) for study, search in searches]
-            write_trials(findings, output / "trials.csv")
+            with place.written():
+                findings = [_finding(study, search) for study, search in searches]
+                write_trials(findings, place.output / "trials.csv")
     return findings
+
+
+def _finding(study: "optuna.Study", search: Search) -> Finding:
+    return Finding(search.candidate, [trial for trial in study.trials if not is_surplus(trial)])
+
+
+def _alone(searches: Sequence[tuple["optuna.Study", Search]], trials: int) -> None:
+    """Make the trials that are missing, in turns, so that an interrupted search has as many of each method."""
+    done = [_count(study) for study, _ in searches]
+    for number in range(trials):
+        for (study, search), before in zip(searches, done, strict=True):
+            if number >= before:
+                study.optimize(search, n_trials=1)
 
 
 def _report(

@@ -23,8 +23,9 @@ from lightning_ssesam.errors import ArgumentError
 from lightning_ssesam.experiments.command_parser import CommandParser, link_data_to_model
 from lightning_ssesam.experiments.console import held_back, limited_threads
 from lightning_ssesam.experiments.lifetimes import bound_forks
+from lightning_ssesam.experiments.loggers import METRICS_ARE_DELETED
 from lightning_ssesam.experiments.network_check import check_network, problems_of_parts
-from lightning_ssesam.experiments.resume import METRICS_ARE_DELETED, SaveConfig, folder_of_run
+from lightning_ssesam.experiments.resume import SaveConfig, folder_of_run
 from lightning_ssesam.experiments.switches import needs_switch, problem_of, repeated
 from lightning_ssesam.experiments.training_options import (
     check_checkpoint_option,

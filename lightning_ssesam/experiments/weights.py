@@ -1,6 +1,7 @@
 """The weights that a comparison keeps: a checkpoint of each finished run, and a copy of the best one."""
 
 import math
+import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.experiments.files import make_folder, remove_unfinished, replaced, set_aside
 from lightning_ssesam.experiments.runs import Run, by_method, file_stem
 
@@ -103,6 +105,13 @@ class KeepWeights(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before the training: refuse a machine on which the weights could not be kept."""
+        if not (folder := self.path.parent.parent).is_dir():
+            expected = "False where machines that train do not share the output folder"
+            raise bad_argument("keep_weights", expected, got_text=f"True, and {platform.node()} has no {str(folder)!r}")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
