@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import re
 import subprocess
@@ -94,8 +95,10 @@ def test_links_to_some_of_the_classes():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_notebook(monkeypatch, capsys):
+def test_notebook(monkeypatch, capsys, caplog):
     """Its cells run in an empty folder, in a tenth of the epochs. It has the outputs of all that print or draw."""
+    # It silences Lightning in its process. This puts the level back.
+    caplog.set_level(logging.getLogger("lightning.pytorch").level, "lightning.pytorch")
     notebook = json.loads((DOCS.parent / "examples" / "from_folder_to_predictions.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     monkeypatch.setattr("matplotlib.pyplot.subplots", lambda *args, **kwargs: _figure(*args, **kwargs))

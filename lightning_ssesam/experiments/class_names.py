@@ -83,7 +83,7 @@ def guess_class(option: str, name: str) -> str:
     kind = option.rpartition(".")[2]
     if kind in ("objective", "objectives"):
         return guess_objective(name, known_classes(kind))
-    names = known_classes(kind) + (_classes(*_LIGHTNING[kind]) if kind in _LIGHTNING else ())
+    names = known_classes(option) + (_classes(*_LIGHTNING[kind]) if kind in _LIGHTNING else ())
     return did_you_mean(closest(name, names))
 
 
