@@ -121,7 +121,9 @@ def test_processes_that_train_together_see_each_sample_once(processes, workers, 
     """They make as many batches each. What 33 samples lack to be divided is repeated, as by a DistributedSampler."""
     seen, batches = Counter(), set()
     for rank in range(processes):
-        monkeypatch.setattr("lightning_ssesam.data.image_shards._processes", lambda rank=rank: (rank, processes))
+        monkeypatch.setattr(
+            "lightning_ssesam.data.image_shards.rank_and_processes", lambda rank=rank: (rank, processes)
+        )
         loader = module(num_workers=workers, train_transform=plain).train_dataloader()
         epoch = epoch_of(loader, 1)
         assert len(epoch) == len(loader)
@@ -136,7 +138,7 @@ def test_processes_that_train_together_see_each_sample_once(processes, workers, 
 
 @pytest.mark.usefixtures("shards")
 def test_more_processes_than_samples(monkeypatch):
-    monkeypatch.setattr("lightning_ssesam.data.image_shards._processes", lambda: (39, 40))
+    monkeypatch.setattr("lightning_ssesam.data.image_shards.rank_and_processes", lambda: (39, 40))
     assert [len(labels) for _, labels in epoch_of(module(train_transform=plain).train_dataloader())] == [1]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -15,6 +14,7 @@ from lightning_ssesam.class_order import check_class_names
 from lightning_ssesam.data.contents import hash_files
 from lightning_ssesam.data.images import ImageDataModule
 from lightning_ssesam.data.reading import MAX_PIXELS
+from lightning_ssesam.data.samplers import rank_and_processes
 from lightning_ssesam.data.shard_index import Shard, read_index
 from lightning_ssesam.data.shard_stream import Division, ShardImages, ShardLoader, Shuffling
 
@@ -121,20 +121,13 @@ class ImageShardsLT(ImageDataModule):
         images = self._set(name)
         assert isinstance(images, ShardImages)
         shares = self.trainer and self.trainer.distributed_sampler_kwargs
-        rank, processes = (shares["rank"], shares["num_replicas"]) if shares else _processes()
+        rank, processes = (shares["rank"], shares["num_replicas"]) if shares else rank_and_processes() or (0, 1)
         # More of them would read the same shards.
         workers = min(self.num_workers, len(images.shards))
         options = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), **options}
         part = images.divided(Division(rank, processes, options["batch_size"]))
         # Workers that stay would hold the random state with which they began, which no checkpoint has.
         return ShardLoader(part, **options)
-
-
-def _processes() -> tuple[int, int]:
-    """Return the rank of this process, and the number of processes that train together."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _check_package() -> None:

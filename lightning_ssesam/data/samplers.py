@@ -20,6 +20,13 @@ from lightning_ssesam.targets import IGNORE_INDEX
 _PART = 2**16
 
 
+def rank_and_processes() -> tuple[int, int] | None:
+    """Return the rank of this process and the number of processes that train together; None if it trains alone."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return None
+
+
 class ClassSampler(DistributedSampler[int]):
     """Draws a class by :meth:`class_probabilities`, then one of its samples, with replacement and equal chances.
 
@@ -96,8 +103,8 @@ class ClassSampler(DistributedSampler[int]):
         # Not in the constructor, because the process group may be made later.
         if self._shared is not None:
             self.num_replicas, self.rank = self._shared
-        elif dist.is_available() and dist.is_initialized():
-            self.num_replicas, self.rank = dist.get_world_size(), dist.get_rank()
+        elif (found := rank_and_processes()) is not None:
+            self.rank, self.num_replicas = found
         self.num_samples = math.ceil(self.draws / self.num_replicas)
         self.total_size = self.num_samples * self.num_replicas
 

@@ -1,11 +1,12 @@
 """Tar shards of images: how they are written, and the index that says what is in them."""
 
+import io
 import json
 import os
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +91,6 @@ def write_shards(images: ImageFiles, folder: str | Path, name: str, samples: int
 
 
 def _add(tar: tarfile.TarFile, images: ImageFiles, index: int) -> None:
-    import io
-
     path, key = images.path(index), f"{index:09d}"
     tar.add(path, f"{key}{os.path.splitext(path)[1].lower()}", recursive=False)
     label = str(images.label(index)).encode()
@@ -114,7 +113,7 @@ def index_shards(shards: str | Path | Sequence[str]) -> None:
     """
     folders: dict[str, dict[str, Any]] = {}
     for path in expand(shards) if isinstance(shards, str | Path) else shards:
-        counts = Counter(label for _, label in _labels(path))
+        counts = _counts(path)
         entry = {"size": os.path.getsize(path), "counts": {str(label): counts[label] for label in sorted(counts)}}
         folders.setdefault(os.path.dirname(path), {})[os.path.basename(path)] = entry
     for folder, found in folders.items():
@@ -125,8 +124,8 @@ def index_shards(shards: str | Path | Sequence[str]) -> None:
         os.replace(unfinished, index)
 
 
-def _labels(path: str) -> Iterator[tuple[str, int]]:
-    """Yield the key and the label of each sample of a shard."""
+def _counts(path: str) -> Counter[int]:
+    """Return the number of samples of each class in a shard."""
     pictures, labels = Counter[str](), dict[str, int]()
     try:
         with tarfile.open(path, "r:") as tar:
@@ -152,7 +151,7 @@ def _labels(path: str) -> Iterator[tuple[str, int]]:
         got = f"{pictures[wrong[0]]} and {int(wrong[0] in labels)} of {wrong[0]!r}"
         more = f" (and {len(wrong) - 1} more samples)" if len(wrong) > 1 else ""
         raise ArgumentError(f"Expected {shown(path)} to have {expected}, but got {got}{more}.")
-    yield from labels.items()
+    return Counter(labels.values())
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -185,10 +184,9 @@ def read_index(pattern: str | Path) -> list[Shard]:
         entry = known[folder].get(name)
         size = os.path.getsize(path) if os.path.isfile(path) else -1
         if entry is None or entry["size"] != size:
-            got = (
-                f"{shown(path)}, which is {'not there' if size < 0 else 'new' if entry is None else 'of another size'}"
-            )
-            raise bad_argument("shards", f"tar files as they were indexed ({_REMEDY.format(pattern)})", got_text=got)
+            state = "not there" if size < 0 else "new" if entry is None else "of another size"
+            expected = f"tar files as they were indexed ({_REMEDY.format(pattern)})"
+            raise bad_argument("shards", expected, got_text=f"{shown(path)}, which is {state}")
         shards.append(Shard(path, size, {int(label): number for label, number in entry["counts"].items()}))
     return shards
 

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing import current_process
@@ -26,6 +26,7 @@ from typing_extensions import override
 from lightning_ssesam import _version
 from lightning_ssesam._validation import bad_argument
 from lightning_ssesam.errors import ArgumentError, WorkersLostError
+from lightning_ssesam.experiments.console import at_level
 from lightning_ssesam.experiments.lifetimes import end_with_parent
 from lightning_ssesam.experiments.parser_messages import cut
 from lightning_ssesam.experiments.progress import Begun, EpochEnd, Report, listen
@@ -179,16 +180,9 @@ def _client(address: Any) -> "Client":
         raise bad_argument("cluster", "a scheduler that can be reached", got_text=got) from error
 
 
-@contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Let Dask not print a traceback when the scheduler is gone: an error says so."""
-    logger = logging.getLogger("distributed.client")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def _without_tracebacks() -> AbstractContextManager[None]:
+    """Return a block in which Dask prints no traceback when the scheduler is gone: an error says so."""
+    return at_level(logging.CRITICAL, logging.getLogger("distributed.client"))
 
 
 @contextmanager

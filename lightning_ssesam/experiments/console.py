@@ -68,18 +68,23 @@ def _loggers() -> list[logging.Logger]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the messages that Lightning writes for each training."""
-    loggers = _loggers()
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), at_level(logging.ERROR, *_loggers()):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
+
+
+@contextmanager
+def at_level(level: int, *loggers: logging.Logger) -> Iterator[None]:
+    """Give loggers a level of ``logging``, and their own one after the block."""
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, own in zip(loggers, before, strict=True):
+            logger.setLevel(own)
 
 
 def find_device(name: str) -> torch.device:

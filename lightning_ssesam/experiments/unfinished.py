@@ -97,8 +97,10 @@ class KeepUnfinished(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after a batch: save if it is time, and the loaders know where they are."""
-        is_within = self._may_be_within and not (trainer.is_last_batch or _stops(trainer))
-        if time.monotonic() >= self._due and is_within and loader_states(trainer):
+        # Most batches end here: the rest takes longer.
+        if not self._may_be_within or time.monotonic() < self._due:
+            return
+        if not (trainer.is_last_batch or _stops(trainer)) and loader_states(trainer):
             self._save(trainer)
 
     @override
